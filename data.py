@@ -1,0 +1,271 @@
+"""Data sets as uint8 tensors: found or fetched, verified, split, shuffled, normalised.
+
+    python data.py                                # get Fashion-MNIST into data/ and verify it
+    python data.py --data-dir /datasets           # ... or find it there
+
+A second at most once the files are on disk; 30 MB to download before. The files may lie, packed or
+not, in --data-dir itself, in torchvision's layout below it (FashionMNIST/raw/) or where the Debian
+package dataset-fashion-mnist puts them. There is no DataLoader: a data set this size stays on the
+device as bytes, and a batch is an index into it.
+
+To add a data set: write a function `data_dir -> ImageData`, add one line to DATASETS.
+"""
+
+import argparse
+import gzip
+import hashlib
+import subprocess
+import sys
+import tempfile
+import urllib.request
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from files import write_atomically
+
+
+class DataError(RuntimeError):
+    """The data cannot be had, or are not what they should be. The message says what to do."""
+
+
+@dataclass
+class ImageData:
+    """A data set in memory."""
+
+    train_images: torch.Tensor  # uint8 (N, C, H, W)
+    train_labels: torch.Tensor  # int64 (N,)
+    test_images: torch.Tensor  # uint8 (N, C, H, W)
+    test_labels: torch.Tensor  # int64 (N,)
+    classes: list[str]
+    mean: tuple[float, ...]  # of the training images, per channel, pixels in [0, 1]
+    std: tuple[float, ...]
+    source: str  # where the files came from, for people to read
+
+
+# --- Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) -------------------------------------------
+
+# sha256 of the uncompressed files: gzip headers differ from mirror to mirror, the content must not.
+FASHION_MNIST_SHA256 = {
+    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+}
+FASHION_MNIST_CLASSES = [
+    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
+    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
+]  # fmt: skip
+DEBIAN_PACKAGE = "dataset-fashion-mnist"
+DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+THREE_WAYS = (
+    "Three ways to get it: run `python data.py` with a network (torchvision's mirror, then the "
+    f"Debian package); `apt-get install {DEBIAN_PACKAGE}` on Debian or Ubuntu; or put the four "
+    "idx files, packed (.gz) or not, into --data-dir"
+)
+
+
+def load_fashion_mnist(data_dir: Path) -> ImageData:
+    raw = data_dir / "FashionMNIST" / "raw"
+    folders = [data_dir, raw, DEBIAN_FOLDER]
+    missing = [name for name in FASHION_MNIST_SHA256 if find_file(name, folders) is None]
+    fetched_from = fetch_fashion_mnist(missing, raw) if missing else None
+
+    arrays, used = {}, {}
+    for name in FASHION_MNIST_SHA256:
+        path = find_file(name, folders)
+        try:
+            arrays[name] = parse_idx(verified(name, read_file(path), path))
+        except DataError as error:
+            raise DataError(f"{error}. Delete it. {THREE_WAYS}.") from error
+        used[path.parent] = None  # a dict, not a set: keeps the order
+    source = "read from " + ", ".join(map(str, used))
+    if fetched_from:
+        source += f" (just fetched from {fetched_from})"
+    return ImageData(
+        train_images=arrays["train-images-idx3-ubyte"].unsqueeze(1),
+        train_labels=arrays["train-labels-idx1-ubyte"].long(),
+        test_images=arrays["t10k-images-idx3-ubyte"].unsqueeze(1),
+        test_labels=arrays["t10k-labels-idx1-ubyte"].long(),
+        classes=FASHION_MNIST_CLASSES,
+        mean=(0.2860,),
+        std=(0.3530,),
+        source=source,
+    )
+
+
+def find_file(name: str, folders: list[Path]) -> Path | None:
+    candidates = [folder / (name + suffix) for folder in folders for suffix in ("", ".gz")]
+    return next((path for path in candidates if path.is_file()), None)
+
+
+def read_file(path: Path) -> bytes:
+    """The uncompressed content of `path`."""
+    body = path.read_bytes()
+    if path.suffix != ".gz":
+        return body
+    try:
+        return gzip.decompress(body)
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: truncated or damaged gzip file ({error})") from error
+
+
+def verified(name: str, body: bytes, where: Path | str) -> bytes:
+    """`body` itself if its sha256 is the one published for `name`."""
+    found, expected = hashlib.sha256(body).hexdigest(), FASHION_MNIST_SHA256[name]
+    if found != expected:
+        raise DataError(
+            f"{where}: not the published {name}: its {len(body):,} uncompressed bytes have sha256 "
+            f"{found}, expected {expected}"
+        )
+    return body
+
+
+def parse_idx(body: bytes) -> torch.Tensor:
+    """An idx file (zeros, type 8 = uint8, number of dimensions, big-endian sizes, data)."""
+    sizes = np.frombuffer(body, dtype=">u4", count=body[3], offset=4).astype(int)
+    values = np.frombuffer(body, dtype=np.uint8, offset=4 + 4 * body[3])
+    return torch.from_numpy(values.reshape(sizes).copy())  # a copy, for torch wants it writable
+
+
+def fetch_fashion_mnist(names: list[str], folder: Path) -> str:
+    """Bring the files `names` into `folder`, uncompressed and verified; returns the source used."""
+    failures = []
+    for source, download in (
+        ("torchvision's mirror", download_from_mirror),
+        (f"the Debian package {DEBIAN_PACKAGE}", download_from_debian),
+    ):
+        print(f"Fashion-MNIST is not here yet: trying {source}", file=sys.stderr, flush=True)
+        try:
+            bodies = {name: verified(name, body, "download") for name, body in download(names)}
+        except (OSError, EOFError, zlib.error, DataError, subprocess.SubprocessError) as error:
+            failures.append(f"{source}: {error}")
+            continue
+        for name, body in bodies.items():
+            write_atomically(folder / name, body)
+        return source
+    raise DataError(
+        f"{names[0]} (expected sha256 {FASHION_MNIST_SHA256[names[0]]}): neither below "
+        f"{folder.parent.parent} nor in {DEBIAN_FOLDER}, and it cannot be fetched "
+        f"({'; '.join(failures)}). {THREE_WAYS}."
+    )
+
+
+def download_from_mirror(names: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, uncompressed bytes) from the mirror that torchvision itself uses."""
+    from torchvision.datasets import FashionMNIST  # here, for it takes a second to import
+
+    for name in names:
+        with urllib.request.urlopen(f"{FashionMNIST.mirrors[0]}{name}.gz", timeout=30) as response:
+            yield name, gzip.decompress(response.read())
+
+
+def download_from_debian(names: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Yields (name, uncompressed bytes) from the Debian package, unpacked but not installed.
+
+    Package lists of its own, in a temporary folder, make it work without root and on a machine
+    (or in an image) where `apt-get update` never ran.
+    """
+    with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as temporary:
+        folder = Path(temporary)
+        for needed in ("state/lists/partial", "cache/archives/partial", "unpacked"):
+            (folder / needed).mkdir(parents=True)
+        apt_get = [
+            "apt-get",
+            "-qq",
+            f"-oDir::State={folder}/state",
+            f"-oDir::Cache={folder}/cache",
+            "-oDir::State::status=/var/lib/dpkg/status",
+            "-oAPT::Sandbox::User=",  # root fetches as root: _apt cannot enter this folder
+        ]
+        for command in (
+            [*apt_get, "update"],
+            [*apt_get, "download", DEBIAN_PACKAGE],
+            ["sh", "-c", "dpkg-deb -x *.deb unpacked"],
+        ):
+            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+            if done.returncode != 0:
+                words = done.stderr.split()
+                raise DataError(" ".join(words) or f"{command[0]} exited with {done.returncode}")
+        for name in names:
+            path = folder / "unpacked" / DEBIAN_FOLDER.relative_to("/") / f"{name}.gz"
+            yield name, read_file(path)
+
+
+DATASETS = {
+    "fashion_mnist": load_fashion_mnist,
+}
+
+
+def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
+    """The data set `name` of DATASETS, verified, fetched into `data_dir` where it is missing.
+
+    Raises DataError with one line that says what is wrong and what to do.
+    """
+    if name not in DATASETS:
+        raise DataError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
+    return DATASETS[name](Path(data_dir))
+
+
+# --- Split, order, normalisation: the same for every model of one seed ----------------------------
+
+
+def split_indices(
+    n: int, seed: int, val_fraction: float = 0.1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A random split of range(n) into int64 (train_idx, val_idx), fixed by `seed` alone."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
+    n_val = round(n * val_fraction)
+    return order[n_val:], order[:n_val]
+
+
+def shuffled(indices: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
+    """`indices` in the order of one epoch, fixed by (seed, epoch) alone: there is no state to save.
+
+    Epochs count from 1, for numpy makes the same stream of `seed` and of `(seed, 0)`, and the split
+    has used that one.
+    """
+    order = np.random.default_rng((seed, epoch)).permutation(len(indices))
+    return indices[torch.from_numpy(order)]
+
+
+def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, C, H, W) -> float32: (images / 255 - mean) / std, on the device of `images`.
+
+    `mean` and `std`: float32, broadcastable to (C, 1, 1), on the same device. Bit for bit what
+    torchvision's ToTensor and Normalize give. The 255 is a tensor because CUDA turns a division by
+    a Python number into a multiplication by its rounded reciprocal.
+    """
+    scale = torch.full((), 255.0, device=images.device)
+    return (images / scale).sub_(mean).div_(std)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # an error is then a single line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--dataset", default="fashion_mnist", choices=DATASETS)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
+    args = parser.parse_args(argv)
+    try:
+        dataset = load_dataset(args.dataset, args.data_dir)
+    except (DataError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    channels, height, width = dataset.train_images.shape[1:]
+    print(
+        f"{args.dataset}: {dataset.source}, sha256 verified: {len(dataset.train_images):,} "
+        f"training and {len(dataset.test_images):,} test images, {channels} x {height} x {width}, "
+        f"{len(dataset.classes)} classes"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
