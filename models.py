@@ -1,0 +1,229 @@
+"""Attention modules and the ResNet-18 they sit in, written out by hand.
+
+    python models.py                    # every model with its parameter count
+
+The backbone is torchvision's ResNet-18 adapted to 28x28 images: `conv1` is 3x3 with stride 1, and
+there is no max-pooling, so the stages see 28, 14, 7 and 4 pixels. Its `state_dict` has the same
+keys and shapes as torchvision's, so weights load from one into the other.
+
+To add an attention module: write a class `Module(channels)` whose output has the shape of its input
+(N, C, H, W), add one line to ATTENTION, and one to MODELS that says where it goes.
+"""
+
+import sys
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# --- Attention modules ----------------------------------------------------------------------------
+
+
+class SE(nn.Module):
+    """Squeeze-and-Excitation (Hu, Shen, Sun, CVPR 2018, arXiv 1709.01507).
+
+    s = sigmoid(W2 relu(W1 z + b1) + b2), z = mean of x over H and W (eq. 2, 3); x' = s x (eq. 4).
+    (N, C, H, W) -> (N, C, H, W); one gate per image and channel. The hidden width is C / reduction,
+    with biases, as in the authors' Caffe models; timm rounds the width to a multiple of 8.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x):
+        z = x.mean((2, 3))  # (N, C)
+        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(z))))  # (N, C)
+        return x * gate[:, :, None, None]
+
+
+class ChannelGate(nn.Module):
+    """CBAM's channel attention: sigmoid(MLP(avg over H, W) + MLP(max over H, W)), eq. 2.
+
+    The two share one MLP. `amax` instead of adaptive max-pooling: the same values, and its backward
+    pass is deterministic on CUDA.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels)
+        )
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.mlp(x.mean((2, 3))) + self.mlp(x.amax((2, 3))))  # (N, C)
+        return x * gate[:, :, None, None]
+
+
+class SpatialGate(nn.Module):
+    """CBAM's spatial attention: sigmoid(BN(conv7x7([max over C, mean over C]))), eq. 3.
+
+    As in the authors' code: max comes first, the convolution has no bias, and the BatchNorm (not in
+    the paper's formula) starts with weight 0 and momentum 0.01, so that the gate opens at 0.5.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel_size=7, padding=3, bias=False)
+        self.bn = nn.BatchNorm2d(1, momentum=0.01)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
+        nn.init.zeros_(self.bn.weight)
+
+    def forward(self, x):
+        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)
+        gate = torch.sigmoid(batch_norm(self.bn, self.conv(pooled)))  # (N, 1, H, W)
+        return x * gate
+
+
+def batch_norm(bn: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    """bn(x), for gates that may see a single value per channel (one image, 1x1 map) in training.
+
+    That has no variance, and PyTorch refuses it. The running statistics stand in, and stay as they
+    are, so that a last batch of one image does not end the run.
+    """
+    if bn.training and x.numel() == x.shape[1]:
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+    return bn(x)
+
+
+class CBAM(nn.Module):
+    """Convolutional Block Attention Module (Woo, Park, Lee, Kweon, ECCV 2018, arXiv 1807.06521).
+
+    The channel gate, then the spatial gate (eq. 1). (N, C, H, W) -> (N, C, H, W). As in the
+    authors' repository, with biases in the MLP. timm's differs: no biases, mean before max, and a
+    BatchNorm weight of 1.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        self.channel = ChannelGate(channels, reduction)
+        self.spatial = SpatialGate()
+
+    def forward(self, x):
+        return self.spatial(self.channel(x))
+
+
+ATTENTION = {
+    "se": SE,
+    "cbam": CBAM,
+}
+
+# --- ResNet-18 (He, Zhang, Ren, Sun, CVPR 2016, arXiv 1512.03385) for small images ----------------
+
+
+class BasicBlock(nn.Module):
+    """relu(attention(BN(conv(relu(BN(conv(x)))))) + shortcut(x)), both convolutions 3x3."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.attention = nn.Identity()
+        self.downsample = nn.Identity()
+        if stride != 1 or in_channels != channels:
+            self.downsample = nn.Sequential(
+                nn.Conv2d(in_channels, channels, 1, stride, bias=False), nn.BatchNorm2d(channels)
+            )
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.attention(self.bn2(self.conv2(out)))
+        return F.relu(out + self.downsample(x))
+
+
+class ResNet18(nn.Module):
+    """Four stages of two blocks; `width` channels in the first, doubled in each further one."""
+
+    def __init__(self, num_classes: int, in_channels: int, width: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.layer1 = self.stage(width, width, stride=1)
+        self.layer2 = self.stage(width, 2 * width, stride=2)
+        self.layer3 = self.stage(2 * width, 4 * width, stride=2)
+        self.layer4 = self.stage(4 * width, 8 * width, stride=2)
+        self.avgpool = nn.AdaptiveAvgPool2d(1)
+        self.attention = nn.Identity()
+        self.fc = nn.Linear(8 * width, num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    @staticmethod
+    def stage(in_channels: int, channels: int, stride: int) -> nn.Sequential:
+        return nn.Sequential(
+            BasicBlock(in_channels, channels, stride), BasicBlock(channels, channels, stride=1)
+        )
+
+    @property
+    def blocks(self) -> list[BasicBlock]:
+        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
+
+    def forward(self, x):  # (N, in_channels, 28, 28)
+        x = F.relu(self.bn1(self.conv1(x)))  # (N, width, 28, 28)
+        x = self.layer1(x)  # (N, width, 28, 28)
+        x = self.layer2(x)  # (N, 2 width, 14, 14)
+        x = self.layer3(x)  # (N, 4 width, 7, 7)
+        x = self.layer4(x)  # (N, 8 width, 4, 4)
+        x = self.attention(self.avgpool(x))  # (N, 8 width, 1, 1)
+        return self.fc(x.flatten(1))  # (N, num_classes)
+
+
+# --- Models: which module, and where --------------------------------------------------------------
+
+# "blocks": in every block, after bn2 and before the shortcut is added.
+# "classifier": once, after the global pooling, as published. On that 1x1 map the mean is the max:
+# CBAM's two pooled descriptors coincide, and only the middle taps of its 7x7 kernel are ever used.
+MODELS = {
+    "baseline": (None, None),
+    "se": ("se", "blocks"),
+    "cbam_blocks": ("cbam", "blocks"),
+    "cbam_classifier": ("cbam", "classifier"),
+}
+
+
+def build_model(
+    name: str, num_classes: int = 10, in_channels: int = 1, width: int = 64, seed: int | None = None
+) -> nn.Module:
+    """The model `name` of MODELS: images (N, in_channels, H, W) -> logits (N, num_classes).
+
+    With one `seed` every model starts from the same backbone weights: attention is added after
+    they have been drawn. A seed leaves the global random state as it was; without one the weights
+    come from it. Raises ValueError for an unknown name.
+    """
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    module, place = MODELS[name]
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            # The CPU's generator alone: torch.manual_seed would reseed the GPUs too.
+            torch.default_generator.manual_seed(seed)
+        model = ResNet18(num_classes, in_channels, width)
+        if place == "blocks":
+            for block in model.blocks:
+                block.attention = ATTENTION[module](block.conv2.out_channels)
+        elif place == "classifier":
+            model.attention = ATTENTION[module](model.fc.in_features)
+    return model
+
+
+def count_parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def main(argv: list[str] | None = None) -> int:
+    if argv if argv is not None else sys.argv[1:]:
+        print("usage: python models.py", file=sys.stderr)
+        return 2
+    for name in MODELS:
+        print(f"{name:16s} {count_parameters(build_model(name)):>12,}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
