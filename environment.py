@@ -1,0 +1,82 @@
+"""The machine a run uses: which device, what it is called, and the record kept in env.json."""
+
+import hashlib
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: a CUDA GPU, or the CPU where there is none. Raises ValueError with one line."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {name}: PyTorch {torch.__version__} sees no CUDA GPU (is the driver recent "
+            "enough? in a container, was it started with --gpus all?); use --device cpu"
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPU(s)"
+        )
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    """What the hardware is called, for example "NVIDIA GeForce RTX 4070"."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cpu = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    return f"CPU {cpu}, {torch.get_num_threads()} threads"
+
+
+def describe_environment(device: torch.device) -> dict:
+    """Everything outside the settings that a result may depend on; None where it cannot be had."""
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "git_commit": output_of("git", "-C", HERE, "rev-parse", "HEAD"),
+        "git_dirty": is_dirty(),
+        "sha256": {
+            name: hashlib.sha256((HERE / name).read_bytes()).hexdigest()
+            for name in ("models.py", "data.py", "train.py")
+        },
+    }
+
+
+def output_of(*command) -> str | None:
+    """The first line a command prints, or None if it is missing, fails or prints nothing."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    lines = done.stdout.splitlines() if done.returncode == 0 else []
+    return lines[0] if lines else None
+
+
+def is_dirty() -> bool | None:
+    """Whether git-tracked files differ from the commit; None outside a git checkout."""
+    if output_of("git", "-C", HERE, "rev-parse", "HEAD") is None:
+        return None
+    command = ("git", "-C", HERE, "status", "--porcelain", "--untracked-files=no")
+    return output_of(*command) is not None

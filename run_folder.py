@@ -1,0 +1,83 @@
+"""A run's folder: is it this run's, and what is saved in it.
+
+    RUNS/<dataset>/<recipe>/<model>/seed<k>/
+        config.json env.json metrics.jsonl best.pt last.pt test_predictions.npy result.json
+
+Every file is written by temporary file and rename, `result.json` last: its presence means that the
+run is complete. Nothing is ever loaded that could run code (`weights_only=True`).
+"""
+
+import io
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from files import write_atomically
+
+# These settings may differ when a run is taken up again; any other makes it another run.
+MAY_DIFFER = {"command", "data_dir", "runs", "device", "target_acc", "overwrite", "dry_run"}
+
+
+class RunError(RuntimeError):
+    """The run cannot go on. The message says in one line why and what to do."""
+
+
+def check_same_run(folder: Path, config: dict) -> None:
+    """Raises RunError if `folder` holds finished epochs of other settings than `config`."""
+    if not any((folder / name).exists() for name in ("last.pt", "result.json")):
+        return
+    there = read_json(folder / "config.json")
+    for key in sorted(config.keys() - MAY_DIFFER):
+        if there.get(key) != config[key]:
+            raise RunError(
+                f"{folder} holds a run with {key} = {there.get(key)}, this one has {config[key]}: "
+                "use --overwrite to discard that run, or another --runs folder"
+            )
+
+
+def clear(folder: Path) -> None:
+    """Deletes the files in `folder`, if it exists; the mark of completion goes first."""
+    (folder / "result.json").unlink(missing_ok=True)
+    for path in folder.glob("*"):
+        path.unlink()
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise RunError(f"{path} is damaged ({error}): use --overwrite to start anew") from error
+
+
+def write_json(path: Path, content: dict) -> None:
+    write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_metrics(path: Path, history: list[dict]) -> None:
+    """One JSON object a line. All of it each time, so that it never disagrees with last.pt."""
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in history))
+
+
+def write_predictions(path: Path, predictions: torch.Tensor) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, predictions.cpu().numpy().astype(np.uint8))
+    write_atomically(path, buffer.getbuffer())
+
+
+def save(path: Path, state: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load(path: Path, device: torch.device) -> dict:
+    try:
+        return torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = str(error).splitlines()[0] if str(error) else "it is empty"
+        raise RunError(
+            f"{path} cannot be read ({reason}): use --overwrite to start anew"
+        ) from error
