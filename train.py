@@ -288,6 +288,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             "best_epoch": best_epoch,
             "epochs_run": len(history),
             "stopped_early": len(history) < settings.epochs,
+            "test_images": len(test_labels),
             "params": count_parameters(model),
             "train_seconds": train_seconds,
             "images_per_second": len(history) * len(train_idx) / train_seconds,

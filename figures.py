@@ -1,0 +1,132 @@
+"""The five figures of a report: PNG, in colours that colour-blind readers tell apart."""
+
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")  # the figures go to files, never to a window
+import matplotlib.pyplot as plt
+
+# Okabe and Ito's palette, by the order of the models in the table.
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+
+
+def draw_figures(study, summaries: dict, costs: dict, published: dict) -> dict[str, bytes]:
+    """{file name: PNG} of one study; the figures of inference time only where it was measured.
+
+    summaries, costs, published: {model: ...} as report.py has them.
+    """
+    models = [*summaries, *(model for model in costs if model not in summaries)]
+    colors = {model: COLORS[i % len(COLORS)] for i, model in enumerate(models)}
+    if study.quick:
+        published = {}  # a quick run beside them would only mislead
+    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+
+    params = {model: summary["params"] / 1e6 for model, summary in summaries.items()}
+    published_points = {m: (row["params_m"], row["test_acc"]) for m, row in published.items()}
+    timed = {m: costs[m]["ms_per_image"] for m in summaries if m in costs}
+    figures = {"test_accuracy.png": draw_accuracy(study, summaries, colors, published)}
+    if costs:
+        figures["inference_time.png"] = draw_time(costs, colors)
+    figures["accuracy_vs_params.png"] = draw_against(
+        study, summaries, colors, params, "parameters (millions)", published_points
+    )
+    if timed:
+        label = f"inference time (ms/image), {costs[next(iter(timed))]['device']}"
+        figures["accuracy_vs_latency.png"] = draw_against(
+            study, summaries, colors, timed, label, {}
+        )
+    figures["learning_curves.png"] = draw_curves(study, colors)
+    return {name: as_png(figure) for name, figure in figures.items()}
+
+
+def draw_accuracy(study, summaries, colors, published) -> plt.Figure:
+    """Mean with standard deviation, every seed a dot, the published figure a diamond."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for y, (model, summary) in enumerate(summaries.items()):
+        seeds = [run.result["test_acc"] for run in study.runs[model]]
+        if len(seeds) > 1:
+            axes.plot(seeds, [y + 0.15] * len(seeds), ".", color="0.5")
+        axes.errorbar(
+            summary["test_acc_mean"], y, xerr=summary["test_acc_sd"], fmt="o", capsize=4,
+            color=colors[model],
+        )  # fmt: skip
+        if model in published:
+            axes.plot(published[model]["test_acc"], y, "D", mfc="none", color="black")
+    explained = "test accuracy (%)"
+    if any(summary["n"] > 1 for summary in summaries.values()):
+        explained += ": mean, standard deviation, seeds as dots"
+    explained += "; published: diamond" if published else ""
+    axes.set_yticks(range(len(summaries)), summaries)
+    axes.invert_yaxis()
+    axes.margins(y=0.15)
+    axes.set_xlabel(explained)
+    axes.set_title(title_of(study), fontsize=10)
+    return figure
+
+
+def draw_against(study, summaries, colors, x, xlabel, published) -> plt.Figure:
+    """Test accuracy over `x`; hollow diamonds are the published figures."""
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for model in x:
+        summary = summaries[model]
+        axes.errorbar(
+            x[model], summary["test_acc_mean"], yerr=summary["test_acc_sd"], fmt="o", capsize=4,
+            color=colors[model], label=model,
+        )  # fmt: skip
+    for model in published.keys() & x.keys():
+        axes.plot(*published[model], "D", mfc="none", color=colors[model])
+    axes.set(xlabel=xlabel, ylabel="test accuracy (%)")
+    axes.set_title(title_of(study), fontsize=10)
+    axes.margins(0.15)
+    axes.legend(fontsize=9, title="diamonds: published" if published else None)
+    return figure
+
+
+def draw_time(costs, colors) -> plt.Figure:
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    models = [model for model in colors if model in costs]
+    for y, model in enumerate(models):
+        row = costs[model]
+        middle = row["ms_per_image"]
+        spread = [[middle - row["ms_per_image_p10"]], [row["ms_per_image_p90"] - middle]]
+        axes.barh(y, middle, xerr=spread, capsize=4, height=0.6, color=colors[model])
+    row = costs[models[0]]
+    axes.set_yticks(range(len(models)), models)
+    axes.invert_yaxis()
+    axes.set_xlabel("inference time (ms/image): median, p10 to p90")
+    title = f"batch {row['batch_size']}, {row['precision']}, {row['mode']}\n{row['device']}"
+    axes.set_title(title, fontsize=10)
+    return figure
+
+
+def draw_curves(study, colors) -> plt.Figure:
+    """Validation accuracy and training loss by epoch; a thin line a seed."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for model, runs in study.runs.items():
+        for i, run in enumerate(runs):
+            epochs = [row["epoch"] for row in run.metrics]
+            style = dict(color=colors[model], lw=1, label=model if i == 0 else None)
+            style["marker"] = "o" if len(epochs) == 1 else None
+            left.plot(epochs, [row["val_acc"] for row in run.metrics], **style)
+            right.plot(epochs, [row["train_loss"] for row in run.metrics], **style)
+    left.set(xlabel="epoch", ylabel="validation accuracy (%)")
+    right.set(xlabel="epoch", ylabel="training loss")
+    for axes in (left, right):
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if len(epochs) == 1:
+            axes.set_xlim(0, 2)
+    left.legend(fontsize=9)
+    figure.suptitle(title_of(study), fontsize=10)
+    return figure
+
+
+def title_of(study) -> str:
+    return f"{study.title}\n{study.mark}" if study.mark else study.title
+
+
+def as_png(figure: plt.Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()

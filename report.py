@@ -1,0 +1,386 @@
+"""From run folders to a report: the published table with our figures beside it, and pictures.
+
+    python report.py                                  # runs/ and results/benchmark.json -> results/
+    python report.py --runs DIR --out DIR
+
+Reads files alone and needs no torch: copy the small files of a run folder to a laptop and it works
+there, in a few seconds. Writes report.md, results.csv, summary.json and five figures.
+
+Runs are compared only within a study: one data set, one recipe, the same explicit settings. A study
+that is shorter or narrower than its recipe is marked as a quick run wherever its figures stand.
+"""
+
+import argparse
+import csv
+import io
+import json
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+from figures import draw_figures
+from files import write_atomically
+
+# The published report: one run a model, 50 epochs, Fashion-MNIST; time a NVIDIA RTX 4070, batch 64.
+PUBLISHED = {
+    "baseline": dict(test_acc=93.27, params_m=11.17, flops_g=0.92, ms_per_image=0.06),
+    "se": dict(test_acc=92.70, params_m=11.26, flops_g=0.92, ms_per_image=0.07),
+    "cbam_blocks": dict(test_acc=92.59, params_m=11.26, flops_g=0.92, ms_per_image=0.09),
+    "cbam_classifier": dict(test_acc=93.18, params_m=11.21, flops_g=0.92, ms_per_image=0.07),
+}
+RUN_COLUMNS = (
+    "dataset", "recipe", "overrides", "quick", "model", "seed", "width", "test_acc",
+    "test_acc_last", "val_acc", "best_epoch", "epochs_run", "stopped_early", "test_images",
+    "params", "train_seconds", "images_per_second", "precision", "mode", "device",
+)  # fmt: skip
+
+
+# --- Reading --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    folder: Path
+    result: dict  # result.json
+    config: dict  # config.json
+    env: dict  # env.json
+    metrics: list[dict]  # metrics.jsonl
+
+
+@dataclass
+class Study:
+    """Runs that may be compared: one data set, one recipe, the same explicit settings."""
+
+    dataset: str
+    recipe: str
+    overrides: dict
+    runs: dict[str, list[Run]]  # model -> its runs by seed
+    unfinished: list[str]  # in words
+
+    @property
+    def any_run(self) -> Run:
+        return next(run for runs in self.runs.values() for run in runs)
+
+    @property
+    def quick(self) -> bool:
+        return self.any_run.result["quick"]
+
+    @property
+    def title(self) -> str:
+        changed = "".join(f", {key} = {value}" for key, value in self.overrides.items())
+        return f"{self.dataset}, recipe {self.recipe}{changed}"
+
+    @property
+    def mark(self) -> str:
+        """ "" or words that say how much less than the published recipe this is."""
+        if not self.quick:
+            return ""
+        config = self.any_run.config
+        parts = [f"{config['epochs']} epoch" + "s" * (config["epochs"] != 1)]
+        for key, what in (("limit_train", "training images"), ("limit_test", "test images")):
+            if config[key]:
+                parts.append(f"{config[key]:,} {what}")
+        if config["width"] != 64:
+            parts.append(f"width {config['width']} instead of 64")
+        return f"quick run: {', '.join(parts)}"
+
+    def seeds(self) -> list[int]:
+        return sorted({run.result["seed"] for runs in self.runs.values() for run in runs})
+
+
+class ReportError(RuntimeError):
+    """There is nothing to report. The message says in one line why and what to do."""
+
+
+def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
+    """All studies below `runs_dir`, full ones first, and the problems met on the way, in words."""
+    studies, unfinished, problems = {}, {}, []
+    for folder in sorted(runs_dir.glob("*/*/*/seed*"), key=by_seed):
+        if not (folder / "result.json").exists():
+            metrics = folder / "metrics.jsonl"
+            epochs = len(metrics.read_text().splitlines()) if metrics.exists() else 0
+            words = f"{folder.parent.name} {folder.name} ({epochs} epochs done)"
+            unfinished.setdefault(folder.parts[-4:-2], []).append(words)
+            continue
+        try:
+            run = read_run(folder)
+            key = (run.result["dataset"], run.result["recipe"], json.dumps(run.result["overrides"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problems.append(f"{folder} left out, its files are damaged: {error}")
+            continue
+        study = studies.setdefault(key, Study(*key[:2], run.result["overrides"], {}, []))
+        study.runs.setdefault(run.result["model"], []).append(run)
+    for study in studies.values():
+        study.unfinished = unfinished.pop((study.dataset, study.recipe), [])
+        study.runs = {model: study.runs[model] for model in in_table_order(study.runs)}
+    for (dataset, recipe), words in unfinished.items():
+        problems.append(f"{dataset}, recipe {recipe}: no finished run, begun: {', '.join(words)}")
+    ordered = sorted(studies.values(), key=lambda s: (s.quick, len(s.overrides), s.title))
+    return ordered, problems
+
+
+def read_run(folder: Path) -> Run:
+    """Raises OSError, ValueError or KeyError if a file is missing, damaged or incomplete."""
+    result, config, env = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config", "env")
+    )
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    for column in RUN_COLUMNS:
+        result[column]  # a KeyError names what is not there
+    return Run(folder, result, config, env, [json.loads(line) for line in lines])
+
+
+def by_seed(folder: Path) -> tuple:
+    number = folder.name.removeprefix("seed")
+    return (*folder.parts[:-1], int(number) if number.isdigit() else -1)
+
+
+def in_table_order(models) -> list[str]:
+    return [m for m in PUBLISHED if m in models] + sorted(set(models) - PUBLISHED.keys())
+
+
+def read_costs(paths: list[Path]) -> list[dict]:
+    """The rows of the first benchmark.json that exists; an empty list if there is none."""
+    path = next((path for path in paths if path.exists()), None)
+    if path is None:
+        return []
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ReportError(f"{path} is damaged ({error}): run python benchmark.py again") from error
+
+
+def costs_of(study: Study, rows: list[dict]) -> dict[str, dict]:
+    """{model: the row measured at this study's width}, at batch 64 where there is a choice."""
+    rows = sorted(rows, key=lambda row: row["batch_size"] != 64, reverse=True)
+    return {row["model"]: row for row in rows if row["width"] == study.any_run.result["width"]}
+
+
+# --- Statistics -----------------------------------------------------------------------------------
+
+
+def summarize(runs: list[Run]) -> dict:
+    """Over the seeds of one model. sd: the sample standard deviation (n - 1); None for one run."""
+    results = [run.result for run in runs]
+    accuracies = [result["test_acc"] for result in results]
+    return {
+        "n": len(results),
+        "seeds": [result["seed"] for result in results],
+        "test_acc_mean": mean(accuracies),
+        "test_acc_sd": stdev(accuracies) if len(results) > 1 else None,
+        "test_acc_min": min(accuracies),
+        "test_acc_max": max(accuracies),
+        "test_acc_last_mean": mean(result["test_acc_last"] for result in results),
+        "val_acc_mean": mean(result["val_acc"] for result in results),
+        "epochs_run_mean": mean(result["epochs_run"] for result in results),
+        "train_seconds_mean": mean(result["train_seconds"] for result in results),
+        "images_per_second_mean": mean(result["images_per_second"] for result in results),
+        "params": results[0]["params"],
+    }
+
+
+def missing_runs(study: Study) -> list[str]:
+    """What would complete the table: every published model, and any other, with every seed seen."""
+    seeds = study.seeds()
+    models = in_table_order(PUBLISHED.keys() | study.runs.keys())
+    have = {(model, run.result["seed"]) for model, runs in study.runs.items() for run in runs}
+    return [
+        f"{model} seed {seed}" for model in models for seed in seeds if (model, seed) not in have
+    ]
+
+
+# --- Words ----------------------------------------------------------------------------------------
+
+
+def write_report(
+    studies: list[Study], costs: list[dict], problems: list[str], figures: list[str]
+) -> str:
+    """report.md."""
+    lines = ["# Attention in ResNet-18: accuracy and cost, measured and published", ""]
+    for study in studies:
+        lines += study_section(study, costs_of(study, costs))
+    if figures:
+        lines += [f"## Figures: {studies[0].title}", ""]
+        if studies[0].mark:
+            lines += [f"**{studies[0].mark.capitalize()}.**", ""]
+        lines += [f"![{name}]({name})" for name in figures] + [""]
+    lines += ["## What is missing", ""]
+    for study in studies:
+        if missing := missing_runs(study):
+            problems.append(f"{study.title}: no run of {', '.join(missing)}")
+        if study.unfinished:
+            problems.append(f"{study.title}: begun, not finished: {', '.join(study.unfinished)}")
+    if not costs:
+        problems.append("no benchmark.json: run `python benchmark.py` for FLOPs and inference time")
+    lines += [
+        f"- {problem}" for problem in problems or ["Nothing: every run of the table is there."]
+    ]
+    return "\n".join([*lines, "", *methods(studies, costs)]) + "\n"
+
+
+def study_section(study: Study, costs: dict[str, dict]) -> list[str]:
+    lines = [f"## {study.title}", ""]
+    if study.mark:
+        lines += [
+            f"**{study.mark.capitalize()}.** It shows that everything works; its accuracies say "
+            "nothing about the models.",
+            "",
+        ]
+    lines += [
+        "| model | seeds | test accuracy % | published | parameters M | published "
+        "| FLOPs G | published | ms/image | published |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for model in in_table_order(PUBLISHED.keys() | study.runs.keys()):
+        runs, cost, published = study.runs.get(model), costs.get(model), PUBLISHED.get(model)
+        cells = [f"{model} (quick)" if study.quick else model]
+        if runs:
+            summary = summarize(runs)
+            spread = f" ± {summary['test_acc_sd']:.2f}" if summary["n"] > 1 else ""
+            cells += [str(summary["n"]), f"{summary['test_acc_mean']:.2f}{spread}"]
+        else:
+            cells += ["0", "missing"]
+        params = runs[0].result["params"] if runs else cost["params"] if cost else None
+        cells += [
+            f"{published['test_acc']:.2f}" if published else "-",
+            f"{params / 1e6:.2f}" if params else "-",
+            f"{published['params_m']:.2f}" if published else "-",
+            f"{cost['flops'] / 1e9:.2f}" if cost else "-",
+            f"{published['flops_g']:.2f}" if published else "-",
+            f"{cost['ms_per_image']:.4f}" if cost else "-",
+            f"{published['ms_per_image']:.2f}" if published else "-",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    several = any(len(runs) > 1 for runs in study.runs.values())
+    lines += [
+        "",
+        "Test accuracy: with the weights of the best validation epoch"
+        + (", mean ± sample standard deviation (n - 1) over seeds" if several else "")
+        + f", on {study.any_run.result['test_images']:,} test images. Published: one run a model, "
+        "10,000 test images, 50 epochs; inference on an NVIDIA RTX 4070.",
+    ]
+    if costs:
+        row = next(iter(costs.values()))
+        lines.append(
+            f"ms/image: median inference time at batch {row['batch_size']}, {row['precision']}, "
+            f"{row['mode']}, on {row['device']}. FLOPs: 2 x the MACs that thop counts."
+        )
+    if not several:
+        lines.append(
+            "One seed a model: a difference between two models here may be the seed's, so nothing "
+            "follows about which is better."
+        )
+    lines += [
+        "",
+        "| model | accuracy %: lowest | highest | with the last weights | epochs run | "
+        "training s | images/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for model, runs in study.runs.items():
+        s = summarize(runs)
+        lines.append(
+            f"| {model + ' (quick)' * study.quick} | {s['test_acc_min']:.2f} | "
+            f"{s['test_acc_max']:.2f} | {s['test_acc_last_mean']:.2f} | "
+            f"{s['epochs_run_mean']:.1f} | {s['train_seconds_mean']:.0f} | "
+            f"{s['images_per_second_mean']:,.0f} |"
+        )
+    return [*lines, ""]
+
+
+def methods(studies: list[Study], costs: list[dict]) -> list[str]:
+    """Environment and commands, from env.json and config.json."""
+    runs = [run for study in studies for runs in study.runs.values() for run in runs]
+    lines = ["## How it was measured", ""]
+    for words, count in Counter(
+        f"{run.env['device']}, {run.result['precision']}, {run.result['mode']}; torch "
+        f"{run.env['torch']}, CUDA {run.env['cuda']}, driver {run.env['driver'] or 'none'}, Python "
+        f"{run.env['python']}; commit {(run.env['git_commit'] or 'unknown')[:12]}"
+        + (" with uncommitted changes" if run.env["git_dirty"] else "")
+        for run in runs
+    ).items():
+        lines.append(f"- {count} run{'s' * (count > 1)}: {words}")
+    for device, torch in sorted({(row["device"], row["torch"]) for row in costs}):
+        lines.append(f"- inference: {device}; torch {torch}")
+    lines += [
+        "- One seed fixes split, order and the backbone's first weights for all models alike.",
+        "- At the start CBAM's two gates damp a residual branch about fourfold, SE's gate twofold.",
+        "- cbam_classifier, as published, gates a 1x1 map: average and maximum coincide there.",
+        "",
+        "```sh",
+        *(run.config["command"] for run in runs),
+        "```",
+    ]
+    return lines
+
+
+def results_csv(studies: list[Study]) -> str:
+    """One line a run."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, RUN_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    for study in studies:
+        for runs in study.runs.values():
+            for run in runs:
+                overrides = " ".join(f"{k}={v}" for k, v in study.overrides.items())
+                writer.writerow(run.result | {"overrides": overrides})
+    return buffer.getvalue()
+
+
+def summary_json(studies: list[Study], costs: list[dict]) -> str:
+    summaries = [
+        {
+            "dataset": study.dataset,
+            "recipe": study.recipe,
+            "overrides": study.overrides,
+            "quick": study.quick,
+            "models": {model: summarize(runs) for model, runs in study.runs.items()},
+            "missing": missing_runs(study),
+        }
+        for study in studies
+    ]
+    content = {"studies": summaries, "benchmark": costs, "published": PUBLISHED}
+    return json.dumps(content, indent=2) + "\n"
+
+
+# --- Command line ---------------------------------------------------------------------------------
+
+
+def make_report(runs_dir: Path, out: Path) -> None:
+    studies, problems = read_studies(runs_dir)
+    if not studies:
+        reasons = "; ".join(problems) or "run `python train.py --model baseline` first"
+        raise ReportError(f"no finished run below {runs_dir}: {reasons}")
+    costs = read_costs([out / "benchmark.json", runs_dir / "benchmark.json"])
+    main_study = studies[0]
+    summaries = {model: summarize(runs) for model, runs in main_study.runs.items()}
+    figures = draw_figures(main_study, summaries, costs_of(main_study, costs), PUBLISHED)
+    for name, png in figures.items():
+        write_atomically(out / name, png)
+    write_atomically(out / "results.csv", results_csv(studies))
+    write_atomically(out / "summary.json", summary_json(studies, costs))
+    write_atomically(out / "report.md", write_report(studies, costs, problems, list(figures)))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # an error is then a single line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: %(default)s")
+    add("--out", type=Path, default=Path("results"), help="where to write; default: %(default)s")
+    args = parser.parse_args(argv)
+    try:
+        make_report(args.runs, args.out)
+    except (ReportError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"written: {args.out / 'report.md'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

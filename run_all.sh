@@ -1,0 +1,211 @@
+#!/usr/bin/env bash
+# Trains the models, measures what they cost, writes the report. Finished runs are skipped.
+#
+#   ./run_all.sh               full with a CUDA GPU, quick without
+#   ./run_all.sh quick         the four published models, 1 epoch on 1,920 images each: minutes on a CPU
+#   ./run_all.sh full          the published table: MODELS x SEEDS, 50 epochs each
+#   ./run_all.sh plan [quick|full]   the commands that would run, what is done marked; runs nothing
+#   ./run_all.sh test [PYTEST_ARGUMENT ...]
+#
+# Environment: MODELS, SEEDS, RECIPE, DATASET, RUNS (run folders), OUT (benchmark and report), and
+# PYTHON (python3). Where that Python lacks a pinned requirement, .venv is made and used instead.
+# Exit code: 0 all done, 1 something failed (the rest was still tried), 2 wrong usage,
+# 130 / 143 stopped by SIGINT / SIGTERM after the run at work has saved.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+die() {  # EXIT_CODE MESSAGE
+  echo "error: $2" >&2
+  exit "$1"
+}
+
+# --- Python: the current one, or .venv -----------------------------------------------------------
+
+meets_requirements() {  # PYTHON: says which pinned requirement it lacks, if any
+  "$1" - <<'EOF'
+import sys
+from importlib.metadata import PackageNotFoundError, version
+
+for line in open("requirements.txt"):
+    name, _, pin = line.partition("#")[0].strip().partition("==")
+    try:
+        have = version(name).partition("+")[0].replace("-", ".post") if name else pin
+        if have != pin:  # thop names its version 0.1.1-N, which means 0.1.1.postN
+            sys.exit(f"{sys.executable} has {name} {have}, not {pin}")
+    except PackageNotFoundError:
+        sys.exit(f"{sys.executable} lacks {name}")
+EOF
+}
+
+choose_python() {
+  PYTHON=${PYTHON:-python3}
+  command -v "$PYTHON" >/dev/null || die 1 "$PYTHON is not there: install Python 3.11 or newer"
+  "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    die 1 "$("$PYTHON" --version) is too old: set PYTHON to a Python 3.11 or newer"
+  host_python=$PYTHON
+  meets_requirements "$PYTHON" 2>/dev/null || PYTHON=.venv/bin/python
+}
+
+set_up() {
+  local reason
+  if [[ $PYTHON == .venv/bin/python ]] && ! meets_requirements "$PYTHON" >/dev/null 2>&1; then
+    reason=$(meets_requirements "$host_python" 2>&1) || true
+    echo "$reason: setting up .venv (5 GB, some minutes)" >&2
+    run "$host_python" -m venv .venv || die 1 "no .venv could be made: see above"
+    run "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+      die 1 "the requirements could not be installed: see above"
+  fi
+}
+
+has_gpu() {  # asks PyTorch, or the driver where PyTorch is not installed yet
+  local code=0
+  "$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)' \
+    2>/dev/null || code=$?
+  case $code in
+    0) true ;;
+    3) false ;;
+    *) nvidia-smi -L >/dev/null 2>&1 ;;
+  esac
+}
+
+# --- Children: a signal is passed on to the one at work, which saves before it leaves ------------
+
+child=
+stopped=0
+trap 'stopped=130; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' INT
+trap 'stopped=143; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
+
+run() {  # COMMAND ...: its exit code
+  local code=0
+  ((stopped == 0)) || exit "$stopped"
+  "$@" &
+  child=$!
+  wait "$child" || code=$?
+  while kill -0 "$child" 2>/dev/null; do  # a trapped signal ends `wait` before the child ends
+    code=0
+    wait "$child" || code=$?
+  done
+  child=
+  ((stopped == 0)) || exit "$stopped"
+  return "$code"
+}
+
+# --- The work --------------------------------------------------------------------------------------
+
+set_defaults() {  # quick | full
+  MODELS=${MODELS:-baseline se cbam_blocks cbam_classifier}
+  DATASET=${DATASET:-fashion_mnist}
+  RUNS=${RUNS:-runs}
+  OUT=${OUT:-results}
+  if [[ $1 == quick ]]; then
+    RECIPE=quick
+    SEEDS=${SEEDS:-0}
+  else
+    RECIPE=${RECIPE:-published}
+    SEEDS=${SEEDS:-0 1 2 3 4}
+  fi
+  read -ra models <<<"$MODELS"
+  read -ra seeds <<<"$SEEDS"
+  benchmark=("$PYTHON" benchmark.py --models "${models[@]}" --keep --out "$OUT")
+  report=("$PYTHON" report.py --runs "$RUNS" --out "$OUT")
+}
+
+set_command() {  # MODEL SEED: the command of one run, in the array `command`
+  command=("$PYTHON" train.py --model "$1" --dataset "$DATASET" --recipe "$RECIPE" --seed "$2"
+    --runs "$RUNS")
+}
+
+is_done() {  # MODEL SEED: a result that keeps to its recipe
+  grep -qs '"overrides": {}' "$RUNS/$DATASET/$RECIPE/$1/seed$2/result.json"
+}
+
+print_command() {
+  local line
+  printf -v line '%q ' "$@"
+  echo "${line% }"
+}
+
+print_plan() {
+  local model seed
+  for seed in "${seeds[@]}"; do
+    for model in "${models[@]}"; do
+      set_command "$model" "$seed"
+      echo "$(print_command "${command[@]}")$(is_done "$model" "$seed" && echo '  # done')"
+    done
+  done
+  print_command "${benchmark[@]}"
+  print_command "${report[@]}"
+}
+
+check_names() {  # before hours of work, not after
+  local model seed known
+  known=$("$PYTHON" models.py | cut -d' ' -f1) || die 1 "models.py does not run: see above"
+  for model in "${models[@]}"; do
+    grep -qx -- "$model" <<<"$known" ||
+      die 2 "MODELS: unknown model '$model': choose from ${known//$'\n'/ }"
+  done
+  for seed in "${seeds[@]}"; do
+    [[ $seed =~ ^[0-9]+$ ]] || die 2 "SEEDS: '$seed' is not a whole number"
+  done
+}
+
+work() {
+  local model seed code failed=()
+  check_names
+  run "$PYTHON" data.py --dataset "$DATASET" || exit $?
+  print_plan
+  for seed in "${seeds[@]}"; do
+    for model in "${models[@]}"; do
+      is_done "$model" "$seed" && continue
+      set_command "$model" "$seed"
+      code=0
+      run "${command[@]}" || code=$?
+      ((code != 2)) || exit 2
+      ((code == 0)) || failed+=("$(print_command "${command[@]}")")
+    done
+  done
+  run "${benchmark[@]}" || failed+=("$(print_command "${benchmark[@]}")")
+  run "${report[@]}" || failed+=("$(print_command "${report[@]}")")
+  if ((${#failed[@]})); then
+    printf 'failed: %s\n' "${failed[@]}" >&2
+    exit 1
+  fi
+}
+
+# --- Command line ----------------------------------------------------------------------------------
+
+[[ -z ${JOBS:-}${SHARD:-} ]] || die 2 "JOBS and SHARD are not supported yet: unset them"
+choose_python
+case ${1:-} in
+  "" | quick | full)
+    (($# <= 1)) || die 2 "too many arguments: $*"
+    set_up
+    mode=${1:-}
+    if [[ -z $mode ]]; then
+      if has_gpu; then mode=full; else mode=quick; fi
+      [[ $mode == full ]] || echo "no CUDA GPU is seen: a quick run on the CPU" >&2
+    fi
+    set_defaults "$mode"
+    work
+    ;;
+  plan)
+    mode=${2:-}
+    if [[ -z $mode ]]; then
+      if has_gpu; then mode=full; else mode=quick; fi
+    fi
+    [[ $mode == quick || $mode == full ]] || die 2 "plan of what? quick or full, not '$mode'"
+    set_defaults "$mode"
+    print_plan
+    ;;
+  test)
+    set_up
+    run "$PYTHON" data.py || exit $?
+    run "$PYTHON" -m pytest "${@:2}"
+    ;;
+  -h | --help | help)
+    sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    ;;
+  *)
+    die 2 "unknown command '$1': quick, full, plan, test, or none (see ./run_all.sh --help)"
+    ;;
+esac
