@@ -129,6 +129,9 @@ def read_run(folder: Path) -> Run:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     for column in RUN_COLUMNS:
         result[column]  # a KeyError names what is not there
+    named = [str(result[key]) for key in ("dataset", "recipe", "model")] + [f"seed{result['seed']}"]
+    if list(folder.parts[-4:]) != named:  # a copied folder would count as one more run
+        raise ValueError(f"result.json is that of {result['model']} seed {result['seed']}")
     return Run(folder, result, config, env, [json.loads(line) for line in lines])
 
 

@@ -72,6 +72,6 @@ def draw_wrong(images, labels, predictions, classes) -> plt.Figure:
     for axes in grid.flat:
         axes.axis("off")
     for axes, i in zip(grid.flat, wrong, strict=False):
-        axes.imshow(images[i].permute(1, 2, 0), cmap="gray")
+        axes.imshow(images[i].permute(1, 2, 0).numpy(), cmap="gray")
         axes.set_title(f"{classes[labels[i]]}\ntaken for {classes[predictions[i]]}", fontsize=8)
     return figure

@@ -12,7 +12,6 @@ that `quick` takes half a minute and an epoch of the published recipe ten.
 """
 
 import argparse
-import math
 import os
 import shlex
 import signal
@@ -58,11 +57,11 @@ EVAL_BATCH = 500  # a matter of speed and memory, not of figures
 def parse_settings(argv: list[str] | None) -> argparse.Namespace:
     """All settings, resolved: explicit flags win over the recipe. Exits with 2 on wrong usage."""
 
-    def at_least(least, kind):
+    def within(least, most, kind):
         def parse(text):
             value = kind(text)
-            if not least <= value < math.inf:
-                raise argparse.ArgumentTypeError(f"must be at least {least:g}, not {text}")
+            if not least <= value <= most:
+                raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
             return value
 
         parse.__name__ = kind.__name__  # argparse then says "invalid int value"
@@ -82,14 +81,14 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
     add("--dataset", default="fashion_mnist", choices=data.DATASETS, help=default)
     add("--data-dir", type=Path, default=Path("data"), help=default)
     add("--recipe", default="published", choices=RECIPES, help=default)
-    add("--epochs", type=at_least(1, int), help=of_recipe("epochs"))
-    add("--batch-size", type=at_least(1, int), help=of_recipe("batch_size"))
-    add("--lr", type=at_least(1e-12, float), help=of_recipe("lr"))
-    add("--patience", type=at_least(1, int), help=of_recipe("patience"))
-    add("--limit-train", type=at_least(1, int), help=of_recipe("limit_train"))
-    add("--limit-test", type=at_least(1, int), help=of_recipe("limit_test"))
-    add("--seed", type=at_least(0, int), default=0, help=f"weights, split, order; {default}")
-    add("--width", type=at_least(1, int), default=WIDTH, help=f"channels of stage 1; {default}")
+    add("--epochs", type=within(1, 10**9, int), help=of_recipe("epochs"))
+    add("--batch-size", type=within(1, 10**9, int), help=of_recipe("batch_size"))
+    add("--lr", type=within(1e-9, 1e9, float), help=of_recipe("lr"))
+    add("--patience", type=within(1, 10**9, int), help=of_recipe("patience"))
+    add("--limit-train", type=within(1, 10**9, int), help=of_recipe("limit_train"))
+    add("--limit-test", type=within(1, 10**9, int), help=of_recipe("limit_test"))
+    add("--seed", type=within(0, 2**63 - 1, int), default=0, help=f"{default}")
+    add("--width", type=within(1, 10**9, int), default=WIDTH, help=f"of stage 1; {default}")
     add("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"], help="auto: fp32")
     add("--mode", default="auto", choices=["auto", "eager"], help="auto: eager")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")

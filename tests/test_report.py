@@ -1,0 +1,151 @@
+import csv
+import json
+import shutil
+import statistics
+
+import pytest
+from conftest import copy_run, is_one_line, script
+from PIL import Image
+
+import report
+
+FIGURES = [
+    "test_accuracy.png", "inference_time.png", "accuracy_vs_params.png",
+    "accuracy_vs_latency.png", "learning_curves.png",
+]  # fmt: skip
+ROW = {
+    "params": 177_890, "flops": 915_000_000, "flops_aten": 911_000_000, "batch_size": 64,
+    "precision": "fp32", "mode": "eager", "ms_per_image": 0.25, "ms_per_image_p10": 0.2,
+    "ms_per_image_p90": 0.3, "images_per_second": 4000.0, "peak_memory_mb": None,
+    "device": "a test", "torch": "2", "width": 64,
+}  # fmt: skip
+FULL = {"quick": False, "overrides": {}, "width": 64}
+
+
+@pytest.fixture
+def study(finished_run, tmp_path):
+    """A study of two models with three seeds and one with two, and a benchmark of all four."""
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    accuracies = {
+        "baseline": [93.1, 93.3, 93.2],
+        "se": [92.9, 93.4, 93.0],
+        "cbam_blocks": [92.5, 92.7],
+    }
+    for model, values in accuracies.items():
+        for seed, value in enumerate(values):
+            copy_run(finished_run, runs, model, seed, test_acc=value, **FULL)
+    out.mkdir()
+    rows = [ROW | {"model": model} for model in report.PUBLISHED]
+    (out / "benchmark.json").write_text(json.dumps(rows))
+    return runs, out
+
+
+def row_of(text, model):
+    """The cells of the first table row of `model`."""
+    line = next(line for line in text.splitlines() if line.startswith(f"| {model} "))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_published_table_with_our_figures_beside(study):
+    runs, out = study
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    sd = statistics.stdev([93.1, 93.3, 93.2])
+    assert row_of(text, "baseline") == [
+        "baseline", "3", f"93.20 ± {sd:.2f}", "93.27", "0.18", "11.17", "0.92", "0.92", "0.2500",
+        "0.06",
+    ]  # fmt: skip
+    assert row_of(text, "cbam_blocks")[1:4] == ["2", "92.60 ± 0.14", "92.59"]
+    assert row_of(text, "cbam_classifier")[1:4] == ["0", "missing", "93.18"]
+    missing = next(line for line in text.splitlines() if "no run of" in line)
+    assert missing.endswith(
+        "cbam_blocks seed 2, cbam_classifier seed 0, cbam_classifier seed 1, cbam_classifier seed 2"
+    )
+    assert "quick" not in text.lower()
+    assert "sample standard deviation (n - 1)" in text and "python train.py --model" in text
+    for figure in FIGURES:
+        assert f"({figure})" in text
+        with Image.open(out / figure) as image:
+            assert min(image.size) > 400
+    order = [text.index(f"\n| {model} ") for model in report.PUBLISHED]
+    assert order == sorted(order)
+
+
+def test_csv_and_summary(study):
+    runs, out = study
+    report.main(["--runs", str(runs), "--out", str(out)])
+    with open(out / "results.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["model"], line["seed"]) for line in lines][:4] == [
+        ("baseline", "0"), ("baseline", "1"), ("baseline", "2"), ("se", "0"),
+    ]  # fmt: skip
+    assert [float(line["test_acc"]) for line in lines[3:6]] == [92.9, 93.4, 93.0]
+    (summary,) = json.loads((out / "summary.json").read_text())["studies"]
+    se = summary["models"]["se"]
+    assert (se["n"], se["seeds"]) == (3, [0, 1, 2])
+    assert se["test_acc_mean"] == pytest.approx(93.1)
+    assert se["test_acc_sd"] == pytest.approx(statistics.stdev([92.9, 93.4, 93.0]))
+    assert (se["test_acc_min"], se["test_acc_max"]) == (92.9, 93.4)
+
+
+def test_same_files_same_text(study, tmp_path):
+    runs, out = study
+    report.main(["--runs", str(runs), "--out", str(out)])
+    first = (out / "report.md").read_text()
+    shutil.copytree(runs, tmp_path / "elsewhere" / "runs")
+    report.main(["--runs", str(tmp_path / "elsewhere" / "runs"), "--out", str(out)])
+    assert (out / "report.md").read_text() == first
+
+
+def test_quick_runs_are_marked_and_kept_apart(study, finished_run):
+    runs, out = study
+    copy_run(finished_run, runs, "cbam_blocks", 7)
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert row_of(text, "cbam_blocks")[1] == "2"  # the narrow run is not among the full ones
+    assert row_of(text, "cbam_blocks (quick)")[1] == "1"
+    section = text.split("## fashion_mnist, recipe published, epochs = 2")[1]
+    assert "2 epochs, 160 training images, 100 test images, width 8 instead of 64" in section
+    assert "One seed a model" in section
+    with open(out / "results.csv") as file:
+        quick = {line["seed"]: line["quick"] for line in csv.DictReader(file)}
+    assert quick["7"] == "True" and quick["0"] == "False"
+
+
+def test_unfinished_and_damaged_runs_are_named(study):
+    runs, out = study
+    published = runs / "fashion_mnist" / "published"
+    (published / "se" / "seed1" / "result.json").unlink()
+    (published / "se" / "seed2" / "result.json").write_text('{"model": "se"')
+    shutil.copytree(published / "se" / "seed0", published / "se" / "seed9")
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert row_of(text, "se")[1:3] == ["1", "92.90"]
+    assert "se/seed9 left out, its files are damaged: result.json is that of se seed 0" in text
+    assert "begun, not finished: se seed1 (2 epochs done)" in text
+    assert "se/seed2 left out, its files are damaged" in text
+
+
+def test_without_benchmark_it_says_so(study):
+    runs, out = study
+    (out / "benchmark.json").unlink()
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert "no benchmark.json" in text and "inference_time.png" not in text
+    assert row_of(text, "se")[6] == "-"
+
+
+def test_nothing_to_report_is_one_line(tmp_path, capsys):
+    assert report.main(["--runs", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and str(tmp_path) in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_needs_no_torch(study, tmp_path):
+    runs, out = study
+    block = tmp_path / "torch.py"
+    block.write_text("raise ImportError('report.py must not import torch')")
+    program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import report; sys.exit("
+    done = script("-c", program + f"report.main(['--runs', {str(runs)!r}, '--out', {str(out)!r}]))")
+    assert done.returncode == 0, done.stderr

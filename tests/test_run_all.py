@@ -1,0 +1,173 @@
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO, copy_run, is_one_line
+
+import benchmark
+import data
+import report
+import train
+
+README = (REPO / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```sh\n(.*?)```", README, flags=re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.split("#")[0].strip()
+]
+
+
+def run_all(*arguments, **environment):
+    environment = {key: str(value) for key, value in environment.items()}
+    return subprocess.run(
+        ["./run_all.sh", *arguments],
+        cwd=REPO,
+        env=os.environ | {"PYTHON": sys.executable} | environment,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_plan_prints_runnable_commands_and_runs_nothing(finished_run, tmp_path):
+    runs = tmp_path / "my runs"
+    copy_run(finished_run, runs, "se", 1, overrides={})
+    copy_run(finished_run, runs, "se", 2)  # has overrides: not what the plan asks for
+    done = run_all(
+        "plan", "full", MODELS="baseline se", SEEDS="1 2", RUNS=runs, OUT=tmp_path / "out"
+    )
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == 6
+    expected = [("baseline", 1), ("se", 1), ("baseline", 2), ("se", 2)]
+    for line, (model, seed) in zip(lines, expected):
+        assert line.endswith("# done") == ((model, seed) == ("se", 1))
+        command = shlex.split(line, comments=True)
+        settings = train.parse_settings(command[2:])
+        assert command[1] == "train.py" and (settings.model, settings.seed) == (model, seed)
+        assert settings.recipe == "published" and settings.runs == runs
+    assert "benchmark.py" in lines[4] and "report.py" in lines[5]
+    assert not (tmp_path / "out").exists() and len(list(runs.rglob("seed*"))) == 2
+
+
+def test_full_is_the_published_table_by_default():
+    lines = run_all("plan", "full").stdout.splitlines()
+    assert len(lines) == 4 * 5 + 2
+    found = [train.parse_settings(shlex.split(line, comments=True)[2:]) for line in lines[:-2]]
+    models = ["baseline", "se", "cbam_blocks", "cbam_classifier"]
+    assert [(s.seed, s.model) for s in found] == [(k, model) for k in range(5) for model in models]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "named"),
+    [
+        (["fast"], {}, "fast"),
+        (["plan", "all"], {}, "all"),
+        (["quick", "full"], {}, "quick full"),
+        (["quick"], {"MODELS": "se resnet"}, "resnet"),
+        (["quick"], {"SEEDS": "0 one"}, "one"),
+        (["quick"], {"DATASET": "mnits"}, "mnits"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(arguments, environment, named, tmp_path):
+    done = run_all(*arguments, RUNS=tmp_path / "runs", OUT=tmp_path / "out", **environment)
+    assert done.returncode == 2 and is_one_line(done.stderr) and named in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_goes_on_after_a_failed_run_and_skips_finished_ones(finished_run, tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    # In the way of the baseline: a run with other settings, which train.py refuses to touch.
+    other = copy_run(finished_run, runs, "baseline", 0)
+    (runs / "fashion_mnist" / "published").rename(runs / "fashion_mnist" / "quick")
+    other = runs / "fashion_mnist" / "quick" / "baseline" / "seed0"
+    before = (other / "result.json").read_bytes()
+    environment = {"MODELS": "baseline se", "RUNS": runs, "OUT": out}
+
+    first = run_all("quick", **environment)
+    assert first.returncode == 1
+    assert f"failed: {sys.executable} train.py --model baseline" in first.stderr
+    assert (other / "result.json").read_bytes() == before
+    result = json.loads((runs / "fashion_mnist/quick/se/seed0/result.json").read_text())
+    assert result["quick"] and result["test_images"] == 1000 and result["width"] == 64
+    assert "| se (quick) | 1 |" in (out / "report.md").read_text()
+
+    for path in other.iterdir():
+        path.unlink()
+    start = time.monotonic()
+    second = run_all("quick", **(environment | {"MODELS": "se"}))
+    assert second.returncode == 0 and time.monotonic() - start < 60
+    assert "# done" in second.stdout and "epoch  1/1" not in second.stdout
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_the_children_too(tmp_path, signum, code):
+    process = subprocess.Popen(
+        ["./run_all.sh", "quick"],
+        cwd=REPO,
+        env=os.environ | {"PYTHON": sys.executable, "RUNS": str(tmp_path), "OUT": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "parameters;" in line:  # train.py is at work
+            break
+    os.kill(process.pid, signum)
+    _, error = process.communicate(timeout=30)
+    assert process.returncode == code and "the same command goes on" in error
+    with pytest.raises(ProcessLookupError):  # nobody left in its process group
+        os.killpg(process.pid, 0)
+
+
+def test_readme_shows_commands_of_every_script():
+    text = "\n".join(COMMANDS)
+    for script in ("train.py", "benchmark.py", "report.py", "run_all.sh", "docker build"):
+        assert script in text
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_readme_commands_exist(command, capsys):
+    words = shlex.split(command)
+    words = [
+        word for word in words if not re.fullmatch(r"[A-Z]+=.*", word)
+    ]  # MODELS="..." in front
+    if words[0] == "./run_all.sh":
+        assert words[1:2] in ([], ["quick"], ["full"], ["plan"], ["test"])
+    elif words[0] == "python":
+        script = {
+            "train.py": train,
+            "benchmark.py": benchmark,
+            "report.py": report,
+            "data.py": data,
+        }
+        with pytest.raises(SystemExit):
+            script[words[1]].main(["--help"])
+        known = capsys.readouterr().out
+        flags = [word for word in words[2:] if word.startswith("--")]
+        assert all(re.search(rf"{flag}\b", known) for flag in flags)
+        if words[1] == "train.py":
+            train.parse_settings(words[2:])
+    elif words[0] == "docker":
+        assert words[1] in ("build", "run") and (REPO / "Dockerfile").exists()
+    else:
+        assert words[0] in ("git", "cd", "tensorboard")
+
+
+def test_requirements_and_dockerfile_are_pinned():
+    lines = [
+        line for line in (REPO / "requirements.txt").read_text().splitlines() if line[0] != "#"
+    ]
+    assert lines and all(re.fullmatch(r"[a-z]+==[0-9][0-9a-z.]*", line) for line in lines)
+    dockerfile = (REPO / "Dockerfile").read_text()
+    assert re.search(
+        r"^ARG BASE_IMAGE=nvidia/cuda:\S+@sha256:[0-9a-f]{64}$", dockerfile, re.MULTILINE
+    )
+    assert re.search(r"^USER [1-9][0-9]*:[1-9][0-9]*$", dockerfile, re.MULTILINE)
+    assert 'CMD ["./run_all.sh"]' in dockerfile

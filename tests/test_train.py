@@ -1,0 +1,303 @@
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO, SMALL, is_one_line, script, train_small
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import data
+import tensorboard_log
+import train
+from models import build_model
+
+TIMES = ("seconds", "images_per_second")
+
+
+def metrics_of(folder):
+    """metrics.jsonl without the times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def result_of(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_the_published_recipe_stays_as_it_is():
+    settings = train.parse_settings(["--model", "se"])
+    assert train.RECIPES["published"] == {
+        "epochs": 50,
+        "batch_size": 64,
+        "lr": 1e-3,
+        "patience": 10,
+        "limit_train": None,
+        "limit_test": None,
+    }
+    assert (settings.recipe, settings.epochs, settings.lr, settings.width) == (
+        "published",
+        50,
+        1e-3,
+        64,
+    )
+    assert train.NORMALIZE == (0.5, 0.5)
+    assert not settings.quick and settings.overrides == {}
+
+
+def test_explicit_flags_win_over_the_recipe():
+    settings = train.parse_settings(["--model", "se", "--recipe", "quick", "--epochs", "3"])
+    assert (settings.epochs, settings.limit_train, settings.limit_test) == (3, 1920, 1000)
+    assert settings.overrides == {"epochs": 3} and settings.quick
+    assert not train.parse_settings(["--model", "se", "--lr", "0.01"]).quick
+    assert train.parse_settings(["--model", "se", "--width", "16"]).quick
+
+
+def test_run_folder_holds_what_it_should(finished_run):
+    names = {path.name for path in finished_run.iterdir() if "tfevents" not in path.name}
+    assert names == {
+        "config.json", "env.json", "metrics.jsonl", "best.pt", "last.pt", "test_predictions.npy",
+        "result.json",
+    }  # fmt: skip
+    rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert set(rows[0]) == {
+        "epoch", "lr", "train_loss", "train_acc", "val_loss", "val_acc", "seconds",
+        "images_per_second",
+    }  # fmt: skip
+    result = result_of(finished_run)
+    assert set(result) >= {
+        "model", "dataset", "recipe", "seed", "width", "test_acc", "test_acc_last", "val_acc",
+        "best_epoch", "epochs_run", "stopped_early", "params", "train_seconds",
+        "images_per_second", "precision", "mode", "device", "quick",
+    }  # fmt: skip
+    assert (result["model"], result["epochs_run"], result["quick"]) == ("cbam_blocks", 2, True)
+    config = json.loads((finished_run / "config.json").read_text())
+    assert config["command"].startswith("python train.py --model cbam_blocks")
+    assert config["overrides"] == {"epochs": 2, "limit_train": 160, "limit_test": 100, "width": 8}
+    env = json.loads((finished_run / "env.json").read_text())
+    assert env["torch"] == torch.__version__ and len(env["sha256"]["models.py"]) == 64
+
+
+def test_best_weights_give_the_predictions_and_the_accuracy(finished_run, fashion_mnist):
+    model = build_model("cbam_blocks", width=8).to(memory_format=torch.channels_last)
+    model.load_state_dict(torch.load(finished_run / "best.pt", weights_only=True))
+    images = (fashion_mnist.test_images[:100] / 255 - 0.5) / 0.5
+    with torch.no_grad():
+        expected = model.eval()(images).argmax(1)
+    predictions = np.load(finished_run / "test_predictions.npy")
+    assert predictions.dtype == np.uint8 and predictions.tolist() == expected.tolist()
+    hits = (expected == fashion_mnist.test_labels[:100]).sum().item()
+    assert result_of(finished_run)["test_acc"] == pytest.approx(hits)
+
+
+def test_the_loop_equals_an_obvious_one(finished_run, fashion_mnist):
+    """The published recipe step by step: same losses, same weights, bit for bit."""
+    train_idx, val_idx = data.split_indices(60_000, seed=0)
+    train_idx, val_idx = train_idx[:160], val_idx[:64]
+    images = (fashion_mnist.train_images / 255 - 0.5) / 0.5
+    labels = fashion_mnist.train_labels
+    model = build_model("cbam_blocks", width=8, seed=0).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    expected = []
+    for epoch in (1, 2):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * (1 + math.cos(math.pi * (epoch - 1) / 2)) / 2
+        model.train()
+        order, total, hits = data.shuffled(train_idx, 0, epoch), 0.0, 0
+        for batch in (order[:64], order[64:128], order[128:]):
+            logits = model(images[batch])
+            loss = F.cross_entropy(logits, labels[batch])
+            model.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(batch)
+            hits += (logits.argmax(1) == labels[batch]).sum().item()
+        with torch.no_grad():
+            logits = model.eval()(images[val_idx])
+        row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "train_loss": total / 160}
+        row |= {"train_acc": 100 * hits / 160, "val_loss": F.cross_entropy(logits, labels[val_idx])}
+        row["val_acc"] = 100 * (logits.argmax(1) == labels[val_idx]).float().mean().item()
+        expected.append({key: pytest.approx(float(value), rel=1e-6) for key, value in row.items()})
+    assert metrics_of(finished_run) == expected
+    last = torch.load(finished_run / "last.pt", weights_only=True)["model"]
+    for key, value in model.state_dict().items():
+        assert torch.equal(last[key], value), key
+
+
+def test_same_seed_same_figures(finished_run, tmp_path):
+    assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 0
+    again = tmp_path / "fashion_mnist/published/cbam_blocks/seed0"
+    assert metrics_of(again) == metrics_of(finished_run)
+    predictions = [np.load(folder / "test_predictions.npy") for folder in (again, finished_run)]
+    assert np.array_equal(*predictions)
+
+
+def test_stopped_by_sigterm_it_goes_on_to_the_same_end(tmp_path):
+    flags = ["--epochs", "3", "--limit-train", "1920", "--limit-test", "100", "--width", "8"]
+    command = [sys.executable, "-u", "train.py", "--model", "se", *flags, "--runs"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    subprocess.run([*command, str(whole)], cwd=REPO, check=True, capture_output=True)
+
+    process = subprocess.Popen(
+        [*command, str(parts)], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch  1/3"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, error = process.communicate(timeout=60)
+    folder = parts / "fashion_mnist/published/se/seed0"
+    assert process.returncode == 143 and is_one_line(error) and "SIGTERM" in error
+    assert len(metrics_of(folder)) == 1 and not (folder / "result.json").exists()
+
+    done = subprocess.run([*command, str(parts)], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0 and "going on after epoch 1" in done.stdout
+    other = whole / "fashion_mnist/published/se/seed0"
+    assert metrics_of(folder) == metrics_of(other)
+    ends = [torch.load(path / "last.pt", weights_only=True)["model"] for path in (folder, other)]
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    scalars = EventAccumulator(str(folder)).Reload().Scalars("loss/val")
+    assert [event.step for event in scalars] == [1, 2, 3]
+
+
+def test_a_finished_run_is_left_alone(finished_run, tmp_path, capsys):
+    folder = tmp_path / "fashion_mnist/published/cbam_blocks/seed0"
+    shutil.copytree(finished_run, folder)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 0
+    assert "already complete" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+    assert train_small("cbam_blocks", tmp_path, "--epochs", "2", "--lr", "0.01") == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "lr = 0.001" in error and "--overwrite" in error
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+    assert train_small("cbam_blocks", tmp_path, "--epochs", "1", "--overwrite") == 0
+    assert result_of(folder)["epochs_run"] == 1
+    assert len(list(folder.glob("*tfevents*"))) == 1
+
+
+def test_damaged_checkpoint_is_one_line(finished_run, tmp_path, capsys):
+    folder = tmp_path / "fashion_mnist/published/cbam_blocks/seed0"
+    shutil.copytree(finished_run, folder)
+    (folder / "result.json").unlink()
+    body = (folder / "last.pt").read_bytes()
+    for damaged in (body[: len(body) // 2], b""):
+        (folder / "last.pt").write_bytes(damaged)
+        assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 1
+        error = capsys.readouterr().err
+        assert is_one_line(error) and "last.pt" in error and "--overwrite" in error
+
+
+def test_early_stopping(tmp_path):
+    flags = ["--epochs", "40", "--patience", "2", "--lr", "0.02"]
+    assert train_small("baseline", tmp_path, *flags) == 0
+    folder = tmp_path / "fashion_mnist/published/baseline/seed0"
+    result, accuracies = result_of(folder), [row["val_acc"] for row in metrics_of(folder)]
+    assert result["stopped_early"] and result["epochs_run"] == len(accuracies) < 40
+    best = accuracies.index(max(accuracies)) + 1
+    assert result["best_epoch"] == best == result["epochs_run"] - 2
+    for end in range(3, len(accuracies)):  # it did not run past an earlier reason to stop
+        assert max(accuracies[:end]) in accuracies[end - 2 : end]
+    assert result["val_acc"] == max(accuracies)
+
+
+def test_nan_stops_the_run_and_names_the_step(tmp_path, capsys):
+    assert train_small("se", tmp_path, "--epochs", "2", "--lr", "1e9") == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and re.search(
+        "the loss is (nan|inf) at epoch 1, step [23] of 3", error
+    )
+    assert not (tmp_path / "fashion_mnist/published/se/seed0/result.json").exists()
+
+
+def test_target_accuracy(finished_run, tmp_path, capsys):
+    shutil.copytree(finished_run, tmp_path / "fashion_mnist/published/cbam_blocks/seed0")
+    accuracy = result_of(finished_run)["test_acc"]
+    for target, code in ((accuracy, 0), (accuracy + 0.01, 1)):
+        flags = ["--epochs", "2", "--target-acc", str(target)]
+        assert train_small("cbam_blocks", tmp_path, *flags) == code
+    assert "misses the target" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_dry_run_goes_through_and_keeps_nothing(tmp_path, capsys, precision):
+    flags = ["--dry-run", "--precision", precision]
+    assert train_small("cbam_classifier", tmp_path, *flags) == 0
+    assert "64 training, 64 validation, 64 test images" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--model", "resnet"], "resnet"),
+        (["--model", "se", "--recipe", "fast"], "fast"),
+        (["--model", "se", "--epochs", "0"], "--epochs"),
+        (["--model", "se", "--lr", "nan"], "--lr"),
+        (["--model", "se", "--batch-size", "x"], "--batch-size"),
+        (["--model", "se", "--device", "gpu"], "gpu"),
+        (["--model", "se", "--device", "cpu", "--precision", "tf32"], "tf32"),
+        ([], "--model"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_exit_code_2(flags, named, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and is_one_line(error) and named in error
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu_though_asked_for(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--model", "se", "--device", "cuda"])
+    assert "sees no CUDA GPU" in capsys.readouterr().err
+
+
+def test_unwritable_runs_folder_is_one_line(tmp_path, capsys):
+    (tmp_path / "runs").write_text("a file, not a folder")
+    assert train_small("se", tmp_path / "runs") == 1
+    assert is_one_line(capsys.readouterr().err)
+
+
+def test_missing_data_is_one_line(tmp_path):
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"not labels")
+    flags = ["--data-dir", tmp_path, "--runs", tmp_path / "runs"]
+    done = script("train.py", "--model", "se", *SMALL, *flags)
+    assert done.returncode == 1 and "t10k-labels-idx1-ubyte" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_tensorboard_shows_curves_hparams_and_pictures_in_one_run(finished_run):
+    assert [path for path in finished_run.rglob("*") if path.is_dir()] == []
+    events = EventAccumulator(str(finished_run)).Reload()
+    tags = events.Tags()
+    assert set(tags["scalars"]) == {
+        "loss/train", "loss/val", "accuracy/train", "accuracy/val", "lr", "accuracy/test",
+    }  # fmt: skip
+    assert set(tags["images"]) == {"confusion_matrix", "misclassified"}
+    rows = metrics_of(finished_run)
+    for tag, key in (("loss/val", "val_loss"), ("accuracy/train", "train_acc"), ("lr", "lr")):
+        values = [(event.step, event.value) for event in events.Scalars(tag)]
+        assert values == [(row["epoch"], pytest.approx(row[key])) for row in rows]
+    plugins = events.summary_metadata
+    assert any("hparams" in str(metadata.plugin_data) for metadata in plugins.values())
+
+
+def test_confusion_matrix_counts():
+    labels, predictions = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 2, 2, 0])
+    figure = tensorboard_log.draw_confusion(labels, predictions, ["a", "b", "c"], "title")
+    shown = {text.get_position(): int(text.get_text()) for text in figure.axes[0].texts}
+    expected = {(p, t): 0 for p in range(3) for t in range(3)}
+    for label, prediction in zip(labels.tolist(), predictions.tolist()):
+        expected[prediction, label] += 1
+    assert shown == expected
