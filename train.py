@@ -77,23 +77,28 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, default = parser.add_argument, "default: %(default)s"
+    count = within(1, 10**9, int)
     add("--model", required=True, choices=MODELS)
     add("--dataset", default="fashion_mnist", choices=data.DATASETS, help=default)
     add("--data-dir", type=Path, default=Path("data"), help=default)
     add("--recipe", default="published", choices=RECIPES, help=default)
-    add("--epochs", type=within(1, 10**9, int), help=of_recipe("epochs"))
-    add("--batch-size", type=within(1, 10**9, int), help=of_recipe("batch_size"))
+    add("--epochs", type=count, help=of_recipe("epochs"))
+    add("--batch-size", type=count, help=of_recipe("batch_size"))
     add("--lr", type=within(1e-9, 1e9, float), help=of_recipe("lr"))
-    add("--patience", type=within(1, 10**9, int), help=of_recipe("patience"))
-    add("--limit-train", type=within(1, 10**9, int), help=of_recipe("limit_train"))
-    add("--limit-test", type=within(1, 10**9, int), help=of_recipe("limit_test"))
-    add("--seed", type=within(0, 2**63 - 1, int), default=0, help=f"{default}")
-    add("--width", type=within(1, 10**9, int), default=WIDTH, help=f"of stage 1; {default}")
+    add("--patience", type=count, help=of_recipe("patience"))
+    add("--limit-train", type=count, help=of_recipe("limit_train"))
+    add("--limit-test", type=count, help=of_recipe("limit_test"))
+    add("--seed", type=within(0, 10**9, int), default=0, help=f"split, order, weights; {default}")
+    add("--width", type=count, default=WIDTH, help=f"channels of stage 1; {default}")
     add("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"], help="auto: fp32")
     add("--mode", default="auto", choices=["auto", "eager"], help="auto: eager")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--runs", type=Path, default=Path("runs"), help=f"folder of all runs; {default}")
-    add("--target-acc", type=float, help="exit 1 if test accuracy (percent) is below this")
+    add(
+        "--target-acc",
+        type=within(0, 100, float),
+        help="exit 1 if test accuracy (percent) is below this",
+    )
     add("--overwrite", action="store_true", help="discard what the run's folder holds")
     add("--dry-run", action="store_true", help="one batch of each step; keeps nothing")
     settings = parser.parse_args(argv)
