@@ -57,10 +57,15 @@ def describe_environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "git_commit": output_of("git", "-C", HERE, "rev-parse", "HEAD"),
         "git_dirty": is_dirty(),
-        "sha256": {
-            name: hashlib.sha256((HERE / name).read_bytes()).hexdigest()
-            for name in ("models.py", "data.py", "train.py")
-        },
+        "sha256": source_hashes(),
+    }
+
+
+def source_hashes() -> dict[str, str]:
+    """sha256 of the files that a result depends on most."""
+    return {
+        name: hashlib.sha256((HERE / name).read_bytes()).hexdigest()
+        for name in ("models.py", "data.py", "train.py")
     }
 
 

@@ -38,6 +38,13 @@ def check_same_run(folder: Path, config: dict) -> None:
             )
 
 
+def note_on_edits(folder: Path, sha256: dict[str, str]) -> str:
+    """Words on the source files that are no longer those of the folder's env.json, if any."""
+    then = read_json(folder / "env.json").get("sha256", {})
+    edited = [name for name in sha256 if sha256[name] != then.get(name)]
+    return f" ({', '.join(edited)} edited since; --overwrite starts anew)" if edited else ""
+
+
 def clear(folder: Path) -> None:
     """Deletes the files in `folder`, if it exists; the mark of completion goes first."""
     (folder / "result.json").unlink(missing_ok=True)
@@ -73,9 +80,10 @@ def save(path: Path, state: dict) -> None:
     write_atomically(path, buffer.getbuffer())
 
 
-def load(path: Path, device: torch.device) -> dict:
+def load(path: Path) -> dict:
+    """What `save` wrote, on the CPU: each load_state_dict moves its part to where it belongs."""
     try:
-        return torch.load(path, map_location=device, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         reason = str(error).splitlines()[0] if str(error) else "it is empty"
         raise RunError(

@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 import data
 import run_folder
-from environment import choose_device, describe_environment, device_name
+from environment import choose_device, describe_environment, device_name, source_hashes
 from models import MODELS, build_model, count_parameters
 from run_folder import RunError
 from tensorboard_log import log_epoch, log_test
@@ -182,14 +182,22 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     # Go on after the last finished epoch, if there is one.
     history = []  # one object an epoch, as in metrics.jsonl
     if (folder / "last.pt").exists():
-        checkpoint = run_folder.load(folder / "last.pt", device)
-        model.load_state_dict(checkpoint["model"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        scheduler.load_state_dict(checkpoint["scheduler"])
-        torch.set_rng_state(checkpoint["rng"].cpu())
-        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"].cpu(), device)
-        history = checkpoint["history"]
+        checkpoint = run_folder.load(folder / "last.pt")
+        try:
+            model.load_state_dict(checkpoint["model"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            scheduler.load_state_dict(checkpoint["scheduler"])
+            torch.set_rng_state(checkpoint["rng"])
+            if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+                torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
+            history = checkpoint["history"]
+        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+            raise RunError(
+                f"{folder / 'last.pt'} does not fit this model (was models.py edited?): use "
+                "--overwrite to start anew"
+            ) from error
+        edits = run_folder.note_on_edits(folder, source_hashes())
+        print(f"going on after epoch {len(history)}{edits}")
 
     config = as_config(settings)
     run_folder.write_json(folder / "config.json", config)
@@ -198,8 +206,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         f"{settings.model}, {settings.dataset}, recipe {settings.recipe}, seed {settings.seed} -> "
         f"{folder}\n{count_parameters(model):,} parameters; {len(train_idx):,} training, "
         f"{len(val_idx):,} validation, {len(test_labels):,} test images {dataset.source}; "
-        f"{device_name(device)}; {settings.precision}, {settings.mode}"
-        + (f"; going on after epoch {len(history)}" if history else ""),
+        f"{device_name(device)}; {settings.precision}, {settings.mode}",
         flush=True,
     )
 
@@ -276,7 +283,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         _, predictions = evaluate(model, logits_of, test_images, test_labels)
         test_acc_last = accuracy(predictions, test_labels)
         if best_epoch != len(history):
-            model.load_state_dict(run_folder.load(folder / "best.pt", device))
+            model.load_state_dict(run_folder.load(folder / "best.pt"))
             _, predictions = evaluate(model, logits_of, test_images, test_labels)
         run_folder.write_predictions(folder / "test_predictions.npy", predictions)
         train_seconds = sum(row["seconds"] for row in history)
@@ -337,6 +344,8 @@ class Stopped(SystemExit):
 
 
 def stop(signum, frame):
+    for further in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not disturb the end
+        signal.signal(further, signal.SIG_IGN)
     raise Stopped(128 + signum)
 
 
@@ -348,7 +357,7 @@ def run(settings: argparse.Namespace, runs: Path) -> int:
             run_folder.clear(folder)
         run_folder.check_same_run(folder, as_config(settings))
         if (folder / "result.json").exists():
-            print(f"already complete: {folder}")
+            print(f"already complete: {folder}{run_folder.note_on_edits(folder, source_hashes())}")
             result = run_folder.read_json(folder / "result.json")
         else:
             result = train(settings, folder)

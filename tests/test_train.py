@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import re
@@ -175,6 +176,13 @@ def test_a_finished_run_is_left_alone(finished_run, tmp_path, capsys):
     assert "already complete" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
+    env = json.loads((folder / "env.json").read_text())
+    env["sha256"]["models.py"] = "another"
+    (folder / "env.json").write_text(json.dumps(env))
+    before["env.json"] = (folder / "env.json").stat().st_mtime_ns
+    assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 0
+    assert "models.py edited since" in capsys.readouterr().out
+
     assert train_small("cbam_blocks", tmp_path, "--epochs", "2", "--lr", "0.01") == 1
     error = capsys.readouterr().err
     assert is_one_line(error) and "lr = 0.001" in error and "--overwrite" in error
@@ -190,7 +198,9 @@ def test_damaged_checkpoint_is_one_line(finished_run, tmp_path, capsys):
     shutil.copytree(finished_run, folder)
     (folder / "result.json").unlink()
     body = (folder / "last.pt").read_bytes()
-    for damaged in (body[: len(body) // 2], b""):
+    other = io.BytesIO()
+    torch.save({"model": build_model("se", width=8).state_dict()}, other)
+    for damaged in (body[: len(body) // 2], b"", other.getvalue()):
         (folder / "last.pt").write_bytes(damaged)
         assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 1
         error = capsys.readouterr().err
