@@ -149,9 +149,16 @@ check_names() {  # before hours of work, not after
   done
 }
 
+check_writable() {  # FOLDER
+  { mkdir -p "$1" && [[ -w $1 ]]; } 2>/dev/null ||
+    die 1 "$1 cannot be written: choose another RUNS or OUT (docker run: --user \"\$(id -u):\$(id -g)\")"
+}
+
 work() {
   local model seed code failed=()
   check_names
+  check_writable "$RUNS"
+  check_writable "$OUT"
   run "$PYTHON" data.py --dataset "$DATASET" || exit $?
   print_plan
   for seed in "${seeds[@]}"; do
