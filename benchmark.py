@@ -109,16 +109,17 @@ def measure(names: list[str], settings: dict, repeats: int, device) -> dict[str,
 
 def rows_kept(path: Path, settings: dict) -> dict[str, dict]:
     """{model: row} of the rows in `path` that were measured with `settings`."""
-    if not path.exists():
-        return {}
-    rows = json.loads(path.read_text())
-    return {row["model"]: row for row in rows if settings.items() <= row.items()}
+    try:
+        rows = json.loads(path.read_text())
+        return {row["model"]: row for row in rows if settings.items() <= row.items()}
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+        return {}  # nothing there that could be kept: everything is measured
 
 
 def print_table(rows: list[dict]) -> None:
     print(
         COLUMNS.format(
-            "model", "params", "params M", "FLOPs", "FLOPs G", "ms/image", "images/s", "memory"
+            "model", "params", "params M", "MFLOPs", "GFLOPs", "ms/image", "images/s", "memory"
         )
     )
     for row in rows:
@@ -128,7 +129,7 @@ def print_table(rows: list[dict]) -> None:
                 row["model"],
                 f"{row['params']:,}",
                 f"{row['params'] / 1e6:.2f}",
-                f"{row['flops_aten'] / 1e6:,.1f}M",
+                f"{row['flops_aten'] / 1e6:,.1f}",
                 f"{row['flops'] / 1e9:.2f}",
                 f"{row['ms_per_image']:.4f} "
                 f"({row['ms_per_image_p10']:.3f}-{row['ms_per_image_p90']:.3f})",
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> int:
         kept = rows_kept(path, settings) if args.keep else {}
         missing = [name for name in args.models if name not in kept]
         measured = measure(missing, settings, repeats, device) if missing else {}
-        rows = [(kept | measured)[name] for name in args.models]
+        rows = [(kept | measured)[name] for name in MODELS if name in kept | measured]
         write_atomically(path, json.dumps(rows, indent=2) + "\n")
     except torch.OutOfMemoryError:
         print(f"error: out of GPU memory with --batch-size {args.batch_size}", file=sys.stderr)
@@ -185,12 +186,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(
-        f"{device_name(device)}, torch {torch.__version__}, fp32, eager, batch {args.batch_size}, "
-        f"median of {repeats} batches (p10-p90)"
+        f"{device_name(device)}, torch {torch.__version__}, fp32, eager, batch {args.batch_size}: "
+        f"median time (p10-p90)" + (f", kept: {', '.join(kept)}" if kept else "")
     )
     print_table(rows)
-    print(f"FLOPs: exact count of convolutions and matrix products; FLOPs G: 2 x thop's MACs, as "
-          f"published. Written to {args.out / 'benchmark.json'}")  # fmt: skip
+    print(f"MFLOPs: FlopCounterMode's exact count of convolutions and matrix products. GFLOPs: 2 x "
+          f"thop's MACs, as published. Written to {path}")  # fmt: skip
     return 0
 
 

@@ -83,9 +83,9 @@ def load_fashion_mnist(data_dir: Path) -> ImageData:
         except DataError as error:
             raise DataError(f"{error}. Delete it. {THREE_WAYS}.") from error
         used[path.parent] = None  # a dict, not a set: keeps the order
-    source = "read from " + ", ".join(map(str, used))
+    source = f"read from {', '.join(map(str, used))}, sha256 verified"
     if fetched_from:
-        source += f" (just fetched from {fetched_from})"
+        source += f", just fetched from {fetched_from}"
     return ImageData(
         train_images=arrays["train-images-idx3-ubyte"].unsqueeze(1),
         train_labels=arrays["train-labels-idx1-ubyte"].long(),
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     channels, height, width = dataset.train_images.shape[1:]
     print(
-        f"{args.dataset}: {dataset.source}, sha256 verified: {len(dataset.train_images):,} "
+        f"{args.dataset}: {dataset.source}: {len(dataset.train_images):,} "
         f"training and {len(dataset.test_images):,} test images, {channels} x {height} x {width}, "
         f"{len(dataset.classes)} classes"
     )

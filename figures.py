@@ -1,6 +1,7 @@
 """The five figures of a report: PNG, in colours that colour-blind readers tell apart."""
 
 import io
+import textwrap
 
 import matplotlib
 
@@ -11,20 +12,21 @@ import matplotlib.pyplot as plt
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 
 
-def draw_figures(study, summaries: dict, costs: dict, published: dict) -> dict[str, bytes]:
+def draw_figures(study, summaries: dict, costs: dict) -> dict[str, bytes]:
     """{file name: PNG} of one study; the figures of inference time only where it was measured.
 
-    summaries, costs, published: {model: ...} as report.py has them.
+    summaries, costs: {model: ...} as report.py has them.
     """
-    models = [*summaries, *(model for model in costs if model not in summaries)]
+    # The published models first, run or not: a model keeps its colour from report to report.
+    models = list(dict.fromkeys([*study.published, *summaries, *costs]))
     colors = {model: COLORS[i % len(COLORS)] for i, model in enumerate(models)}
-    if study.quick:
-        published = {}  # a quick run beside them would only mislead
+    # Beside a quick run, on one axis with it, the published figures would only mislead.
+    published = {} if study.quick else study.published
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
 
     params = {model: summary["params"] / 1e6 for model, summary in summaries.items()}
     published_points = {m: (row["params_m"], row["test_acc"]) for m, row in published.items()}
-    timed = {m: costs[m]["ms_per_image"] for m in summaries if m in costs}
+    timed = {m: costs[m] for m in summaries if m in costs}
     figures = {"test_accuracy.png": draw_accuracy(study, summaries, colors, published)}
     if costs:
         figures["inference_time.png"] = draw_time(costs, colors)
@@ -32,9 +34,11 @@ def draw_figures(study, summaries: dict, costs: dict, published: dict) -> dict[s
         study, summaries, colors, params, "parameters (millions)", published_points
     )
     if timed:
-        label = f"inference time (ms/image), {costs[next(iter(timed))]['device']}"
+        label = f"inference time (ms/image), p10 to p90, {next(iter(timed.values()))['device']}"
+        times = {model: row["ms_per_image"] for model, row in timed.items()}
+        spread = {model: spread_of(row) for model, row in timed.items()}
         figures["accuracy_vs_latency.png"] = draw_against(
-            study, summaries, colors, timed, label, {}
+            study, summaries, colors, times, label, {}, spread
         )
     figures["learning_curves.png"] = draw_curves(study, colors)
     return {name: as_png(figure) for name, figure in figures.items()}
@@ -65,14 +69,15 @@ def draw_accuracy(study, summaries, colors, published) -> plt.Figure:
     return figure
 
 
-def draw_against(study, summaries, colors, x, xlabel, published) -> plt.Figure:
+def draw_against(study, summaries, colors, x, xlabel, published, xerr=None) -> plt.Figure:
     """Test accuracy over `x`; hollow diamonds are the published figures."""
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
     for model in x:
         summary = summaries[model]
         axes.errorbar(
-            x[model], summary["test_acc_mean"], yerr=summary["test_acc_sd"], fmt="o", capsize=4,
-            color=colors[model], label=model,
+            x[model], summary["test_acc_mean"], yerr=summary["test_acc_sd"],
+            xerr=xerr[model] if xerr else None, fmt="o", capsize=4, color=colors[model],
+            label=model,
         )  # fmt: skip
     for model in published.keys() & x.keys():
         axes.plot(*published[model], "D", mfc="none", color=colors[model])
@@ -87,10 +92,10 @@ def draw_time(costs, colors) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     models = [model for model in colors if model in costs]
     for y, model in enumerate(models):
-        row = costs[model]
-        middle = row["ms_per_image"]
-        spread = [[middle - row["ms_per_image_p10"]], [row["ms_per_image_p90"] - middle]]
-        axes.barh(y, middle, xerr=spread, capsize=4, height=0.6, color=colors[model])
+        axes.barh(
+            y, costs[model]["ms_per_image"], xerr=spread_of(costs[model]), capsize=4, height=0.6,
+            color=colors[model],
+        )  # fmt: skip
     row = costs[models[0]]
     axes.set_yticks(range(len(models)), models)
     axes.invert_yaxis()
@@ -98,6 +103,12 @@ def draw_time(costs, colors) -> plt.Figure:
     title = f"batch {row['batch_size']}, {row['precision']}, {row['mode']}\n{row['device']}"
     axes.set_title(title, fontsize=10)
     return figure
+
+
+def spread_of(row: dict) -> list[list[float]]:
+    """Error bars from p10 to p90 about the median."""
+    middle = row["ms_per_image"]
+    return [[middle - row["ms_per_image_p10"]], [row["ms_per_image_p90"] - middle]]
 
 
 def draw_curves(study, colors) -> plt.Figure:
@@ -112,17 +123,18 @@ def draw_curves(study, colors) -> plt.Figure:
             right.plot(epochs, [row["train_loss"] for row in run.metrics], **style)
     left.set(xlabel="epoch", ylabel="validation accuracy (%)")
     right.set(xlabel="epoch", ylabel="training loss")
+    longest = max(len(run.metrics) for runs in study.runs.values() for run in runs)
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-        if len(epochs) == 1:
-            axes.set_xlim(0, 2)
+        axes.set_xlim(0, longest + 1)
     left.legend(fontsize=9)
     figure.suptitle(title_of(study), fontsize=10)
     return figure
 
 
 def title_of(study) -> str:
-    return f"{study.title}\n{study.mark}" if study.mark else study.title
+    lines = [study.title, study.mark] if study.mark else [study.title]
+    return "\n".join(textwrap.fill(line, 75) for line in lines)
 
 
 def as_png(figure: plt.Figure) -> bytes:

@@ -10,6 +10,7 @@ To add an attention module: write a class `Module(channels)` whose output has th
 (N, C, H, W), add one line to ATTENTION, and one to MODELS that says where it goes.
 """
 
+import argparse
 import sys
 
 import torch
@@ -212,6 +213,8 @@ def build_model(
                 block.attention = ATTENTION[module](block.conv2.out_channels)
         elif place == "classifier":
             model.attention = ATTENTION[module](model.fc.in_features)
+        elif place is not None:
+            raise ValueError(f"MODELS[{name!r}]: unknown place {place!r}")
     return model
 
 
@@ -220,9 +223,11 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    if argv if argv is not None else sys.argv[1:]:
-        print("usage: python models.py", file=sys.stderr)
-        return 2
+    argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # an error is then a single line
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args(argv)
     for name in MODELS:
         print(f"{name:16s} {count_parameters(build_model(name)):>12,}")
     return 0

@@ -1,7 +1,7 @@
 """From run folders to a report: the published table with our figures beside it, and pictures.
 
     python report.py                                  # runs/ and results/benchmark.json -> results/
-    python report.py --runs DIR --out DIR
+    python report.py --runs DIR --out DIR             # benchmark.json may lie in either
 
 Reads files alone and needs no torch: copy the small files of a run folder to a laptop and it works
 there, in a few seconds. Writes report.md, results.csv, summary.json and five figures.
@@ -37,6 +37,12 @@ RUN_COLUMNS = (
 )  # fmt: skip
 
 
+COST_COLUMNS = (
+    "model", "params", "flops", "batch_size", "precision", "mode", "width", "device", "torch",
+    "ms_per_image", "ms_per_image_p10", "ms_per_image_p90",
+)  # fmt: skip
+
+
 # --- Reading --------------------------------------------------------------------------------------
 
 
@@ -57,11 +63,15 @@ class Study:
     recipe: str
     overrides: dict
     runs: dict[str, list[Run]]  # model -> its runs by seed
-    unfinished: list[str]  # in words
 
     @property
     def any_run(self) -> Run:
         return next(run for runs in self.runs.values() for run in runs)
+
+    @property
+    def published(self) -> dict[str, dict]:
+        """The published rows, for the data set they are of."""
+        return PUBLISHED if self.dataset == "fashion_mnist" else {}
 
     @property
     def quick(self) -> bool:
@@ -74,7 +84,7 @@ class Study:
 
     @property
     def mark(self) -> str:
-        """ "" or words that say how much less than the published recipe this is."""
+        """How much less than the published recipe this is, in words; empty for a full study."""
         if not self.quick:
             return ""
         config = self.any_run.config
@@ -96,13 +106,12 @@ class ReportError(RuntimeError):
 
 def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
     """All studies below `runs_dir`, full ones first, and the problems met on the way, in words."""
-    studies, unfinished, problems = {}, {}, []
+    studies, problems = {}, []
     for folder in sorted(runs_dir.glob("*/*/*/seed*"), key=by_seed):
         if not (folder / "result.json").exists():
             metrics = folder / "metrics.jsonl"
             epochs = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-            words = f"{folder.parent.name} {folder.name} ({epochs} epochs done)"
-            unfinished.setdefault(folder.parts[-4:-2], []).append(words)
+            problems.append(f"begun, not finished: {folder}, {epochs} epochs done")
             continue
         try:
             run = read_run(folder)
@@ -110,13 +119,10 @@ def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
         except (OSError, ValueError, KeyError, TypeError) as error:
             problems.append(f"{folder} left out, its files are damaged: {error}")
             continue
-        study = studies.setdefault(key, Study(*key[:2], run.result["overrides"], {}, []))
+        study = studies.setdefault(key, Study(*key[:2], run.result["overrides"], {}))
         study.runs.setdefault(run.result["model"], []).append(run)
     for study in studies.values():
-        study.unfinished = unfinished.pop((study.dataset, study.recipe), [])
         study.runs = {model: study.runs[model] for model in in_table_order(study.runs)}
-    for (dataset, recipe), words in unfinished.items():
-        problems.append(f"{dataset}, recipe {recipe}: no finished run, begun: {', '.join(words)}")
     ordered = sorted(studies.values(), key=lambda s: (s.quick, len(s.overrides), s.title))
     return ordered, problems
 
@@ -150,14 +156,18 @@ def read_costs(paths: list[Path]) -> list[dict]:
     if path is None:
         return []
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise ReportError(f"{path} is damaged ({error}): run python benchmark.py again") from error
+        rows = json.loads(path.read_text())
+        for row in rows:
+            [row[column] for column in COST_COLUMNS]  # a KeyError names what is not there
+    except (ValueError, KeyError, TypeError) as error:
+        raise ReportError(
+            f"{path} is damaged ({type(error).__name__}: {error}): run python benchmark.py again"
+        ) from error
+    return rows
 
 
 def costs_of(study: Study, rows: list[dict]) -> dict[str, dict]:
-    """{model: the row measured at this study's width}, at batch 64 where there is a choice."""
-    rows = sorted(rows, key=lambda row: row["batch_size"] != 64, reverse=True)
+    """{model: the row measured at this study's width}."""
     return {row["model"]: row for row in rows if row["width"] == study.any_run.result["width"]}
 
 
@@ -187,7 +197,7 @@ def summarize(runs: list[Run]) -> dict:
 def missing_runs(study: Study) -> list[str]:
     """What would complete the table: every published model, and any other, with every seed seen."""
     seeds = study.seeds()
-    models = in_table_order(PUBLISHED.keys() | study.runs.keys())
+    models = in_table_order(study.published.keys() | study.runs.keys())
     have = {(model, run.result["seed"]) for model, runs in study.runs.items() for run in runs}
     return [
         f"{model} seed {seed}" for model in models for seed in seeds if (model, seed) not in have
@@ -208,15 +218,21 @@ def write_report(
         lines += [f"## Figures: {studies[0].title}", ""]
         if studies[0].mark:
             lines += [f"**{studies[0].mark.capitalize()}.**", ""]
-        lines += [f"![{name}]({name})" for name in figures] + [""]
+        for name in figures:
+            caption = name.removesuffix(".png").replace("_", " ").replace(" vs ", " against ")
+            lines += [f"![{caption}]({name})", ""]
     lines += ["## What is missing", ""]
     for study in studies:
         if missing := missing_runs(study):
             problems.append(f"{study.title}: no run of {', '.join(missing)}")
-        if study.unfinished:
-            problems.append(f"{study.title}: begun, not finished: {', '.join(study.unfinished)}")
-    if not costs:
-        problems.append("no benchmark.json: run `python benchmark.py` for FLOPs and inference time")
+        if not costs_of(study, costs):
+            width = study.any_run.result["width"]
+            problems.append(
+                f"{study.title}: no FLOPs and no inference time: run `python benchmark.py --width "
+                f"{width} --out` with the folder of this report"
+            )
+    if all(study.quick for study in studies):
+        problems.append("every full run: `./run_all.sh full`")
     lines += [
         f"- {problem}" for problem in problems or ["Nothing: every run of the table is there."]
     ]
@@ -236,8 +252,9 @@ def study_section(study: Study, costs: dict[str, dict]) -> list[str]:
         "| FLOPs G | published | ms/image | published |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for model in in_table_order(PUBLISHED.keys() | study.runs.keys()):
-        runs, cost, published = study.runs.get(model), costs.get(model), PUBLISHED.get(model)
+    for model in in_table_order(study.published.keys() | study.runs.keys()):
+        runs, cost = study.runs.get(model), costs.get(model)
+        published = study.published.get(model)
         cells = [f"{model} (quick)" if study.quick else model]
         if runs:
             summary = summarize(runs)
@@ -252,17 +269,18 @@ def study_section(study: Study, costs: dict[str, dict]) -> list[str]:
             f"{published['params_m']:.2f}" if published else "-",
             f"{cost['flops'] / 1e9:.2f}" if cost else "-",
             f"{published['flops_g']:.2f}" if published else "-",
-            f"{cost['ms_per_image']:.4f}" if cost else "-",
+            f"{cost['ms_per_image']:.3g}" if cost else "-",
             f"{published['ms_per_image']:.2f}" if published else "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")
     several = any(len(runs) > 1 for runs in study.runs.values())
+    single = [model for model, runs in study.runs.items() if len(runs) == 1]
     lines += [
         "",
         "Test accuracy: with the weights of the best validation epoch"
         + (", mean ± sample standard deviation (n - 1) over seeds" if several else "")
-        + f", on {study.any_run.result['test_images']:,} test images. Published: one run a model, "
-        "10,000 test images, 50 epochs; inference on an NVIDIA RTX 4070.",
+        + f", on {study.any_run.result['test_images']:,} test images. Published: one run per "
+        "model, 50 epochs, 10,000 test images; inference on an NVIDIA RTX 4070.",
     ]
     if costs:
         row = next(iter(costs.values()))
@@ -270,10 +288,10 @@ def study_section(study: Study, costs: dict[str, dict]) -> list[str]:
             f"ms/image: median inference time at batch {row['batch_size']}, {row['precision']}, "
             f"{row['mode']}, on {row['device']}. FLOPs: 2 x the MACs that thop counts."
         )
-    if not several:
+    if single:
         lines.append(
-            "One seed a model: a difference between two models here may be the seed's, so nothing "
-            "follows about which is better."
+            f"One seed only of {', '.join(single)}: a difference to another model may be the "
+            "seed's, so nothing follows about which is better."
         )
     lines += [
         "",
@@ -304,6 +322,7 @@ def methods(studies: list[Study], costs: list[dict]) -> list[str]:
         for run in runs
     ).items():
         lines.append(f"- {count} run{'s' * (count > 1)}: {words}")
+    lines.append("- Training times include whatever else these machines were doing.")
     for device, torch in sorted({(row["device"], row["torch"]) for row in costs}):
         lines.append(f"- inference: {device}; torch {torch}")
     lines += [
@@ -358,7 +377,7 @@ def make_report(runs_dir: Path, out: Path) -> None:
     costs = read_costs([out / "benchmark.json", runs_dir / "benchmark.json"])
     main_study = studies[0]
     summaries = {model: summarize(runs) for model, runs in main_study.runs.items()}
-    figures = draw_figures(main_study, summaries, costs_of(main_study, costs), PUBLISHED)
+    figures = draw_figures(main_study, summaries, costs_of(main_study, costs))
     for name, png in figures.items():
         write_atomically(out / name, png)
     write_atomically(out / "results.csv", results_csv(studies))

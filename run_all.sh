@@ -68,6 +68,10 @@ has_gpu() {  # asks PyTorch, or the driver where PyTorch is not installed yet
   esac
 }
 
+default_mode() {
+  if has_gpu; then echo full; else echo quick; fi
+}
+
 # --- Children: a signal is passed on to the one at work, which saves before it leaves ------------
 
 child=
@@ -93,11 +97,13 @@ run() {  # COMMAND ...: its exit code
 # --- The work --------------------------------------------------------------------------------------
 
 set_defaults() {  # quick | full
+  [[ -z ${JOBS:-}${SHARD:-} ]] || die 2 "JOBS and SHARD are not supported yet: unset them"
   MODELS=${MODELS:-baseline se cbam_blocks cbam_classifier}
   DATASET=${DATASET:-fashion_mnist}
   RUNS=${RUNS:-runs}
   OUT=${OUT:-results}
   if [[ $1 == quick ]]; then
+    [[ ${RECIPE:-quick} == quick ]] || die 2 "quick is a recipe of its own: unset RECIPE"
     RECIPE=quick
     SEEDS=${SEEDS:-0}
   else
@@ -181,30 +187,27 @@ work() {
 
 # --- Command line ----------------------------------------------------------------------------------
 
-[[ -z ${JOBS:-}${SHARD:-} ]] || die 2 "JOBS and SHARD are not supported yet: unset them"
-choose_python
 case ${1:-} in
   "" | quick | full)
     (($# <= 1)) || die 2 "too many arguments: $*"
+    choose_python
     set_up
-    mode=${1:-}
-    if [[ -z $mode ]]; then
-      if has_gpu; then mode=full; else mode=quick; fi
-      [[ $mode == full ]] || echo "no CUDA GPU is seen: a quick run on the CPU" >&2
-    fi
+    mode=${1:-$(default_mode)}
+    [[ -n ${1:-} || $mode == full ]] || echo "no CUDA GPU is seen: a quick run on the CPU" >&2
     set_defaults "$mode"
     work
     ;;
   plan)
-    mode=${2:-}
-    if [[ -z $mode ]]; then
-      if has_gpu; then mode=full; else mode=quick; fi
-    fi
+    (($# <= 2)) || die 2 "too many arguments: $*"
+    choose_python
+    mode=${2:-$(default_mode)}
     [[ $mode == quick || $mode == full ]] || die 2 "plan of what? quick or full, not '$mode'"
     set_defaults "$mode"
+    ! meets_requirements "$PYTHON" >/dev/null 2>&1 || check_names
     print_plan
     ;;
   test)
+    choose_python
     set_up
     run "$PYTHON" data.py || exit $?
     run "$PYTHON" -m pytest "${@:2}"

@@ -49,7 +49,8 @@ def clear(folder: Path) -> None:
     """Deletes the files in `folder`, if it exists; the mark of completion goes first."""
     (folder / "result.json").unlink(missing_ok=True)
     for path in folder.glob("*"):
-        path.unlink()
+        if not path.is_dir():  # a folder there is not a run's
+            path.unlink()
 
 
 def read_json(path: Path) -> dict:

@@ -61,7 +61,7 @@ def test_finds_packed_and_unpacked_files_and_says_where(raw_files, tmp_path):
     images.unlink()
     dataset = data.load_dataset("fashion_mnist", tmp_path)
     assert dataset.test_images.shape == (10_000, 1, 28, 28)
-    assert dataset.source == f"read from {raw_files}, {tmp_path}"
+    assert dataset.source == f"read from {raw_files}, {tmp_path}, sha256 verified"
 
 
 @pytest.mark.parametrize("harm", ["one byte", "truncated gzip", "empty"])

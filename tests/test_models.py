@@ -217,6 +217,12 @@ def test_other_sizes_channels_and_classes(name):
     assert model(torch.randn(1, 3, 33, 20)).shape == (1, 7)
 
 
+def test_unknown_place_is_named(monkeypatch):
+    monkeypatch.setitem(MODELS, "mine", ("se", "block"))
+    with pytest.raises(ValueError, match="'mine'.*'block'"):
+        build_model("mine", width=4)
+
+
 def test_unknown_model_is_named():
     with pytest.raises(ValueError, match=r"'resnet'.*baseline, se"):
         build_model("resnet")

@@ -72,6 +72,9 @@ def test_full_is_the_published_table_by_default():
         (["quick"], {"MODELS": "se resnet"}, "resnet"),
         (["quick"], {"SEEDS": "0 one"}, "one"),
         (["quick"], {"DATASET": "mnits"}, "mnits"),
+        (["quick"], {"RECIPE": "published"}, "RECIPE"),
+        (["plan", "full"], {"MODELS": "resnet"}, "resnet"),
+        (["plan", "full", "quick"], {}, "too many"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, environment, named, tmp_path):
@@ -116,11 +119,15 @@ def test_a_signal_stops_the_children_too(tmp_path, signum, code):
         text=True,
         start_new_session=True,
     )
-    for line in process.stdout:
-        if "parameters;" in line:  # train.py is at work
-            break
-    os.kill(process.pid, signum)
-    _, error = process.communicate(timeout=30)
+    try:
+        for line in process.stdout:
+            if "parameters;" in line:  # train.py is at work
+                break
+        os.kill(process.pid, signum)
+        _, error = process.communicate(timeout=120)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     assert process.returncode == code and "the same command goes on" in error
     with pytest.raises(ProcessLookupError):  # nobody left in its process group
         os.killpg(process.pid, 0)

@@ -58,6 +58,14 @@ def test_explicit_flags_win_over_the_recipe():
     assert settings.overrides == {"epochs": 3} and settings.quick
     assert not train.parse_settings(["--model", "se", "--lr", "0.01"]).quick
     assert train.parse_settings(["--model", "se", "--width", "16"]).quick
+    bf16 = train.parse_settings(["--model", "se", "--precision", "bf16"])
+    assert bf16.overrides == {"precision": "bf16"} and not bf16.quick
+
+
+def test_a_short_recipe_is_quick_whatever_its_name(monkeypatch):
+    monkeypatch.setitem(train.RECIPES, "toy", train.PUBLISHED | {"limit_train": 128})
+    settings = train.parse_settings(["--model", "se", "--recipe", "toy"])
+    assert settings.quick and settings.overrides == {}
 
 
 def test_run_folder_holds_what_it_should(finished_run):
