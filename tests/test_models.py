@@ -219,7 +219,7 @@ def test_other_sizes_channels_and_classes(name):
 
 def test_unknown_place_is_named(monkeypatch):
     monkeypatch.setitem(MODELS, "mine", ("se", "block"))
-    with pytest.raises(ValueError, match="'mine'.*'block'"):
+    with pytest.raises(ValueError, match=r"'mine'.*'block'"):
         build_model("mine", width=4)
 
 
