@@ -13,6 +13,7 @@ turns, so a machine that slows down slows them all. About 30 s on two CPU cores.
 import argparse
 import copy
 import json
+import signal
 import sys
 import time
 from pathlib import Path
@@ -196,4 +197,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     sys.exit(main())

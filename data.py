@@ -14,6 +14,7 @@ To add a data set: write a function `data_dir -> ImageData`, add one line to DAT
 import argparse
 import gzip
 import hashlib
+import signal
 import subprocess
 import sys
 import tempfile
@@ -268,4 +269,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     sys.exit(main())

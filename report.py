@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import signal
 import sys
 from collections import Counter
 from dataclasses import dataclass
@@ -405,4 +406,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     sys.exit(main())
