@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from environment import choose_device, device_name
+from environment import choose_device, device_name, is_out_of_memory
 from files import write_atomically
 from models import MODELS, build_model, count_parameters
 
@@ -180,8 +180,14 @@ def main(argv: list[str] | None = None) -> int:
         measured = measure(missing, settings, repeats, device) if missing else {}
         rows = [(kept | measured)[name] for name in MODELS if name in kept | measured]
         write_atomically(path, json.dumps(rows, indent=2) + "\n")
-    except torch.OutOfMemoryError:
-        print(f"error: out of GPU memory with --batch-size {args.batch_size}", file=sys.stderr)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print(
+            f"error: out of memory on {device_name(device)} with --batch-size {args.batch_size} "
+            f"and --width {args.width}: try a smaller one",
+            file=sys.stderr,
+        )
         return 1
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)

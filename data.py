@@ -14,6 +14,7 @@ To add a data set: write a function `data_dir -> ImageData`, add one line to DAT
 import argparse
 import gzip
 import hashlib
+import http.client
 import signal
 import subprocess
 import sys
@@ -67,6 +68,14 @@ THREE_WAYS = (
     "Three ways to get it: run `python data.py` with a network (torchvision's mirror, then the "
     f"Debian package); `apt-get install {DEBIAN_PACKAGE}` on Debian or Ubuntu; or put the four "
     "idx files, packed (.gz) or not, into --data-dir"
+)
+FETCH_ERRORS = (  # what a download or an unpacking can end in
+    OSError,
+    EOFError,
+    zlib.error,
+    http.client.HTTPException,
+    subprocess.SubprocessError,
+    DataError,
 )
 
 
@@ -143,7 +152,7 @@ def fetch_fashion_mnist(names: list[str], folder: Path) -> str:
         print(f"Fashion-MNIST is not here yet: trying {source}", file=sys.stderr, flush=True)
         try:
             bodies = {name: verified(name, body, "download") for name, body in download(names)}
-        except (OSError, EOFError, zlib.error, DataError, subprocess.SubprocessError) as error:
+        except FETCH_ERRORS as error:
             failures.append(f"{source}: {error}")
             continue
         for name, body in bodies.items():

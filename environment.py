@@ -44,6 +44,11 @@ def device_name(device: torch.device) -> str:
     return f"CPU {cpu}, {torch.get_num_threads()} threads"
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch could not get memory, on a GPU or on the CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
 def describe_environment(device: torch.device) -> dict:
     """Everything outside the settings that a result may depend on; None where it cannot be had."""
     return {

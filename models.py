@@ -11,6 +11,7 @@ To add an attention module: write a class `Module(channels)` whose output has th
 """
 
 import argparse
+import signal
 import sys
 
 import torch
@@ -234,4 +235,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     sys.exit(main())

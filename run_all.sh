@@ -12,7 +12,7 @@
 # Exit code: 0 all done, 1 something failed (the rest was still tried), 2 wrong usage,
 # 130 / 143 stopped by SIGINT / SIGTERM after the run at work has saved.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" >/dev/null
 
 die() {  # EXIT_CODE MESSAGE
   echo "error: $2" >&2
@@ -79,9 +79,13 @@ stopped=0
 trap 'stopped=130; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' INT
 trap 'stopped=143; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
 
+leave_if_stopped() {
+  ((stopped == 0)) || exit "$stopped"
+}
+
 run() {  # COMMAND ...: its exit code
   local code=0
-  ((stopped == 0)) || exit "$stopped"
+  leave_if_stopped
   "$@" &
   child=$!
   wait "$child" || code=$?
@@ -90,7 +94,7 @@ run() {  # COMMAND ...: its exit code
     wait "$child" || code=$?
   done
   child=
-  ((stopped == 0)) || exit "$stopped"
+  leave_if_stopped
   return "$code"
 }
 
@@ -110,8 +114,9 @@ set_defaults() {  # quick | full
     RECIPE=${RECIPE:-published}
     SEEDS=${SEEDS:-0 1 2 3 4}
   fi
-  read -ra models <<<"$MODELS"
-  read -ra seeds <<<"$SEEDS"
+  read -rd '' -a models <<<"$MODELS" || true  # spaces or line ends between names
+  read -rd '' -a seeds <<<"$SEEDS" || true
+  ((${#models[@]} && ${#seeds[@]})) || die 2 "MODELS and SEEDS must name at least one each"
   benchmark=("$PYTHON" benchmark.py --models "${models[@]}" --keep --out "$OUT")
   report=("$PYTHON" report.py --runs "$RUNS" --out "$OUT")
 }
@@ -144,14 +149,16 @@ print_plan() {
 }
 
 check_names() {  # before hours of work, not after
-  local model seed known
-  known=$("$PYTHON" models.py | cut -d' ' -f1) || die 1 "models.py does not run: see above"
+  local model seed known code=0
+  known=$("$PYTHON" models.py | cut -d' ' -f1) || code=1
+  leave_if_stopped
+  ((code == 0)) || die 1 "models.py does not run: see above"
   for model in "${models[@]}"; do
-    grep -qx -- "$model" <<<"$known" ||
+    grep -qxF -- "$model" <<<"$known" ||
       die 2 "MODELS: unknown model '$model': choose from ${known//$'\n'/ }"
   done
   for seed in "${seeds[@]}"; do
-    [[ $seed =~ ^[0-9]+$ ]] || die 2 "SEEDS: '$seed' is not a whole number"
+    [[ $seed =~ ^[0-9]{1,9}$ ]] || die 2 "SEEDS: '$seed' is not a whole number below 10^9"
   done
 }
 

@@ -21,15 +21,15 @@ from files import write_atomically
 MAY_DIFFER = {"command", "data_dir", "runs", "device", "target_acc", "overwrite", "dry_run"}
 
 
+NO_CHECKPOINT = (LookupError, ValueError, TypeError, AttributeError)  # raised by wrong content
+
+
 class RunError(RuntimeError):
     """The run cannot go on. The message says in one line why and what to do."""
 
 
-def check_same_run(folder: Path, config: dict) -> None:
-    """Raises RunError if `folder` holds finished epochs of other settings than `config`."""
-    if not any((folder / name).exists() for name in ("last.pt", "result.json")):
-        return
-    there = read_json(folder / "config.json")
+def check_same_run(folder: Path, config: dict, there: dict) -> None:
+    """Raises RunError unless `there`, the settings of the epochs in `folder`, are `config`."""
     for key in sorted(config.keys() - MAY_DIFFER):
         if there.get(key) != config[key]:
             raise RunError(
@@ -40,9 +40,15 @@ def check_same_run(folder: Path, config: dict) -> None:
 
 def note_on_edits(folder: Path, sha256: dict[str, str]) -> str:
     """Words on the source files that are no longer those of the folder's env.json, if any."""
-    then = read_json(folder / "env.json").get("sha256", {})
+    then = read_json(folder / "env.json", "sha256")["sha256"]
     edited = [name for name in sha256 if sha256[name] != then.get(name)]
     return f" ({', '.join(edited)} edited since; --overwrite starts anew)" if edited else ""
+
+
+def remove_strays(folder: Path) -> None:
+    """Deletes what a killed process left behind of a file it was writing."""
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
 
 
 def clear(folder: Path) -> None:
@@ -53,11 +59,15 @@ def clear(folder: Path) -> None:
             path.unlink()
 
 
-def read_json(path: Path) -> dict:
+def read_json(path: Path, *keys: str) -> dict:
+    """The object in `path`. Raises RunError if it is none or lacks one of `keys`."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(path.read_text())
+        for key in keys:
+            content[key]
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"{path} is damaged ({error}): use --overwrite to start anew") from error
+    return content
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -85,8 +95,6 @@ def load(path: Path) -> dict:
     """What `save` wrote, on the CPU: each load_state_dict moves its part to where it belongs."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else "it is empty"
-        raise RunError(
-            f"{path} cannot be read ({reason}): use --overwrite to start anew"
-        ) from error
+    except (*NO_CHECKPOINT, RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
+        name = type(error).__name__
+        raise RunError(f"{path} is no readable checkpoint ({name}): use --overwrite") from error

@@ -13,13 +13,12 @@ half a minute, an epoch of the published recipe ten.
 """
 
 import argparse
-import contextlib
+import math
 import os
 import shlex
 import signal
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -34,9 +33,16 @@ from tqdm import tqdm
 
 import data
 import run_folder
-from environment import choose_device, describe_environment, device_name, source_hashes
+from environment import (
+    choose_device,
+    describe_environment,
+    device_name,
+    is_out_of_memory,
+    source_hashes,
+)
 from models import MODELS, build_model, count_parameters
 from run_folder import RunError
+from stop_signals import Stopped, watch_signals
 from tensorboard_log import log_epoch, log_test
 
 # --- Settings -------------------------------------------------------------------------------------
@@ -126,6 +132,7 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
         settings.limit_train
         or settings.limit_test
         or settings.epochs < PUBLISHED["epochs"]
+        or settings.patience < PUBLISHED["patience"]
         or settings.width != WIDTH
     )
     try:
@@ -187,10 +194,15 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             return model(data.normalize(batch, mean, std)).float()
 
     # Go on after the last finished epoch, if there is one.
+    config = as_config(settings)
     history = []  # one object an epoch, as in metrics.jsonl
+    if settings.overwrite:
+        run_folder.clear(folder)  # only now that data and model are there
+    run_folder.remove_strays(folder)
     if (folder / "last.pt").exists():
         checkpoint = run_folder.load(folder / "last.pt")
         try:
+            run_folder.check_same_run(folder, config, checkpoint["config"])
             model.load_state_dict(checkpoint["model"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             scheduler.load_state_dict(checkpoint["scheduler"])
@@ -198,7 +210,9 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
                 torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
             history = checkpoint["history"]
-        except (RuntimeError, KeyError, ValueError, TypeError) as error:
+        except RunError:
+            raise
+        except (*run_folder.NO_CHECKPOINT, RuntimeError) as error:
             raise RunError(
                 f"{folder / 'last.pt'} does not fit this model (was models.py edited?): use "
                 "--overwrite to start anew"
@@ -206,7 +220,6 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         edits = run_folder.note_on_edits(folder, source_hashes())
         print(f"going on after epoch {len(history)}{edits}")
 
-    config = as_config(settings)
     run_folder.write_json(folder / "config.json", config)
     run_folder.write_json(folder / "env.json", describe_environment(device))
     print(
@@ -252,6 +265,11 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             sizes = torch.tensor([len(idx) for idx in batches], dtype=torch.float64)
             leave_if_stopped()
             val_loss, val_predictions = evaluate(model, logits_of, val_images, val_labels)
+            if not math.isfinite(val_loss):
+                raise RunError(
+                    f"the validation loss is {val_loss:g} after epoch {epoch}, with --lr "
+                    f"{settings.lr:g}: try a lower one"
+                )
             row = {
                 "epoch": epoch,
                 "lr": scheduler.get_last_lr()[0],
@@ -276,6 +294,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
                 "history": history,
+                "config": config,
             }
             run_folder.save(folder / "last.pt", checkpoint)
             run_folder.write_metrics(folder / "metrics.jsonl", history)
@@ -350,56 +369,38 @@ def accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> float:
 # --- Command line ---------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; `signal` says which."""
-
-    def __init__(self, signum: int):
-        self.signal = signal.Signals(signum)
-
-
-@contextlib.contextmanager
-def watch_signals():
-    """Within the block SIGINT and SIGTERM are remembered; calling the yielded function raises
-    Stopped if there was one. (Raised in the handler itself, the exception would come out of any
-    line at all, and some, such as weak-reference callbacks, swallow it.)
-    """
-    arrived = []
-
-    def leave_if_stopped():
-        if arrived:
-            raise Stopped(arrived[0])
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():  # only there can handlers be set
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            before[signum] = signal.signal(signum, lambda signum, frame: arrived.append(signum))
-    try:
-        yield leave_if_stopped
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
+# What run() prints of a result.json.
+SUMMARY = (
+    "test_acc",
+    "test_acc_last",
+    "val_acc",
+    "best_epoch",
+    "epochs_run",
+    "train_seconds",
+    "quick",
+)
 
 
 def run(settings: argparse.Namespace, runs: Path) -> int:
     """One run in its folder below `runs`: skipped, taken up again or started. The exit code."""
     folder = runs / settings.dataset / settings.recipe / settings.model / f"seed{settings.seed}"
     try:
-        if settings.overwrite:
-            run_folder.clear(folder)
-        run_folder.check_same_run(folder, as_config(settings))
-        if (folder / "result.json").exists():
+        if (folder / "result.json").exists() and not settings.overwrite:
+            there = run_folder.read_json(folder / "config.json", "model")
+            run_folder.check_same_run(folder, as_config(settings), there)
             print(f"already complete: {folder}{run_folder.note_on_edits(folder, source_hashes())}")
-            result = run_folder.read_json(folder / "result.json")
+            result = run_folder.read_json(folder / "result.json", *SUMMARY)
         else:
             result = train(settings, folder)
     except (data.DataError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except torch.OutOfMemoryError:
-        name = device_name(settings.device)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         print(
-            f"error: out of memory on {name} with --batch-size {settings.batch_size}: try a "
-            "smaller one",
+            f"error: out of memory on {device_name(settings.device)} with --batch-size "
+            f"{settings.batch_size} and --width {settings.width}: try a smaller one",
             file=sys.stderr,
         )
         return 1

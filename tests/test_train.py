@@ -208,11 +208,38 @@ def test_damaged_checkpoint_is_one_line(finished_run, tmp_path, capsys):
     body = (folder / "last.pt").read_bytes()
     other = io.BytesIO()
     torch.save({"model": build_model("se", width=8).state_dict()}, other)
-    for damaged in (body[: len(body) // 2], b"", other.getvalue()):
+    config = json.loads((folder / "config.json").read_text())
+    foreign = io.BytesIO()
+    torch.save(
+        torch.load(folder / "last.pt", weights_only=True) | {"config": config | {"seed": 9}},
+        foreign,
+    )
+    for damaged in (body[: len(body) // 2], b"", b"text", other.getvalue(), foreign.getvalue()):
         (folder / "last.pt").write_bytes(damaged)
         assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 1
         error = capsys.readouterr().err
-        assert is_one_line(error) and "last.pt" in error and "--overwrite" in error
+        assert is_one_line(error) and "--overwrite" in error
+        assert "last.pt" in error or "seed = 9" in error
+
+
+def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(finished_run, tmp_path):
+    folder = tmp_path / "fashion_mnist/published/cbam_blocks/seed0"
+    shutil.copytree(finished_run, folder)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"not labels")
+    flags = ["--epochs", "2", "--overwrite", "--data-dir", str(tmp_path)]
+    assert train_small("cbam_blocks", tmp_path, *flags) == 1
+    assert result_of(folder) == result_of(finished_run)
+
+
+@pytest.mark.parametrize("name", ["config.json", "env.json", "result.json"])
+def test_json_of_another_shape_is_one_line(finished_run, tmp_path, capsys, name):
+    folder = tmp_path / "fashion_mnist/published/cbam_blocks/seed0"
+    shutil.copytree(finished_run, folder)
+    for content in ("null", "[]", "{}", "3", "{"):
+        (folder / name).write_text(content)
+        assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 1
+        error = capsys.readouterr().err
+        assert is_one_line(error) and name in error
 
 
 def test_early_stopping(tmp_path):
@@ -235,6 +262,12 @@ def test_nan_stops_the_run_and_names_the_step(tmp_path, capsys):
         "the loss is (nan|inf) at epoch 1, step [23] of 3", error
     )
     assert not (tmp_path / "fashion_mnist/published/se/seed0/result.json").exists()
+
+    # One step, whose own loss is still finite: validation shows it.
+    flags = ["--width", "1", "--limit-train", "64", "--epochs", "1", "--lr", "1e9", "--overwrite"]
+    assert train_small("se", tmp_path, *flags) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "validation loss is" in error
 
 
 def test_target_accuracy(finished_run, tmp_path, capsys):
