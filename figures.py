@@ -8,6 +8,13 @@ import matplotlib
 matplotlib.use("Agg")  # the figures go to files, never to a window
 import matplotlib.pyplot as plt
 
+FIGURES = (
+    "test_accuracy.png",
+    "inference_time.png",
+    "accuracy_vs_params.png",
+    "accuracy_vs_latency.png",
+    "learning_curves.png",
+)
 # Okabe and Ito's palette, by the order of the models in the table.
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
 

@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import json
+import math
 import signal
 import sys
 from collections import Counter
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 
-from figures import draw_figures
+from figures import FIGURES, draw_figures
 from files import write_atomically
 
 # The published report: one run a model, 50 epochs, Fashion-MNIST; time a NVIDIA RTX 4070, batch 64.
@@ -38,6 +39,13 @@ RUN_COLUMNS = (
 )  # fmt: skip
 
 
+NUMBERS = (
+    "test_acc", "test_acc_last", "val_acc", "epochs_run", "params", "train_seconds",
+    "images_per_second", "test_images", "width",
+)  # fmt: skip
+CONFIG_COLUMNS = ("epochs", "limit_train", "limit_test", "width", "command")
+ENV_COLUMNS = ("device", "torch", "cuda", "driver", "python", "git_commit", "git_dirty")
+METRIC_COLUMNS = ("epoch", "val_acc", "train_loss")
 COST_COLUMNS = (
     "model", "params", "flops", "batch_size", "precision", "mode", "width", "device", "torch",
     "ms_per_image", "ms_per_image_p10", "ms_per_image_p90",
@@ -109,16 +117,17 @@ def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
     """All studies below `runs_dir`, full ones first, and the problems met on the way, in words."""
     studies, problems = {}, []
     for folder in sorted(runs_dir.glob("*/*/*/seed*"), key=by_seed):
-        if not (folder / "result.json").exists():
-            metrics = folder / "metrics.jsonl"
-            epochs = len(metrics.read_text().splitlines()) if metrics.exists() else 0
-            problems.append(f"begun, not finished: {folder}, {epochs} epochs done")
-            continue
         try:
+            if not (folder / "result.json").exists():
+                metrics = folder / "metrics.jsonl"
+                epochs = metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+                problems.append(f"begun, not finished: {folder}, {epochs} epochs done")
+                continue
             run = read_run(folder)
             key = (run.result["dataset"], run.result["recipe"], json.dumps(run.result["overrides"]))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{folder} left out, its files are damaged: {error}")
+            reason = f"{type(error).__name__}: {error}"
+            problems.append(f"{folder} left out, its files are damaged or not readable ({reason})")
             continue
         study = studies.setdefault(key, Study(*key[:2], run.result["overrides"], {}))
         study.runs.setdefault(run.result["model"], []).append(run)
@@ -129,22 +138,33 @@ def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises OSError, ValueError or KeyError if a file is missing, damaged or incomplete."""
+    """Raises OSError, ValueError, KeyError or TypeError if a file is missing or damaged."""
     result, config, env = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config", "env")
     )
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    for column in RUN_COLUMNS:
-        result[column]  # a KeyError names what is not there
+    run = Run(folder, result, config, env, [json.loads(line) for line in lines])
+    needed = [(result, RUN_COLUMNS), (config, CONFIG_COLUMNS), (env, ENV_COLUMNS)]
+    for content, columns in needed + [(row, METRIC_COLUMNS) for row in run.metrics]:
+        for column in columns:
+            content[column]  # a KeyError names what is not there
+    numbers = [result[column] for column in NUMBERS]
+    numbers += [row[column] for row in run.metrics for column in METRIC_COLUMNS]
+    if not (run.metrics and isinstance(result["overrides"], dict) and all(map(is_finite, numbers))):
+        raise ValueError("no epochs, or something else where a number should be")
     named = [str(result[key]) for key in ("dataset", "recipe", "model")] + [f"seed{result['seed']}"]
     if list(folder.parts[-4:]) != named:  # a copied folder would count as one more run
         raise ValueError(f"result.json is that of {result['model']} seed {result['seed']}")
-    return Run(folder, result, config, env, [json.loads(line) for line in lines])
+    return run
+
+
+def is_finite(value) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
 
 
 def by_seed(folder: Path) -> tuple:
     number = folder.name.removeprefix("seed")
-    return (*folder.parts[:-1], int(number) if number.isdigit() else -1)
+    return (*folder.parts[:-1], int(number) if number.isdecimal() else -1)
 
 
 def in_table_order(models) -> list[str]:
@@ -379,8 +399,11 @@ def make_report(runs_dir: Path, out: Path) -> None:
     main_study = studies[0]
     summaries = {model: summarize(runs) for model, runs in main_study.runs.items()}
     figures = draw_figures(main_study, summaries, costs_of(main_study, costs))
-    for name, png in figures.items():
-        write_atomically(out / name, png)
+    for name in FIGURES:
+        if name in figures:
+            write_atomically(out / name, figures[name])
+        else:
+            (out / name).unlink(missing_ok=True)  # one of an earlier report
     write_atomically(out / "results.csv", results_csv(studies))
     write_atomically(out / "summary.json", summary_json(studies, costs))
     write_atomically(out / "report.md", write_report(studies, costs, problems, list(figures)))

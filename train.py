@@ -222,16 +222,17 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
 
     run_folder.write_json(folder / "config.json", config)
     run_folder.write_json(folder / "env.json", describe_environment(device))
-    print(
-        f"{settings.model}, {settings.dataset}, recipe {settings.recipe}, seed {settings.seed} -> "
-        f"{folder}\n{count_parameters(model):,} parameters; {len(train_idx):,} training, "
-        f"{len(val_idx):,} validation, {len(test_labels):,} test images {dataset.source}; "
-        f"{device_name(device)}; {settings.precision}, {settings.mode}",
-        flush=True,
-    )
-
     summaries = SummaryWriter(folder, purge_step=len(history) + 1)
     with watch_signals() as leave_if_stopped, summaries as writer:
+        print(
+            f"{settings.model}, {settings.dataset}, recipe {settings.recipe}, seed "
+            f"{settings.seed} -> {folder}\n"
+            f"{count_parameters(model):,} parameters; {len(train_idx):,} training, "
+            f"{len(val_idx):,} validation, {len(test_labels):,} test images {dataset.source}; "
+            f"{device_name(device)}; {settings.precision}, {settings.mode}",
+            flush=True,
+        )
+
         for epoch in range(len(history) + 1, settings.epochs + 1):
             if history and epoch - 1 - best_epoch_of(history) >= settings.patience:
                 break  # early stopping

@@ -8,11 +8,8 @@ from conftest import copy_run, is_one_line, script
 from PIL import Image
 
 import report
+from figures import FIGURES
 
-FIGURES = [
-    "test_accuracy.png", "inference_time.png", "accuracy_vs_params.png",
-    "accuracy_vs_latency.png", "learning_curves.png",
-]  # fmt: skip
 ROW = {
     "params": 177_890, "flops": 915_000_000, "flops_aten": 911_000_000, "batch_size": 64,
     "precision": "fp32", "mode": "eager", "ms_per_image": 0.25, "ms_per_image_p10": 0.2,
@@ -121,18 +118,38 @@ def test_unfinished_and_damaged_runs_are_named(study):
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert row_of(text, "se")[1:3] == ["1", "92.90"]
-    assert "se/seed9 left out, its files are damaged: result.json is that of se seed 0" in text
+    assert "se/seed9 left out" in text and "result.json is that of se seed 0" in text
     assert f"begun, not finished: {published / 'se' / 'seed1'}, 2 epochs done" in text
     assert "se/seed2 left out, its files are damaged" in text
+
+
+@pytest.mark.parametrize("name", ["config.json", "env.json", "result.json", "metrics.jsonl"])
+@pytest.mark.parametrize("content", [b"null", b"[]", b"{}", b"3", b"", b"\xff\xfe"])
+def test_one_damaged_run_does_not_take_the_others_along(study, name, content):
+    runs, out = study
+    (runs / "fashion_mnist" / "published" / "se" / "seed1" / name).write_bytes(content)
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert row_of(text, "se")[1] == "2" and "se/seed1 left out" in text
+
+
+@pytest.mark.parametrize("content", ["null", "3", "[{}]", "{", '[{"model": "se"}]'])
+def test_damaged_benchmark_is_one_line(study, content, capsys):
+    runs, out = study
+    (out / "benchmark.json").write_text(content)
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "benchmark.json" in error and not (out / "report.md").exists()
 
 
 def test_without_benchmark_it_says_so(study):
     runs, out = study
     (out / "benchmark.json").unlink()
+    (out / "inference_time.png").write_bytes(b"of an earlier report")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert "no FLOPs and no inference time" in text and "inference_time.png" not in text
-    assert row_of(text, "se")[6] == "-"
+    assert row_of(text, "se")[6] == "-" and not (out / "inference_time.png").exists()
 
 
 def test_nothing_to_report_is_one_line(tmp_path, capsys):
