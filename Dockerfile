@@ -3,6 +3,7 @@
 #   docker build -t attention-benchmark .
 #   docker run --rm --gpus all -v "$PWD/runs:/app/runs" -v "$PWD/results:/app/results" attention-benchmark
 #
+# It runs as user 1000; with another, add --user "$(id -u):$(id -g)" so that it may write there.
 # torch 2.11 brings CUDA 13.0 and cuDNN itself, so the small `base` flavour is enough; the host's
 # driver has to be 580 or newer. NVIDIA deletes superseded tags: take another with
 # --build-arg BASE_IMAGE=...

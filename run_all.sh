@@ -170,9 +170,9 @@ check_writable() {  # FOLDER
 work() {
   local model seed code failed=()
   check_names
+  run "$PYTHON" data.py --dataset "$DATASET" || exit $?
   check_writable "$RUNS"
   check_writable "$OUT"
-  run "$PYTHON" data.py --dataset "$DATASET" || exit $?
   print_plan
   for seed in "${seeds[@]}"; do
     for model in "${models[@]}"; do
