@@ -217,7 +217,7 @@ case ${1:-} in
     choose_python
     set_up
     run "$PYTHON" data.py || exit $?
-    run "$PYTHON" -m pytest "${@:2}"
+    exec "$PYTHON" -m pytest "${@:2}"  # takes over, so that Ctrl-C is pytest's own
     ;;
   -h | --help | help)
     sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
