@@ -290,7 +290,7 @@ def study_section(study: Study, costs: dict[str, dict]) -> list[str]:
             f"{published['params_m']:.2f}" if published else "-",
             f"{cost['flops'] / 1e9:.2f}" if cost else "-",
             f"{published['flops_g']:.2f}" if published else "-",
-            f"{cost['ms_per_image']:.3g}" if cost else "-",
+            f"{cost['ms_per_image']:#.3g}" if cost else "-",
             f"{published['ms_per_image']:.2f}" if published else "-",
         ]
         lines.append(f"| {' | '.join(cells)} |")

@@ -49,7 +49,7 @@ def test_published_table_with_our_figures_beside(study):
     text = (out / "report.md").read_text()
     sd = statistics.stdev([93.1, 93.3, 93.2])
     assert row_of(text, "baseline") == [
-        "baseline", "3", f"93.20 ± {sd:.2f}", "93.27", "0.18", "11.17", "0.92", "0.92", "0.25",
+        "baseline", "3", f"93.20 ± {sd:.2f}", "93.27", "0.18", "11.17", "0.92", "0.92", "0.250",
         "0.06",
     ]  # fmt: skip
     assert row_of(text, "cbam_blocks")[1:4] == ["2", "92.60 ± 0.14", "92.59"]
