@@ -13,6 +13,7 @@ from torchvision.datasets import FashionMNIST
 import data
 
 RAW = REPO / "data" / "FashionMNIST" / "raw"
+PLACES = [RAW.parent.parent, RAW, data.DEBIAN_FOLDER]  # before a test takes the last one away
 LABELS = "t10k-labels-idx1-ubyte"
 
 
@@ -22,7 +23,7 @@ def raw_files(fashion_mnist, tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for name in data.FASHION_MNIST_SHA256:
-        original = data.find_file(name, [RAW.parent.parent, RAW, data.DEBIAN_FOLDER])
+        original = data.find_file(name, PLACES)
         (raw / name).write_bytes(data.read_file(original))
     return raw
 
@@ -136,7 +137,6 @@ def test_keeps_nothing_of_a_wrong_download(nowhere, mirror, raw_files, tmp_path)
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs Debian or Ubuntu")
 def test_fetches_the_debian_package(monkeypatch, tmp_path):
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    monkeypatch.setattr(data, "DEBIAN_FOLDER", data.DEBIAN_FOLDER)
     names = list(data.FASHION_MNIST_SHA256)
     assert "Debian" in data.fetch_fashion_mnist(names, tmp_path / "raw")
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == sorted(names)
