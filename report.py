@@ -391,6 +391,7 @@ def summary_json(studies: list[Study], costs: list[dict]) -> str:
 
 
 def make_report(runs_dir: Path, out: Path) -> None:
+    """Writes all files of the report. Raises ReportError or OSError in one line."""
     studies, problems = read_studies(runs_dir)
     if not studies:
         reasons = "; ".join(problems) or "run `python train.py --model baseline` first"
