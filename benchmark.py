@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from environment import choose_device, device_name, is_out_of_memory
+from environment import choose_device, device_name, is_out_of_memory, source_hashes
 from files import write_atomically
 from models import MODELS, build_model, count_parameters
 
@@ -173,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         "device": device_name(device),
         "torch": torch.__version__,
         "width": args.width,
+        "models_sha256": source_hashes()["models.py"],  # an edited model is another model
     }
     try:
         kept = rows_kept(path, settings) if args.keep else {}

@@ -410,7 +410,9 @@ def run(settings: argparse.Namespace, runs: Path) -> int:
             return 128 + stopped.signal
         print(
             f"stopped by {stopped.signal.name}: finished epochs are kept in "
-            f"{folder}, and the same command goes on after them",
+            f"{folder}, and the same command"
+            + (" without --overwrite" if settings.overwrite else "")
+            + " goes on after them",
             file=sys.stderr,
         )
         return 128 + stopped.signal

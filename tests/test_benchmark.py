@@ -84,6 +84,11 @@ def test_benchmark_json_has_a_row_a_model(tmp_path, capsys):
     assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
     kept = json.loads((tmp_path / "benchmark.json").read_text())
     assert kept[1:] == rows[1:] and kept[0]["ms_per_image"] != rows[0]["ms_per_image"]
+    edited = kept[1] | {"models_sha256": "of models.py before an edit"}
+    (tmp_path / "benchmark.json").write_text(json.dumps([kept[0], edited, *kept[2:]]))
+    assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
+    again = json.loads((tmp_path / "benchmark.json").read_text())
+    assert again[0] == kept[0] and again[1]["models_sha256"] == kept[1]["models_sha256"]
     flags[1] = "4"
     assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
     assert {row["width"] for row in json.loads((tmp_path / "benchmark.json").read_text())} == {4}
