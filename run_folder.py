@@ -4,12 +4,11 @@
         config.json env.json metrics.jsonl best.pt last.pt test_predictions.npy result.json
 
 Every file is written by temporary file and rename, `result.json` last: its presence means that the
-run is complete. Nothing is ever loaded that could run code (`weights_only=True`).
+run is complete. The .pt files are the business of checkpoint.py.
 """
 
 import io
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +17,10 @@ import torch
 from files import write_atomically
 
 # These settings may differ when a run is taken up again; any other makes it another run.
-MAY_DIFFER = {"command", "data_dir", "runs", "device", "target_acc", "overwrite", "dry_run"}
-
-
-NO_CHECKPOINT = (LookupError, ValueError, TypeError, AttributeError)  # raised by wrong content
+MAY_DIFFER = {
+    "command", "data_dir", "runs", "device", "mode", "target_acc", "overwrite", "dry_run",
+    "self_check",
+}  # fmt: skip
 
 
 class RunError(RuntimeError):
@@ -83,18 +82,3 @@ def write_predictions(path: Path, predictions: torch.Tensor) -> None:
     buffer = io.BytesIO()
     np.save(buffer, predictions.cpu().numpy().astype(np.uint8))
     write_atomically(path, buffer.getbuffer())
-
-
-def save(path: Path, state: dict) -> None:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    write_atomically(path, buffer.getbuffer())
-
-
-def load(path: Path) -> dict:
-    """What `save` wrote, on the CPU: each load_state_dict moves its part to where it belongs."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (*NO_CHECKPOINT, RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        name = type(error).__name__
-        raise RunError(f"{path} is no readable checkpoint ({name}): use --overwrite") from error

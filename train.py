@@ -4,6 +4,7 @@
     python train.py --model se --recipe quick     # 1 epoch on 1,920 images: a look, not a result
     python train.py --model se --dry-run          # one batch of each step; keeps nothing
     python train.py --model se --target-acc 92    # exit 1 below 92 % test accuracy
+    python train.py --self-check                  # is the fast step the same step?
     tensorboard --logdir runs
 
 The folder is RUNS/<dataset>/<recipe>/<model>/seed<k>/. The same command again goes on after the
@@ -31,6 +32,7 @@ import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+import checkpoint
 import data
 import run_folder
 from environment import (
@@ -42,8 +44,19 @@ from environment import (
 )
 from models import MODELS, build_model, count_parameters
 from run_folder import RunError
+from self_check import self_check
 from stop_signals import Stopped, watch_signals
 from tensorboard_log import log_epoch, log_test
+from training_step import (
+    MODES,
+    PRECISIONS,
+    adam,
+    choose_mode,
+    choose_precision,
+    logits_of,
+    make_step,
+    set_up_torch,
+)
 
 # --- Settings -------------------------------------------------------------------------------------
 
@@ -61,8 +74,7 @@ RECIPES = {
     "quick": PUBLISHED | dict(epochs=1, limit_train=1920, limit_test=1000),
 }
 WIDTH = 64  # channels of the first stage, as published
-NORMALIZE = (0.5, 0.5)  # mean and standard deviation taken for all data, pixels in [0, 1]
-EVAL_BATCH = 500  # a matter of speed and memory, not of figures
+EVAL_BATCH = 1000  # a matter of speed and memory, not of figures
 
 
 def parse_settings(argv: list[str] | None) -> argparse.Namespace:
@@ -89,7 +101,7 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
     )
     add, default = parser.add_argument, "default: %(default)s"
     count = within(1, 10**9, int)
-    add("--model", required=True, choices=MODELS)
+    add("--model", choices=MODELS)
     add("--dataset", default="fashion_mnist", choices=data.DATASETS, help=default)
     add("--data-dir", type=Path, default=Path("data"), help=default)
     add("--recipe", default="published", choices=RECIPES, help=default)
@@ -101,8 +113,18 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
     add("--limit-test", type=count, help=of_recipe("limit_test"))
     add("--seed", type=within(0, 10**9, int), default=0, help=f"split, order, weights; {default}")
     add("--width", type=count, default=WIDTH, help=f"channels of stage 1; {default}")
-    add("--precision", default="auto", choices=["auto", "fp32", "tf32", "bf16"], help="auto: fp32")
-    add("--mode", default="auto", choices=["auto", "eager"], help="auto: eager")
+    add(
+        "--precision",
+        default="auto",
+        choices=["auto", *PRECISIONS],
+        help="auto: bf16 on a GPU of compute capability 8.0 or more, else fp32",
+    )
+    add(
+        "--mode",
+        default="auto",
+        choices=["auto", *MODES],
+        help="how a training step is run (training_step.py); auto: what is fastest here",
+    )
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--runs", type=Path, default=Path("runs"), help=f"folder of all runs; {default}")
     add(
@@ -112,7 +134,14 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
     )
     add("--overwrite", action="store_true", help="discard what the run's folder holds")
     add("--dry-run", action="store_true", help="one batch of each step; keeps nothing")
+    add(
+        "--self-check",
+        action="store_true",
+        help="compare every mode with eager mode, train nothing",
+    )
     settings = parser.parse_args(argv)
+    if not (settings.model or settings.self_check):
+        parser.error("--model is missing: choose from " + ", ".join(MODELS))
 
     recipe = RECIPES[settings.recipe]
     for key, value in recipe.items():
@@ -121,10 +150,17 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
     if settings.dry_run:
         settings.epochs = 1
         settings.limit_train = settings.limit_test = settings.batch_size
-    settings.mode = "eager"
-    settings.precision = "fp32" if settings.precision == "auto" else settings.precision
+    try:
+        settings.device = choose_device(settings.device)
+    except ValueError as error:
+        parser.error(str(error))
+    if settings.device.type != "cuda" and "graph" in settings.mode:
+        parser.error(f"--mode {settings.mode} needs a CUDA GPU")
+    if settings.device.type != "cuda" and settings.precision == "tf32":
+        parser.error("--precision tf32 needs a CUDA GPU")
+    settings.precision = choose_precision(settings.precision, settings.device)
     # What differs from the recipe: the report keeps such runs apart.
-    own = recipe | dict(width=WIDTH, precision="fp32")
+    own = recipe | dict(width=WIDTH, precision=choose_precision("auto", settings.device))
     chosen = {key: getattr(settings, key) for key in own}
     settings.overrides = {key: value for key, value in chosen.items() if value != own[key]}
     # Whether it is a look rather than a result: the report says so wherever it shows its figures.
@@ -135,12 +171,6 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
         or settings.patience < PUBLISHED["patience"]
         or settings.width != WIDTH
     )
-    try:
-        settings.device = choose_device(settings.device)
-    except ValueError as error:
-        parser.error(str(error))
-    if settings.precision == "tf32" and settings.device.type != "cuda":
-        parser.error("--precision tf32 needs a CUDA GPU")
     settings.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     return settings
 
@@ -160,10 +190,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     Raises DataError, RunError or OSError, each with a message of one line.
     """
     device = settings.device
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = settings.precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = settings.precision == "tf32"
+    set_up_torch(settings.precision)
 
     # Data: all of it stays on the device as bytes, and a batch is an index into it.
     dataset = data.load_dataset(settings.dataset, settings.data_dir)
@@ -175,7 +202,6 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     val_images, val_labels = images[val_idx], labels[val_idx]
     test_images = dataset.test_images[: settings.limit_test].to(device)
     test_labels = dataset.test_labels[: settings.limit_test].to(device)
-    mean, std = (torch.tensor(value, device=device).view(1, 1, 1) for value in NORMALIZE)
 
     # Model, optimizer, schedule. channels_last is the layout that convolutions are fastest in.
     torch.manual_seed(settings.seed)
@@ -186,50 +212,43 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         width=settings.width,
         seed=settings.seed,
     ).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr)
+    optimizer = adam(model, settings.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
-
-    def logits_of(batch):  # uint8 (N, C, H, W) on the device -> float32 (N, num_classes)
-        with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
-            return model(data.normalize(batch, mean, std)).float()
 
     # Go on after the last finished epoch, if there is one.
     config = as_config(settings)
-    history = []  # one object an epoch, as in metrics.jsonl
     if settings.overwrite:
         run_folder.clear(folder)  # only now that data and model are there
     run_folder.remove_strays(folder)
-    if (folder / "last.pt").exists():
-        checkpoint = run_folder.load(folder / "last.pt")
-        try:
-            run_folder.check_same_run(folder, config, checkpoint["config"])
-            model.load_state_dict(checkpoint["model"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            scheduler.load_state_dict(checkpoint["scheduler"])
-            torch.set_rng_state(checkpoint["rng"])
-            if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-                torch.cuda.set_rng_state(checkpoint["cuda_rng"], device)
-            history = checkpoint["history"]
-        except RunError:
-            raise
-        except (*run_folder.NO_CHECKPOINT, RuntimeError) as error:
-            raise RunError(
-                f"{folder / 'last.pt'} does not fit this model (was models.py edited?): use "
-                "--overwrite to start anew"
-            ) from error
+    # One object an epoch, as in metrics.jsonl.
+    history = checkpoint.take_up(folder, model, optimizer, scheduler, device, config)
+    if history:
         edits = run_folder.note_on_edits(folder, source_hashes())
         print(f"going on after epoch {len(history)}{edits}")
+
+    # Compiled or recorded before the clock of the epochs starts.
+    n_steps = settings.epochs * len(train_idx) // settings.batch_size
+    mode = choose_mode(settings.mode, device, n_steps)
+    if "compile" in mode:
+        print("compiling the training step, the first time up to a minute", flush=True)
+    start = time.perf_counter()
+    train_step, mode, failures = make_step(
+        model, optimizer, images, labels, mode, settings.precision, settings.batch_size
+    )
+    set_up_seconds = time.perf_counter() - start
+    for failure in failures:
+        print(f"note: {failure}", file=sys.stderr)
 
     run_folder.write_json(folder / "config.json", config)
     run_folder.write_json(folder / "env.json", describe_environment(device))
     summaries = SummaryWriter(folder, purge_step=len(history) + 1)
-    with watch_signals() as leave_if_stopped, summaries as writer:
+    with watch_signals() as leave_if_stopped, summaries as writer, checkpoint.Saver() as save:
         print(
             f"{settings.model}, {settings.dataset}, recipe {settings.recipe}, seed "
             f"{settings.seed} -> {folder}\n"
             f"{count_parameters(model):,} parameters; {len(train_idx):,} training, "
             f"{len(val_idx):,} validation, {len(test_labels):,} test images {dataset.source}; "
-            f"{device_name(device)}; {settings.precision}, {settings.mode}",
+            f"{device_name(device)}; {settings.precision}, {mode}",
             flush=True,
         )
 
@@ -246,14 +265,8 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             progress = tqdm(batches, f"epoch {epoch}/{settings.epochs}", leave=False, disable=None)
             for step, idx in enumerate(progress):
                 leave_if_stopped()
-                batch_labels = labels[idx]
-                logits = logits_of(images[idx])
-                loss = F.cross_entropy(logits, batch_labels)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                losses[step] = loss.detach()
-                correct += (logits.argmax(1) == batch_labels).sum()
+                losses[step], hits = train_step(idx)  # forward, loss, backward, Adam
+                correct += hits
 
             losses = losses.double().cpu()
             seconds = time.perf_counter() - start
@@ -265,7 +278,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
                 )
             sizes = torch.tensor([len(idx) for idx in batches], dtype=torch.float64)
             leave_if_stopped()
-            val_loss, val_predictions = evaluate(model, logits_of, val_images, val_labels)
+            val_loss, val_predictions = evaluate(model, settings.precision, val_images, val_labels)
             if not math.isfinite(val_loss):
                 raise RunError(
                     f"the validation loss is {val_loss:g} after epoch {epoch}, with --lr "
@@ -273,7 +286,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
                 )
             row = {
                 "epoch": epoch,
-                "lr": scheduler.get_last_lr()[0],
+                "lr": float(scheduler.get_last_lr()[0]),
                 "train_loss": (losses @ sizes).item() / len(train_idx),
                 "train_acc": 100 * correct.item() / len(train_idx),
                 "val_loss": val_loss,
@@ -286,18 +299,9 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
 
             # best.pt before last.pt: killed in between, this epoch is trained and written again.
             is_best = best_epoch_of(history) == epoch
-            if is_best:
-                run_folder.save(folder / "best.pt", model.state_dict())
-            checkpoint = {
-                "model": model.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "scheduler": scheduler.state_dict(),
-                "rng": torch.get_rng_state(),
-                "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-                "history": history,
-                "config": config,
-            }
-            run_folder.save(folder / "last.pt", checkpoint)
+            files = {folder / "best.pt": model.state_dict()} if is_best else {}
+            state = checkpoint.state_of(model, optimizer, scheduler, device, history, config)
+            save(files | {folder / "last.pt": state})
             run_folder.write_metrics(folder / "metrics.jsonl", history)
             log_epoch(writer, row)
             print(
@@ -311,11 +315,12 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         # The test set is used only here: with the last weights, and with the best.
         leave_if_stopped()
         best_epoch = best_epoch_of(history)
-        _, predictions = evaluate(model, logits_of, test_images, test_labels)
+        _, predictions = evaluate(model, settings.precision, test_images, test_labels)
         test_acc_last = accuracy(predictions, test_labels)
         if best_epoch != len(history):
-            model.load_state_dict(run_folder.load(folder / "best.pt"))
-            _, predictions = evaluate(model, logits_of, test_images, test_labels)
+            save.wait()
+            model.load_state_dict(checkpoint.load(folder / "best.pt"))
+            _, predictions = evaluate(model, settings.precision, test_images, test_labels)
         run_folder.write_predictions(folder / "test_predictions.npy", predictions)
         train_seconds = sum(row["seconds"] for row in history)
         result = {
@@ -335,7 +340,9 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             "train_seconds": train_seconds,
             "images_per_second": len(history) * len(train_idx) / train_seconds,
             "precision": settings.precision,
-            "mode": settings.mode,
+            "mode": mode,
+            "set_up_seconds": set_up_seconds,  # of compiling or recording, not in train_seconds
+            "fallback": "; ".join(failures) or None,  # why it ran in no faster mode
             "device": device_name(device),
             "quick": settings.quick,
             "overrides": settings.overrides,
@@ -351,12 +358,12 @@ def best_epoch_of(history: list[dict]) -> int:
 
 
 @torch.inference_mode()
-def evaluate(model, logits_of, images, labels) -> tuple[float, torch.Tensor]:
+def evaluate(model, precision, images, labels) -> tuple[float, torch.Tensor]:
     """(mean cross-entropy, predicted classes int64 (N,)) of `images` in evaluation mode."""
     model.eval()
     loss, predictions = 0.0, []
     for batch, batch_labels in zip(images.split(EVAL_BATCH), labels.split(EVAL_BATCH), strict=True):
-        logits = logits_of(batch)
+        logits = logits_of(model, batch, precision)
         loss += F.cross_entropy(logits, batch_labels, reduction="sum").item()
         predictions.append(logits.argmax(1))
     return loss / len(labels), torch.cat(predictions)
@@ -438,6 +445,9 @@ def run(settings: argparse.Namespace, runs: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     settings = parse_settings(argv)
+    if settings.self_check:
+        models = [settings.model] if settings.model else list(MODELS)
+        return 0 if self_check(models, settings.device, settings.width, settings.batch_size) else 1
     if not settings.dry_run:
         return run(settings, settings.runs)
     with tempfile.TemporaryDirectory(prefix="dry-run-") as runs:

@@ -1,0 +1,137 @@
+"""Is the fast step the same step? Every mode and precision of a device against eager fp32.
+
+    python train.py --self-check                  # all models, a minute each on a CPU
+    python train.py --self-check --model se
+
+One line for each, with the largest relative error found in the loss, in any gradient, in the
+BatchNorm buffers, in Adam's state and in the size of the update. Exit code 1 if one is beyond
+TOLERANCE. Modes that this machine cannot run are named as skipped.
+"""
+
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from models import build_model
+from training_step import MODES, adam, make_step, set_up_torch
+
+# A wrong gradient is wrong by about 1. Seen on a CPU: 1e-3 in fp32; in bf16 3e-2, and 0.25 where
+# CBAM's maximum over channels, on the 1x1 map before the classifier, picked another channel.
+TOLERANCE = {"fp32": 5e-3, "tf32": 5e-2, "bf16": 5e-1}
+VARIANTS = [(mode, precision) for precision in ("fp32", "bf16") for mode in MODES]
+VARIANTS = [*VARIANTS[1:], ("eager", "tf32")]
+
+
+def self_check(names: list[str], device: torch.device, width: int, batch_size: int) -> bool:
+    """Prints a line for each model, mode and precision; True if all errors are within tolerance."""
+    good = True
+    for name in names:
+        expected = three_steps(name, "eager", "fp32", device, width, batch_size)
+        for mode, precision in VARIANTS:
+            label = f"{name:16s} {mode:14s} {precision:5s}"
+            if device.type != "cuda" and ("graph" in mode or precision == "tf32"):
+                print(f"{label} skipped: needs a CUDA GPU")
+                continue
+            start = time.perf_counter()
+            try:
+                found = three_steps(name, mode, precision, device, width, batch_size)
+            except ModeFailed as error:
+                print(f"{label} FAILED  {error}", flush=True)
+                good = False
+                continue
+            worst = {what: largest_error(found[what], expected[what]) for what in expected}
+            beyond = [
+                f"{what} of {where}"
+                for what, (error, where) in worst.items()
+                if not error <= TOLERANCE[precision]  # so that nan is beyond, too
+            ]
+            good = good and not beyond
+            print(
+                f"{label} {'FAILED' if beyond else 'ok    '} "
+                + " ".join(f" {what} {error:.1e}" for what, (error, _) in worst.items())
+                + f"  ({time.perf_counter() - start:.0f} s)"
+                + (f"  beyond {TOLERANCE[precision]:g}: {', '.join(beyond)}" if beyond else ""),
+                flush=True,
+            )
+    return good
+
+
+class ModeFailed(RuntimeError):
+    """A mode does not run on this machine."""
+
+
+def three_steps(
+    name: str, mode: str, precision: str, device: torch.device, width: int, batch_size: int
+) -> dict[str, dict[str, torch.Tensor]]:
+    """{what: {whose: value}} after two steps without a learning rate and one with it.
+
+    Two batches, for a graph may have one baked in; learning rate 0, then 1e-3, for the same reason.
+    What the warm-up of a mode may have left behind shows in the buffers and in Adam's state.
+    """
+    set_up_torch(precision)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 10, (2 * batch_size,), generator=generator)
+    shapes = F.interpolate(torch.rand(10, 1, 7, 7, generator=generator), 28, mode="bilinear")
+    noise = torch.rand(2 * batch_size, 1, 28, 28, generator=generator)
+    images = (200 * shapes[labels] + 55 * noise).byte()  # a shape a class: gradients have a sense
+    model = build_model(name, width=width, seed=0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # Shifted, so that few values lie where a rounding error switches a ReLU. And not 0, as
+            # CBAM's start: that would hide the gradients behind it.
+            nn.init.uniform_(module.weight, 0.25, 0.5, generator=generator)
+            nn.init.constant_(module.bias, 1.0)
+    model = model.to(device, memory_format=torch.channels_last)
+    optimizer = adam(model, lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(epoch, 1))
+    step, used, failures = make_step(
+        model, optimizer, images.to(device), labels.to(device), mode, precision, batch_size
+    )
+    if used != mode:
+        raise ModeFailed("; ".join(failures))
+
+    start = [parameter.detach().clone() for parameter in model.parameters()]
+    batches = torch.arange(2 * batch_size, device=device).split(batch_size)
+    losses = [step(idx)[0].clone() for idx in batches]
+    found = {
+        "loss": {f"batch {i + 1}": loss for i, loss in enumerate(losses)},
+        "gradient": {key: parameter.grad.clone() for key, parameter in model.named_parameters()},
+        "BatchNorm": {key: buffer.clone() for key, buffer in model.named_buffers()},
+    }
+    for part in ("exp_avg", "exp_avg_sq", "step"):
+        found[part] = {
+            key: optimizer.state[parameter][part].clone()
+            for key, parameter in model.named_parameters()
+        }
+    unmoved = all(map(torch.equal, start, model.parameters()))
+    scheduler.step()
+    step(batches[0])
+    moved_by = sum(
+        (after - before).square().sum()
+        for before, after in zip(start, model.parameters(), strict=True)
+    ).sqrt()
+    # nan, which is within no tolerance, if something moved while the learning rate was 0.
+    found["update"] = {"all": moved_by.detach() if unmoved else torch.tensor(float("nan"))}
+    return found
+
+
+def largest_error(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> tuple[float, str]:
+    """(the largest relative error, whose it is): |found - expected| / |expected| of each tensor.
+
+    The divisor is at least what a tensor of that size typically has. Some gradients are sums that
+    cancel, such as that of a bias before another BatchNorm; all that remains of them is rounding.
+    """
+    typical = {}
+    for matrix in (False, True):  # biases and BatchNorm are of another size than weights
+        values = [t.double().flatten() for t in expected.values() if (t.dim() > 1) == matrix]
+        typical[matrix] = torch.cat(values).square().mean().sqrt() if values else 0.0
+    errors = []
+    for key, value in expected.items():
+        scale = max(value.double().norm(), typical[value.dim() > 1] * value.numel() ** 0.5)
+        error = (found[key].to(value.device).double() - value.double()).norm() / scale
+        errors.append((error.item(), key))
+    return max(errors, key=lambda item: (item[0] != item[0], item[0]))  # nan above all
