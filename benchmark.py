@@ -1,13 +1,17 @@
-"""What a model costs: parameters, FLOPs, inference time, throughput, memory.
+"""What a model costs: parameters, FLOPs, memory, and inference time in every mode.
 
-    python benchmark.py                          # every model at batch 64
-    python benchmark.py --models baseline se --batch-size 1 --out /tmp/latency
+    python benchmark.py                          # every model and mode, batches of 1 and 64
+    python benchmark.py --models baseline se --modes eager --batch-sizes 64
+    python benchmark.py --batch-sizes 1 64 1024 --out /tmp/sweep
 
-Prints a table and writes --out/benchmark.json.
+Prints tables and writes --out/benchmark.json.
 Inference of float32 images 1 x 28 x 28 that are already on the device, in evaluation mode, random
-weights: no data loading, no pre-processing. Each figure is the median over --repeats batches after
-a warm-up, with p10 and p90, the device synchronised at both ends of each batch; the models take
-turns, so a machine that slows down slows them all. About 30 s on two CPU cores.
+weights: no data loading, no pre-processing. The modes are those of modes.py; `eager` in fp32 is the
+published way. Compiled, the weights are frozen and BatchNorm is folded into the convolutions.
+Before a mode is timed, its logits are compared with those of eager fp32: exit code 1 if they differ
+by more than TOLERANCE. Each figure is the median over many batches after a warm-up, the device
+synchronised at both ends of each batch; models and modes take turns, so a machine that slows down
+slows them all. About two minutes on two CPU cores, most of it compiling.
 """
 
 import argparse
@@ -16,6 +20,7 @@ import json
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,9 +32,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from environment import choose_device, device_name, is_out_of_memory, source_hashes
 from files import write_atomically
 from models import MODELS, build_model, count_parameters
+from modes import MODES, PRECISIONS, Graphed, autocast, reason, set_up_torch, why_not
 
 IMAGE = (1, 28, 28)  # channels, height, width
-COLUMNS = "{:16s} {:>11s} {:>9s} {:>11s} {:>9s} {:>17s} {:>9s} {:>9s}"
+# The largest error of a logit, relative to the largest logit of eager fp32.
+TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}
 
 
 def count_flops(model: nn.Module) -> tuple[int, int]:
@@ -47,53 +54,130 @@ def count_flops(model: nn.Module) -> tuple[int, int]:
     return round(2 * macs), counter.get_total_flops()
 
 
-def set_up(name: str, width: int, images: torch.Tensor) -> tuple[nn.Module, float | None]:
-    """The model on the device of `images`, warm, and its peak memory in MB (None on a CPU).
+def build(name: str, width: int, device: torch.device) -> nn.Module:
+    """The model in evaluation mode, its BatchNorms as if trained.
+
+    As they start they pass on what they get and close CBAM's spatial gate: a mode that got them
+    wrong would go unseen.
+    """
+    model = build_model(name, in_channels=IMAGE[0], width=width, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+                nn.init.uniform_(tensor, 0.5, 1.5, generator=generator)
+    return model.to(device).eval()
+
+
+def make_forward(model: nn.Module, mode: str, precision: str, images: torch.Tensor) -> Callable:
+    """images -> float32 logits in a mode and precision, of images of this shape only."""
+    if mode != "eager":  # eager is as published: the layout that PyTorch has by default
+        model = model.to(memory_format=torch.channels_last)
+
+    def forward(images):
+        with autocast(precision, images.device):
+            return model(images).float()
+
+    if "compile" in mode:
+        forward = torch.compile(forward, dynamic=False, options={"freezing": True})
+    return Graphed(forward, images) if "graph" in mode else forward
+
+
+def set_up(name: str, mode: str, precision: str, width: int, images: torch.Tensor) -> dict:
+    """The forward pass, warm, and what was found on the way.
 
     Peak memory: weights, activations and workspace of one batch, as PyTorch's allocator saw them.
     """
     cuda = images.device.type == "cuda"
+    set_up_torch("fp32")
+    expected = build(name, width, images.device)(images)
+    set_up_torch(precision)
     if cuda:
         torch.cuda.reset_peak_memory_stats(images.device)
         before = torch.cuda.memory_allocated(images.device)
-    model = build_model(name, in_channels=IMAGE[0], width=width, seed=0).to(images.device).eval()
-    for _ in range(10 if cuda else 2):
-        model(images)
-    if not cuda:
-        return model, None
-    torch.cuda.synchronize(images.device)
-    return model, (torch.cuda.max_memory_allocated(images.device) - before) / 1e6
-
-
-def seconds_per_batch(model: nn.Module, images: torch.Tensor) -> float:
-    """Wall time of one batch; work that was queued before is waited for first."""
-    cuda = images.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(images.device)
     start = time.perf_counter()
-    model(images)
+    forward = make_forward(build(name, width, images.device), mode, precision, images)
+    error = (forward(images) - expected).abs().max() / expected.abs().max()
+    error = error.item()  # waits
+    seconds = time.perf_counter() - start
+    for _ in range(10 if cuda else 2):
+        forward(images)
+    peak = (torch.cuda.max_memory_allocated(images.device) - before) / 1e6 if cuda else None
+    return {
+        "forward": forward,
+        "logit_error": error,
+        "set_up_seconds": None if mode == "eager" else seconds,
+        "peak_memory_mb": peak,
+    }
+
+
+def seconds_per_call(function: Callable, argument: torch.Tensor) -> float:
+    """Wall time of function(argument); work that was queued before is waited for first."""
+    cuda = argument.device.type == "cuda"
     if cuda:
-        torch.cuda.synchronize(images.device)
+        torch.cuda.synchronize(argument.device)
+    start = time.perf_counter()
+    function(argument)
+    if cuda:
+        torch.cuda.synchronize(argument.device)
     return time.perf_counter() - start
 
 
-@torch.inference_mode()
-def measure(names: list[str], settings: dict, repeats: int, device) -> dict[str, dict]:
-    """{model: its row of benchmark.json}."""
-    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32
-    images = torch.rand(settings["batch_size"], *IMAGE, device=device)
-    ready = {name: set_up(name, settings["width"], images) for name in names}
-    seconds = {name: [] for name in names}
-    for _ in range(repeats):
-        for name, (model, _) in ready.items():
-            seconds[name].append(seconds_per_batch(model, images))
+@torch.no_grad()
+def ceiling_tflops(precision: str, device: torch.device) -> float:
+    """What the device reaches at most: the better of a large matrix product and convolution.
 
-    rows = {}
-    for name, (model, peak_memory_mb) in ready.items():
-        ms_per_image = 1e3 * np.array(seconds[name]) / settings["batch_size"]
+    (Of the two, because PyTorch's matrix product is slow on some CPUs.)
+    """
+    set_up_torch(precision)
+    n, images, channels, size = (8192 if device.type == "cuda" else 2048), 16, 256, 14
+    images *= 64 if device.type == "cuda" else 1
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    matrix = torch.randn(n, n, dtype=dtype, device=device)
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, dtype=dtype, device=device)
+    maps = torch.randn(images, channels, size, size, dtype=dtype, device=device)
+    layer, maps = (x.to(memory_format=torch.channels_last) for x in (layer, maps))
+    product = [seconds_per_call(lambda m: m @ m, matrix) for _ in range(13)]
+    convolution = [seconds_per_call(layer, maps) for _ in range(13)]
+    return max(
+        2 * n**3 / float(np.median(product[3:])),
+        2 * 9 * channels**2 * images * size**2 / float(np.median(convolution[3:])),
+    ) / 1e12  # fmt: skip
+
+
+@torch.no_grad()
+def measure(
+    variants: list[tuple[str, str]], settings: dict, repeats: int, ceiling: float, device
+) -> list[dict]:
+    """The rows of benchmark.json of all (model, mode) in `variants`, at one batch size.
+
+    A mode that does not run here is left out, with a note on stderr.
+    """
+    images = torch.rand(settings["batch_size"], *IMAGE, device=device)
+    ready = {}
+    for name, mode in variants:
+        try:
+            ready[name, mode] = set_up(name, mode, settings["precision"], settings["width"], images)
+        except Exception as error:  # compilers and drivers raise what they like
+            if isinstance(error, RuntimeError) and is_out_of_memory(error):
+                raise
+            print(f"note: {name}, mode {mode} left out: {reason(error)}", file=sys.stderr)
+
+    seconds = {variant: [] for variant in ready}
+    for _ in range(repeats):
+        for variant, found in ready.items():
+            seconds[variant].append(seconds_per_call(found["forward"], images))
+
+    rows = []
+    for (name, mode), found in ready.items():
+        ms_per_image = 1e3 * np.array(seconds[name, mode]) / settings["batch_size"]
+        model = build(name, settings["width"], torch.device("cpu"))
         flops, flops_aten = count_flops(model)
-        rows[name] = {
+        images_per_second = float(1e3 / np.median(ms_per_image))
+        tflops = flops_aten * images_per_second / 1e12
+        rows.append({
             "model": name,
+            "mode": mode,
             "params": count_parameters(model),
             "flops": flops,
             "flops_aten": flops_aten,
@@ -101,43 +185,67 @@ def measure(names: list[str], settings: dict, repeats: int, device) -> dict[str,
             "ms_per_image": float(np.median(ms_per_image)),
             "ms_per_image_p10": float(np.percentile(ms_per_image, 10)),
             "ms_per_image_p90": float(np.percentile(ms_per_image, 90)),
-            "images_per_second": float(1e3 / np.median(ms_per_image)),
-            "peak_memory_mb": peak_memory_mb,
+            "ms_per_image_p99": float(np.percentile(ms_per_image, 99)),
+            "images_per_second": images_per_second,
+            "tflops": tflops,
+            "share_of_ceiling": tflops / ceiling,
+            **{key: value for key, value in found.items() if key != "forward"},
             "repeats": repeats,
-        }
+        })  # fmt: skip
     return rows
 
 
-def rows_kept(path: Path, settings: dict) -> dict[str, dict]:
-    """{model: row} of the rows in `path` that were measured with `settings`."""
+def rows_kept(path: Path, settings: dict) -> list[dict]:
+    """The rows in `path` that were measured with `settings`."""
     try:
         rows = json.loads(path.read_text())
-        return {row["model"]: row for row in rows if settings.items() <= row.items()}
+        [[row["model"], row["mode"], row["precision"], row["batch_size"]] for row in rows]
+        return [row for row in rows if settings.items() <= row.items()]
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
-        return {}  # nothing there that could be kept: everything is measured
+        return []  # nothing there that could be kept: everything is measured
 
 
-def print_table(rows: list[dict]) -> None:
-    print(
-        COLUMNS.format(
-            "model", "params", "params M", "MFLOPs", "GFLOPs", "ms/image", "images/s", "memory"
-        )
-    )
+def key_of(row: dict) -> tuple:
+    return row["batch_size"], row["precision"], row["model"], row["mode"]
+
+
+def place_of(row: dict) -> tuple:
+    """Its place in the table."""
+    size, precision, model, mode = key_of(row)
+    order = (PRECISIONS.index(precision), list(MODELS).index(model), MODES.index(mode))
+    return size, *order
+
+
+def default_repeats(batch_size: int, device: torch.device) -> int:
+    """Enough of single images for the p99 of their latency."""
+    if device.type == "cuda":
+        return 1000 if batch_size == 1 else 200
+    return 200 if batch_size == 1 else 10
+
+
+def print_tables(rows: list[dict]) -> None:
+    print(f"\n{'model':16s} {'parameters':>11s} {'MFLOPs':>9s} {'GFLOPs as published':>20s}")
+    for row in {row["model"]: row for row in rows}.values():
+        print(f"{row['model']:16s} {row['params']:11,} {row['flops_aten'] / 1e6:9,.1f} "
+              f"{row['flops'] / 1e9:20.2f}")  # fmt: skip
+    columns = "{:>5s} {:9s} {:16s} {:13s} {:>9s} {:>15s} {:>8s} {:>9s} {:>8s} {:>9s} {:>8s} {:>7s}"
+    print("\n" + columns.format(
+        "batch", "precision", "model", "mode", "ms/image", "p10-p90", "p99", "images/s", "TFLOP/s",
+        "share", "memory", "set-up",
+    ))  # fmt: skip
     for row in rows:
-        memory = row["peak_memory_mb"]
-        print(
-            COLUMNS.format(
-                row["model"],
-                f"{row['params']:,}",
-                f"{row['params'] / 1e6:.2f}",
-                f"{row['flops_aten'] / 1e6:,.1f}",
-                f"{row['flops'] / 1e9:.2f}",
-                f"{row['ms_per_image']:.4f} "
-                f"({row['ms_per_image_p10']:.3f}-{row['ms_per_image_p90']:.3f})",
-                f"{row['images_per_second']:,.0f}",
-                "-" if memory is None else f"{memory:,.0f} MB",
-            )
-        )
+        memory, set_up_seconds = row["peak_memory_mb"], row["set_up_seconds"]
+        print(columns.format(
+            str(row["batch_size"]), row["precision"], row["model"], row["mode"],
+            f"{row['ms_per_image']:.4f}",
+            f"{row['ms_per_image_p10']:.4f}-{row['ms_per_image_p90']:.4f}",
+            f"{row['ms_per_image_p99']:.4f}",
+            f"{row['images_per_second']:,.0f}",
+            f"{row['tflops']:.3f}",
+            f"{100 * row['share_of_ceiling']:.0f} %",
+            "-" if memory is None else f"{memory:,.0f} MB",
+            "-" if set_up_seconds is None else f"{set_up_seconds:.1f} s",
+        ))  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -149,43 +257,64 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL",
         help="default: all")  # fmt: skip
-    add("--batch-size", type=int, default=64, help="default: %(default)s")
-    add("--repeats", type=int, help="timed batches a model; default: 200 on a GPU, 10 on a CPU")
+    add("--batch-sizes", nargs="+", type=int, default=[1, 64], metavar="N", help="default: 1 64")
+    add("--modes", nargs="+", choices=MODES, metavar="MODE",
+        help=f"of {', '.join(MODES)}; default: all that the device can run")  # fmt: skip
+    add("--precisions", nargs="+", choices=PRECISIONS, metavar="PRECISION",
+        help=f"of {', '.join(PRECISIONS)}; default: fp32, and bf16 on a GPU")  # fmt: skip
+    add("--repeats", type=int, help="timed batches a row; default: 200, or 1000 of one image, on a "
+        "GPU; 10, or 200 of one image, on a CPU")  # fmt: skip
     add("--width", type=int, default=64, help="channels of the first stage; default: %(default)s")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help="folder; default: %(default)s")
-    add("--keep", action="store_true", help="keep rows that benchmark.json has of this device and "
-        "these settings, measure the others")  # fmt: skip
+    add("--keep", action="store_true", help="keep rows that benchmark.json has of this device, "
+        "torch, width and models.py, measure the others")  # fmt: skip
     args = parser.parse_args(argv)
     try:
         device = choose_device(args.device)
     except ValueError as error:
         parser.error(str(error))
-    repeats = args.repeats if args.repeats is not None else 200 if device.type == "cuda" else 10
-    if min(args.batch_size, repeats, args.width) < 1:
-        parser.error("--batch-size, --repeats and --width must be at least 1")
+    cuda = device.type == "cuda"
+    modes = args.modes or [mode for mode in MODES if not why_not(mode, "fp32", device)]
+    precisions = args.precisions or (["fp32", "bf16"] if cuda else ["fp32"])
+    for mode in modes:
+        for precision in precisions:
+            if impossible := why_not(mode, precision, device):
+                parser.error(impossible)
+    if min(*args.batch_sizes, args.width, args.repeats or 1) < 1:
+        parser.error("--batch-sizes, --repeats and --width must be at least 1")
 
     path = args.out / "benchmark.json"
-    settings = {
-        "batch_size": args.batch_size,
-        "precision": "fp32",
-        "mode": "eager",
+    common = {
         "device": device_name(device),
         "torch": torch.__version__,
         "width": args.width,
         "models_sha256": source_hashes()["models.py"],  # an edited model is another model
     }
     try:
-        kept = rows_kept(path, settings) if args.keep else {}
-        missing = [name for name in args.models if name not in kept]
-        measured = measure(missing, settings, repeats, device) if missing else {}
-        rows = [(kept | measured)[name] for name in MODELS if name in kept | measured]
+        rows = {key_of(row): row for row in rows_kept(path, common)} if args.keep else {}
+        kept, wrong = len(rows), []
+        for precision in precisions:
+            ceiling = ceiling_tflops(precision, device)
+            for size in args.batch_sizes:
+                missing = [
+                    (name, mode)
+                    for name in args.models
+                    for mode in modes
+                    if (size, precision, name, mode) not in rows
+                ]
+                settings = common | {"batch_size": size, "precision": precision}
+                repeats = args.repeats or default_repeats(size, device)
+                measured = measure(missing, settings, repeats, ceiling, device) if missing else []
+                wrong += [r for r in measured if not r["logit_error"] <= TOLERANCE[precision]]
+                rows |= {key_of(row): row for row in measured if row not in wrong}
+        rows = sorted(rows.values(), key=place_of)
         write_atomically(path, json.dumps(rows, indent=2) + "\n")
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         print(
-            f"error: out of memory on {device_name(device)} with --batch-size {args.batch_size} "
+            f"error: out of memory on {device_name(device)} with --batch-sizes {args.batch_sizes} "
             f"and --width {args.width}: try a smaller one",
             file=sys.stderr,
         )
@@ -194,13 +323,23 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(
-        f"{device_name(device)}, torch {torch.__version__}, fp32, eager, batch {args.batch_size}: "
-        f"median time (p10-p90)" + (f", kept: {', '.join(kept)}" if kept else "")
+        f"{device_name(device)}, torch {torch.__version__}; medians"
+        + (f"; {kept} rows kept" if kept else "")
     )
-    print_table(rows)
-    print(f"MFLOPs: FlopCounterMode's exact count of convolutions and matrix products. GFLOPs: 2 x "
-          f"thop's MACs, as published. Written to {path}")  # fmt: skip
-    return 0
+    print_tables(rows)
+    print(
+        "\nMFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs. TFLOP/s: "
+        "MFLOPs x images/s.\nShare: of what one large product or convolution reaches here. Set-up: "
+        f"compiling, recording, first call.\nWritten to {path}"
+    )
+    for row in wrong:
+        print(
+            f"error: {row['model']}, mode {row['mode']}, {row['precision']}, batch "
+            f"{row['batch_size']}: logits differ from those of eager fp32 by "
+            f"{row['logit_error']:.1e}, relatively; left out",
+            file=sys.stderr,
+        )
+    return 1 if wrong or not rows else 0
 
 
 if __name__ == "__main__":

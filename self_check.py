@@ -15,7 +15,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from models import build_model
-from training_step import MODES, adam, make_step, set_up_torch
+from modes import MODES, set_up_torch, why_not
+from training_step import adam, make_step
 
 # A wrong gradient is wrong by about 1. Seen on a CPU: 1e-3 in fp32; in bf16 3e-2, and 0.25 where
 # CBAM's maximum over channels, on the 1x1 map before the classifier, picked another channel.
@@ -31,8 +32,8 @@ def self_check(names: list[str], device: torch.device, width: int, batch_size: i
         expected = three_steps(name, "eager", "fp32", device, width, batch_size)
         for mode, precision in VARIANTS:
             label = f"{name:16s} {mode:14s} {precision:5s}"
-            if device.type != "cuda" and ("graph" in mode or precision == "tf32"):
-                print(f"{label} skipped: needs a CUDA GPU")
+            if reason := why_not(mode, precision, device):
+                print(f"{label} skipped: {reason}")
                 continue
             start = time.perf_counter()
             try:

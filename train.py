@@ -43,20 +43,12 @@ from environment import (
     source_hashes,
 )
 from models import MODELS, build_model, count_parameters
+from modes import MODES, PRECISIONS, set_up_torch, why_not
 from run_folder import RunError
 from self_check import self_check
 from stop_signals import Stopped, watch_signals
 from tensorboard_log import log_epoch, log_test
-from training_step import (
-    MODES,
-    PRECISIONS,
-    adam,
-    choose_mode,
-    choose_precision,
-    logits_of,
-    make_step,
-    set_up_torch,
-)
+from training_step import adam, choose_mode, choose_precision, logits_of, make_step
 
 # --- Settings -------------------------------------------------------------------------------------
 
@@ -123,7 +115,7 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
         "--mode",
         default="auto",
         choices=["auto", *MODES],
-        help="how a training step is run (training_step.py); auto: what is fastest here",
+        help="how a training step is run (modes.py); auto: what is fastest here",
     )
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--runs", type=Path, default=Path("runs"), help=f"folder of all runs; {default}")
@@ -154,10 +146,8 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
         settings.device = choose_device(settings.device)
     except ValueError as error:
         parser.error(str(error))
-    if settings.device.type != "cuda" and "graph" in settings.mode:
-        parser.error(f"--mode {settings.mode} needs a CUDA GPU")
-    if settings.device.type != "cuda" and settings.precision == "tf32":
-        parser.error("--precision tf32 needs a CUDA GPU")
+    if reason := why_not(settings.mode, settings.precision, settings.device):
+        parser.error(reason)
     settings.precision = choose_precision(settings.precision, settings.device)
     # What differs from the recipe: the report keeps such runs apart.
     own = recipe | dict(width=WIDTH, precision=choose_precision("auto", settings.device))
@@ -237,7 +227,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     )
     set_up_seconds = time.perf_counter() - start
     for failure in failures:
-        print(f"note: {failure}", file=sys.stderr)
+        print(f"note: {failure}; going on in mode {mode}", file=sys.stderr)
 
     run_folder.write_json(folder / "config.json", config)
     run_folder.write_json(folder / "env.json", describe_environment(device))

@@ -1,0 +1,86 @@
+"""The ways to run one and the same computation: precisions, and modes of launching its kernels.
+
+    eager           as it stands: Python launches one kernel after the other
+    compile         torch.compile fuses what is element-wise; compiling takes up to a minute, once
+    graph           CUDA: all kernels are recorded once, then replayed by a single launch
+    compile+graph   both
+
+    fp32, tf32      float32; on a GPU products either in full or in TF32, which has 10 bits
+    bf16            autocast: convolutions and matrix products in bfloat16, which has 7 bits; the
+                    weights, BatchNorm's sums, the loss and Adam stay in float32
+
+At batch 64 a large GPU is done with a small CNN sooner than Python has launched all its kernels.
+That is what a graph is for.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+
+MODES = ("eager", "compile", "graph", "compile+graph")
+PRECISIONS = ("fp32", "tf32", "bf16")
+
+# On a CPU, torch.compile would print a line about a CUDA runtime that is not there.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+
+
+def why_not(mode: str, precision: str, device: torch.device) -> str | None:
+    """Why `device` cannot run a mode in a precision; None if it can."""
+    if device.type != "cuda" and "graph" in mode:
+        return f"mode {mode} needs a CUDA GPU"
+    if device.type != "cuda" and precision == "tf32":
+        return "precision tf32 needs a CUDA GPU"
+    return None
+
+
+def set_up_torch(precision: str) -> None:
+    """Deterministic algorithms, and float32 products in TF32 only where that is asked for."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Otherwise every new tensor is first filled with NaN: a help in debugging, and a kernel each.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    # No cache of cast weights: a graph that found one filled would be recorded without the casts.
+    bf16 = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+def reason(error: Exception) -> str:
+    """The first line of what a compiler or a driver raised."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:200]}"
+
+
+class Graphed:
+    """`function` of one tensor, recorded as one CUDA graph: called like the function, one launch.
+
+    Recording: CUDA libraries, the allocator and optimizers set themselves up when they first run,
+    which a graph cannot record. So the function is run a few times to warm up, on the stream that
+    then records one more run without executing it. Whoever records a training step restores the
+    weights and all else that the warm-up changed, in place: a graph knows addresses, not variables.
+
+    Replaying: the same kernels on the same addresses. Hence the argument is copied to where the
+    graph reads it, and the results are valid until the next call. Whatever Python decided while
+    recording is fixed: shapes, branches, every number that is not a tensor on the device.
+    """
+
+    def __init__(self, function: Callable, example: torch.Tensor):
+        self.argument = example.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function(self.argument)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, stream=stream):
+            self.results = function(self.argument)
+
+    def __call__(self, argument: torch.Tensor):
+        self.argument.copy_(argument)
+        self.graph.replay()
+        return self.results
