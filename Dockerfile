@@ -10,8 +10,10 @@
 ARG BASE_IMAGE=nvidia/cuda:13.0.3-base-ubuntu24.04@sha256:7c7413a56200486f71f181cad9310f6fd31b6bb21816ade15fc9c1e1e927a5c1
 FROM ${BASE_IMAGE}
 
+# The compilers and Python's headers are torch.compile's.
 RUN apt-get update \
- && apt-get install -y --no-install-recommends ca-certificates python3 python3-venv \
+ && apt-get install -y --no-install-recommends \
+      ca-certificates g++ gcc python3 python3-dev python3-venv \
  && rm -rf /var/lib/apt/lists/*
 
 # Requirements before sources: editing a script does not install 5 GB again.

@@ -5,7 +5,6 @@ history of the run. Everything is a plain type or a tensor, loaded with `weights
 cannot run code, and on the CPU, from where each load_state_dict moves its part.
 """
 
-import copy
 import io
 import pickle
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,24 +69,40 @@ def load(path: Path) -> dict:
 
 
 class Saver:
-    """Writes checkpoints while training goes on: on an H100 an epoch is soon over.
+    """Writes checkpoints while training goes on, for on a large GPU an epoch is soon over.
 
-    with Saver() as save:
+    with Saver(device) as save:
         save({path: state, ...})    # written one after the other, each by temporary file and rename
 
     A save first waits for the one before, and leaving the block waits for the last. What went wrong
     in writing, such as a full disk, is raised by the wait.
     """
 
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.pending: Future | None = None
+
     def __enter__(self):
         self.pool = ThreadPoolExecutor(max_workers=1)
-        self.pending: Future | None = None
         return self
 
     def __call__(self, files: dict[Path, dict]) -> None:
         self.wait()
-        files = {path: copied_to_cpu(state) for path, state in files.items()}
-        self.pending = self.pool.submit(write_files, files)
+        copies = copied(files, self.device)  # the next step changes the originals
+        cuda = self.device.type == "cuda"
+        copies_made = torch.cuda.current_stream(self.device).record_event() if cuda else None
+        self.pending = self.pool.submit(self.write, copies, copies_made)
+
+    def write(self, files: dict[Path, dict], copies_made: torch.cuda.Event | None) -> None:
+        if copies_made:  # from the GPU beside the training, on a stream of its own
+            stream = torch.cuda.Stream(self.device)
+            stream.wait_event(copies_made)
+            with torch.cuda.stream(stream):
+                files = copied(files, torch.device("cpu"))
+        for path, state in files.items():
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            write_atomically(path, buffer.getbuffer())
 
     def wait(self) -> None:
         pending, self.pending = self.pending, None
@@ -100,19 +115,12 @@ class Saver:
             self.wait()
 
 
-def copied_to_cpu(state):
-    """A copy that the next step does not change."""
+def copied(state, device: torch.device):
+    """A copy of all that `state` holds; tensors of a GPU go to `device`, those of the CPU stay."""
     if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
+        return state.detach().to(device if state.is_cuda else "cpu", copy=True)
     if isinstance(state, dict):
-        return {key: copied_to_cpu(value) for key, value in state.items()}
+        return {key: copied(value, device) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(map(copied_to_cpu, state))
-    return copy.copy(state)
-
-
-def write_files(files: dict[Path, dict]) -> None:
-    for path, state in files.items():
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        write_atomically(path, buffer.getbuffer())
+        return type(state)(copied(value, device) for value in state)
+    return state

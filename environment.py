@@ -11,7 +11,10 @@ HERE = Path(__file__).resolve().parent
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`: a CUDA GPU, or the CPU where there is none. Raises ValueError with one line."""
+    """`auto`: a CUDA GPU, or the CPU where there is none. A GPU becomes the current one.
+
+    Raises ValueError with one line.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -29,6 +32,9 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPU(s)"
         )
+    if device.type == "cuda":
+        device = torch.device("cuda", device.index or 0)
+        torch.cuda.set_device(device)  # streams and graphs are made on the current one
     return device
 
 

@@ -48,7 +48,8 @@ ENV_COLUMNS = ("device", "torch", "cuda", "driver", "python", "git_commit", "git
 METRIC_COLUMNS = ("epoch", "val_acc", "train_loss")
 COST_COLUMNS = (
     "model", "params", "flops", "batch_size", "precision", "mode", "width", "device", "torch",
-    "ms_per_image", "ms_per_image_p10", "ms_per_image_p90",
+    "ms_per_image", "ms_per_image_p10", "ms_per_image_p90", "ms_per_image_p99", "tflops",
+    "share_of_ceiling",
 )  # fmt: skip
 
 
@@ -187,9 +188,23 @@ def read_costs(paths: list[Path]) -> list[dict]:
     return rows
 
 
-def costs_of(study: Study, rows: list[dict]) -> dict[str, dict]:
-    """{model: the row measured at this study's width}."""
-    return {row["model"]: row for row in rows if row["width"] == study.any_run.result["width"]}
+def costs_of(study: Study, rows: list[dict], mode="eager", precision="fp32") -> dict[str, dict]:
+    """{model: its row} at this study's width and batch 64, or else the largest measured."""
+    wanted = {"mode": mode, "precision": precision, "width": study.any_run.result["width"]}
+    rows = [row for row in rows if wanted.items() <= row.items()]
+    sizes = {row["batch_size"] for row in rows}
+    size = 64 if 64 in sizes else max(sizes, default=64)
+    return {row["model"]: row for row in rows if row["batch_size"] == size}
+
+
+def fastest_costs_of(study: Study, rows: list[dict]) -> dict[str, dict]:
+    """As costs_of, in the mode and precision in which the models took the least time together."""
+    variants = {(row["mode"], row["precision"]) for row in rows}
+    measured = [costs_of(study, rows, *variant) for variant in sorted(variants)]
+    models = max((len(costs) for costs in measured), default=0)
+    complete = [costs for costs in measured if len(costs) == models]
+    total = [sum(row["ms_per_image"] for row in costs.values()) for costs in complete]
+    return complete[total.index(min(total))] if models else {}
 
 
 # --- Statistics -----------------------------------------------------------------------------------
@@ -235,6 +250,7 @@ def write_report(
     lines = ["# Attention in ResNet-18: accuracy and cost, measured and published", ""]
     for study in studies:
         lines += study_section(study, costs_of(study, costs))
+    lines += cost_section(costs)
     if figures:
         lines += [f"## Figures: {studies[0].title}", ""]
         if studies[0].mark:
@@ -331,6 +347,48 @@ def study_section(study: Study, costs: dict[str, dict]) -> list[str]:
     return [*lines, ""]
 
 
+def cost_section(rows: list[dict]) -> list[str]:
+    """Inference time of every model in every mode that was measured."""
+    if not rows:
+        return []
+    models = in_table_order({row["model"] for row in rows})
+    keys = ("width", "batch_size", "precision", "mode")
+    table = {}  # (width, batch size, precision, mode) -> model -> row
+    for row in rows:
+        table.setdefault(tuple(row[key] for key in keys), {})[row["model"]] = row
+    lines = [
+        "## Inference time in every mode",
+        "",
+        f"| width | batch | precision | mode | {' | '.join(models)} | baseline's TFLOP/s |",
+        "|---|---|---|---|" + "---|" * (len(models) + 1),
+    ]
+    for variant, by_model in table.items():
+        base = by_model.get("baseline")
+        cells = [*map(str, variant)]
+        for model in models:
+            row = by_model.get(model)
+            if row is None:
+                cells.append("-")
+            elif row["batch_size"] == 1:
+                times = (row[f"ms_per_image{p}"] for p in ("", "_p90", "_p99"))
+                cells.append(" / ".join(f"{time:#.3g}" for time in times))
+            else:
+                cell = f"{row['ms_per_image']:#.3g}"
+                if base and row is not base:
+                    cell += f" ({row['ms_per_image'] / base['ms_per_image']:.2f}x)"
+                cells.append(cell)
+        share = f"{base['tflops']:#.3g} ({100 * base['share_of_ceiling']:.0f} %)" if base else "-"
+        lines.append(f"| {' | '.join([*cells, share])} |")
+    return [
+        *lines,
+        "",
+        "ms/image, median over batches, and how many times that of the baseline; of single images "
+        "the latency: p50 / p90 / p99. TFLOP/s beside what one large matrix product or convolution "
+        "reaches on the same device. Modes: see modes.py; `eager` in fp32 is the published way.",
+        "",
+    ]
+
+
 def methods(studies: list[Study], costs: list[dict]) -> list[str]:
     """Environment and commands, from env.json and config.json."""
     runs = [run for study in studies for runs in study.runs.values() for run in runs]
@@ -344,6 +402,9 @@ def methods(studies: list[Study], costs: list[dict]) -> list[str]:
     ).items():
         lines.append(f"- {count} run{'s' * (count > 1)}: {words}")
     lines.append("- Training times include whatever else these machines were doing.")
+    for run in runs:
+        if run.result.get("fallback"):
+            lines.append(f"- {run.folder}: {run.result['fallback']}")
     for device, torch in sorted({(row["device"], row["torch"]) for row in costs}):
         lines.append(f"- inference: {device}; torch {torch}")
     lines += [
@@ -361,7 +422,9 @@ def methods(studies: list[Study], costs: list[dict]) -> list[str]:
 def results_csv(studies: list[Study]) -> str:
     """One line a run."""
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, RUN_COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(
+        buffer, [*RUN_COLUMNS, "fallback"], extrasaction="ignore", lineterminator="\n"
+    )
     writer.writeheader()
     for study in studies:
         for runs in study.runs.values():
@@ -399,7 +462,9 @@ def make_report(runs_dir: Path, out: Path) -> None:
     costs = read_costs([out / "benchmark.json", runs_dir / "benchmark.json"])
     main_study = studies[0]
     summaries = {model: summarize(runs) for model, runs in main_study.runs.items()}
-    figures = draw_figures(main_study, summaries, costs_of(main_study, costs))
+    figures = draw_figures(
+        main_study, summaries, costs_of(main_study, costs), fastest_costs_of(main_study, costs)
+    )
     for name in FIGURES:
         if name in figures:
             write_atomically(out / name, figures[name])

@@ -118,6 +118,7 @@ set_defaults() {  # quick | full
   read -rd '' -a seeds <<<"$SEEDS" || true
   ((${#models[@]} && ${#seeds[@]})) || die 2 "MODELS and SEEDS must name at least one each"
   benchmark=("$PYTHON" benchmark.py --models "${models[@]}" --keep --out "$OUT")
+  [[ $1 != quick ]] || benchmark+=(--modes eager --batch-sizes 64)  # nothing that compiles
   report=("$PYTHON" report.py --runs "$RUNS" --out "$OUT")
 }
 

@@ -18,9 +18,11 @@ from models import build_model
 from modes import MODES, set_up_torch, why_not
 from training_step import adam, make_step
 
-# A wrong gradient is wrong by about 1. Seen on a CPU: 1e-3 in fp32; in bf16 3e-2, and 0.25 where
-# CBAM's maximum over channels, on the 1x1 map before the classifier, picked another channel.
-TOLERANCE = {"fp32": 5e-3, "tf32": 5e-2, "bf16": 5e-1}
+# In fp32 every tensor is judged by itself. In TF32 and bf16 rounding alone makes gradients that are
+# sums of cancelling terms wrong by their own size, so all tensors of a kind are judged together.
+# Seen on a CPU: 1e-3 in fp32; 4e-3 in bf16, but 0.2 for cbam_classifier, where the maximum over the
+# channels of a 1x1 map picks another one now and then. What is wrong is wrong by about 1.
+TOLERANCE = {"fp32": 5e-3, "tf32": 3e-2, "bf16": 3e-1}
 VARIANTS = [(mode, precision) for precision in ("fp32", "bf16") for mode in MODES]
 VARIANTS = [*VARIANTS[1:], ("eager", "tf32")]
 
@@ -42,7 +44,8 @@ def self_check(names: list[str], device: torch.device, width: int, batch_size: i
                 print(f"{label} FAILED  {error}", flush=True)
                 good = False
                 continue
-            worst = {what: largest_error(found[what], expected[what]) for what in expected}
+            judge = largest_error if precision == "fp32" else joint_error
+            worst = {what: judge(found[what], expected[what]) for what in expected}
             beyond = [
                 f"{what} of {where}"
                 for what, (error, where) in worst.items()
@@ -123,8 +126,8 @@ def largest_error(
 ) -> tuple[float, str]:
     """(the largest relative error, whose it is): |found - expected| / |expected| of each tensor.
 
-    The divisor is at least what a tensor of that size typically has. Some gradients are sums that
-    cancel, such as that of a bias before another BatchNorm; all that remains of them is rounding.
+    The divisor is at least what a tensor of that size typically has: of some gradients, such as
+    that of a bias before another BatchNorm, nothing remains but rounding.
     """
     typical = {}
     for matrix in (False, True):  # biases and BatchNorm are of another size than weights
@@ -136,3 +139,14 @@ def largest_error(
         error = (found[key].to(value.device).double() - value.double()).norm() / scale
         errors.append((error.item(), key))
     return max(errors, key=lambda item: (item[0] != item[0], item[0]))  # nan above all
+
+
+def joint_error(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
+) -> tuple[float, str]:
+    """(the relative error of all tensors together, "all")."""
+    a, b = (
+        torch.cat([tensors[key].cpu().double().flatten() for key in expected])
+        for tensors in (found, expected)
+    )
+    return ((a - b).norm() / b.norm()).item(), "all"

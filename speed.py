@@ -1,241 +1,199 @@
-"""How fast it is, and how much faster than the usual ways: everything in one run, as ratios.
+"""How fast it is, and how much faster than the usual ways: measured in one run, as ratios.
 
     python speed.py                               # this project's modes against each other
-    python speed.py --peers DIR --data-dir DATA   # and beside the yardsticks in DIR
+    python speed.py --peers DIR                   # ... and beside the yardsticks in DIR
+    python speed.py --peers DIR --plan            # the commands alone
 
 The yardsticks are scripts that do the same work as most people run it: plain_loop.py (torchvision's
 ResNet-18, PIL transforms in a DataLoader, eager float32, `.item()` every step), lightning_loop.py
 (the same in PyTorch Lightning, needs lightning) and timm_inference.py (timm's models, needs timm).
 
 Each step is a process of its own and leaves OUT/speed/<step>.json: stop it at any time, and the
-same command goes on with what is missing. Rounds take turns, the table has medians over them. On a
-CPU: training of 960 images an epoch, and inference; about 15 minutes. On a GPU: whole epochs, the
-self-check, 50 epochs of each published model from start to end, and a sweep of batch sizes.
-Writes OUT/speed.json, OUT/benchmark.json and OUT/speed.md. Exit code 1 if a step failed or a target
-was missed.
+same command goes on with what is missing. The figures are medians over the rounds. On a CPU it
+trains 960 images an epoch and takes about 20 minutes; on a GPU it trains whole epochs, checks its
+modes first, and runs 50 epochs of each published model from start to end. Writes OUT/speed.json and
+OUT/speed.md. Exit code 1 if a step failed or a target was missed.
 """
 
 import argparse
 import json
-import shutil
+import shlex
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from statistics import median
-
-import torch
 
 from environment import choose_device, describe_environment
 from files import write_atomically
 from training_step import COMPILE_PAYS_FROM, choose_mode
 
 PUBLISHED = ("baseline", "se", "cbam_blocks", "cbam_classifier")
-TIMM = {"baseline": "none", "se": "se", "cbam_blocks": "cbam"}  # the same model there
+TIMM = {"none": "baseline", "se": "se", "cbam": "cbam_blocks"}  # the same models there
+
+# (what, figure, divided by this figure or None, at least, at most). {fast}: the mode that `auto`
+# takes for the published recipe.
+CPU_TARGETS = [
+    ("training, baseline, against the plain loop",
+     "train baseline fastest", "train plain loop, 0 workers", 1.1, None),
+    *((f"inference, timm's {name} against {model}",
+       f"ms/image timm {name} fp32", f"ms/image {model} fastest", 1.15, None)
+      for name, model in TIMM.items()),
+]  # fmt: skip
+GPU_TARGETS = [
+    ("training against the plain loop, 0 workers",
+     "train baseline {fast}", "train plain loop, 0 workers", 10, None),
+    ("training against the plain loop, 8 workers",
+     "train baseline {fast}", "train plain loop, 8 workers", 4, None),
+    ("training against Lightning, 8 workers",
+     "train baseline {fast}", "train Lightning, 8 workers", 4, None),
+    ("training, images/s", "train baseline {fast}", None, 45_000, None),
+    ("50 epochs of baseline, everything, s", "50 epochs baseline", None, None, 70),
+    ("50 epochs of all four models, s", "50 epochs all four", None, None, 360),
+    ("training step time, cbam_blocks against baseline",
+     "train baseline {fast}", "train cbam_blocks {fast}", None, 1.4),
+    ("inference, baseline, ms/image", "ms/image baseline fastest", None, None, 0.006),
+    ("inference time, cbam_blocks against baseline",
+     "ms/image cbam_blocks fastest", "ms/image baseline fastest", None, 1.3),
+    ("inference, timm's cbam, eager fp32, against cbam_blocks",
+     "ms/image timm cbam fp32", "ms/image cbam_blocks fastest", 4, None),
+    ("inference, timm's cbam, compiled bf16, against cbam_blocks",
+     "ms/image timm cbam bf16 compiled", "ms/image cbam_blocks fastest", 1.1, None),
+]  # fmt: skip
 
 
-def steps_of(args, device: torch.device) -> list[tuple[str, list[str]]]:
-    """(name, command) of every step, what matters most first. OUT/speed/<name>.json is its result.
-
-    A name's first part says how its output is read, its last is the round.
-    """
-    cuda = device.type == "cuda"
-    here, runs = [sys.executable], ["--runs", args.out / "speed" / "runs", "--overwrite"]
-    data = ["--data-dir", args.data_dir]
-    train = [*here, "train.py", *data, *runs, "--device", args.device, "--patience", "1000"]
-    short = ["--epochs", "4"] if cuda else ["--epochs", "3", "--limit-train", "960"]
-    short += [] if cuda else ["--limit-test", "100"]
-    modes = ["eager", "graph", "compile+graph"] if cuda else ["eager", "compile"]
+def steps_of(args, cuda: bool) -> dict[str, list]:
+    """{step: its command}, what matters most first. The last word of a name is the round."""
+    on = ["--device", args.device]
+    train = ["train.py", "--data-dir", args.data_dir, "--patience", 50, *on]
+    some = [] if cuda else ["--limit-train", 960, "--limit-test", 100]
     raw = args.data_dir / "FashionMNIST" / "raw"
-    raw = raw if raw.is_dir() else args.data_dir
-    steps = []
-    if cuda:
-        steps.append(("check.0", [*here, "train.py", "--self-check", "--device", args.device]))
+    peer_data = ["--data", raw if raw.is_dir() else args.data_dir, "--epochs", 3]
+    peer_data += [] if cuda else ["--limit", 960]
+    benchmark = ["benchmark.py", "--models", *PUBLISHED, *on]
+    steps = {"check 0": ["train.py", "--self-check", *on]} if cuda else {}
     for i in range(args.rounds):
         for model in ("baseline", "cbam_blocks") if cuda else ("baseline",):
-            for mode in modes:
-                command = [*train, *short, "--model", model, "--mode", mode]
-                steps.append((f"train.{model}.{mode}.{i}", command))
-        if cuda:
-            command = [*train, *short, "--model", "baseline", "--mode", "eager"]
-            steps.append((f"train.baseline.eager-fp32.{i}", [*command, "--precision", "fp32"]))
+            for mode in ("eager", "graph", "compile+graph") if cuda else ("eager", "compile"):
+                short = ["--model", model, "--epochs", 4, "--mode", mode, *some]
+                steps[f"train {model} {mode} {i}"] = [*train, *short]
+        sizes = (1, 64, 1024) if cuda and i == 0 else (64,)
+        steps[f"inference {i}"] = [*benchmark, "--batch-sizes", *sizes]
         if args.peers:
-            peer = [*here, args.peers / "plain_loop.py", "--data", raw, "--epochs", "3"]
-            peer += ["--device", device.type] if cuda else ["--device", "cpu", "--limit", "960"]
-            for workers in ("0", "8") if cuda else ("0",):
-                steps.append((f"peer.plain.{workers}.{i}", [*peer, "--workers", workers]))
+            for workers in (0, 8) if cuda else (0,):
+                plain = [args.peers / "plain_loop.py", *peer_data, "--workers", workers]
+                steps[f"plain loop, {workers} workers {i}"] = plain
+            timm = [args.peers / "timm_inference.py"]
+            steps[f"timm fp32 {i}"] = timm
             if cuda:
-                peer = [*here, args.peers / "lightning_loop.py", "--data", raw, "--epochs", "3"]
-                steps.append((f"peer.lightning.8.{i}", [*peer, "--workers", "8"]))
-        sizes = ["1", "64", "1024"] if cuda and i == 0 else ["64"]
-        bench = [*here, "benchmark.py", "--models", *PUBLISHED, "--device", args.device]
-        bench += ["--batch-sizes", *sizes, "--out", args.out / "speed" / f"inference.{i}"]
-        steps.append((f"inference.{i}", bench))
-        if args.peers:
-            peer = [*here, args.peers / "timm_inference.py", "--device", device.type]
-            steps.append((f"peer.timm.fp32.{i}", peer))
-            if cuda:
-                compiled = [*peer, "--precision", "bf16", "--compile"]
-                steps.append((f"peer.timm.bf16-compiled.{i}", compiled))
+                lightning = [args.peers / "lightning_loop.py", *peer_data, "--workers", 8]
+                steps[f"Lightning, 8 workers {i}"] = lightning
+                compiled = [*timm, "--precision", "bf16", "--compile"]
+                steps[f"timm bf16 compiled {i}"] = compiled
         if cuda and i == 0:
             for model in PUBLISHED:
-                steps.append((f"whole.{model}.0", [*train, "--model", model]))
-    return [(name, [str(word) for word in command]) for name, command in steps]
+                steps[f"50 epochs {model} {i}"] = [*train, "--model", model]
+    return {name: [sys.executable, *map(str, command)] for name, command in steps.items()}
 
 
-def run_step(name: str, command: list[str], out: Path) -> dict:
-    """Runs it and returns what it measured. Raises RuntimeError if it fails."""
-    start = time.perf_counter()
-    done = subprocess.run(command, capture_output=True, text=True)
-    seconds = time.perf_counter() - start
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()[-1]
-        raise RuntimeError(f"exit code {done.returncode}: {last}")
-    found = {"command": command, "seconds": seconds}
-    kind = name.split(".")[0]
-    if kind in ("train", "whole"):
-        folder = next((out / "speed" / "runs").glob("*/*/*/seed0"))
-        result = json.loads((folder / "result.json").read_text())
-        epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        speeds = [row["images_per_second"] for row in epochs[1:]]  # the first one warms up
-        found |= {"images_per_second": median(speeds), "result": result}
-        shutil.rmtree(out / "speed" / "runs")
-    elif kind == "peer":
-        found["lines"] = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("{")]
-    elif kind == "inference":
-        found["rows"] = json.loads((out / "speed" / name / "benchmark.json").read_text())
-    elif kind == "check":
-        found["lines"] = done.stdout.splitlines()
-    return found
+def run_step(name: str, command: list[str]) -> dict:
+    """Runs it; {"command", "seconds", "figures": {name: value}, "raw": what they come from}.
+
+    Raises RuntimeError if it fails, LookupError or ValueError if its output is not as expected.
+    """
+    kind = name.rpartition(" ")[0]
+    with tempfile.TemporaryDirectory(prefix="speed-") as folder:
+        place = {"train.py": "--runs", "benchmark.py": "--out"}.get(command[1])
+        keep = [place, folder] if place and kind != "check" else []
+        start = time.perf_counter()
+        done = subprocess.run([*command, *keep], capture_output=True, text=True)
+        seconds = time.perf_counter() - start
+        if done.returncode:
+            said = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
+            raise RuntimeError(f"exit code {done.returncode}: {said[-1]}")
+        raw = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        if kind == "check":
+            raw, figures = done.stdout.splitlines(), {}
+        elif command[1] == "train.py":
+            run = next(Path(folder).glob("*/*/*/seed0"))
+            raw = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            speed = median(row["images_per_second"] for row in raw[1:])  # the first one warms up
+            figures = {kind: seconds} if kind.startswith("50") else {kind: speed}
+            raw = {"result": json.loads((run / "result.json").read_text()), "epochs": raw}
+        elif command[1] == "benchmark.py":
+            raw = json.loads((Path(folder) / "benchmark.json").read_text())
+            figures = {
+                f"ms/image {row['model']} {row['mode']} {row['precision']}": row["ms_per_image"]
+                for row in raw
+                if row["batch_size"] == 64
+            }
+            for model in PUBLISHED:
+                times = [figures[key] for key in figures if key.startswith(f"ms/image {model} ")]
+                figures[f"ms/image {model} fastest"] = min(times)
+        elif kind.startswith("timm"):
+            variant = kind.removeprefix("timm ")
+            figures = {
+                f"ms/image timm {row['attention']} {variant}": row["ms_per_image"] for row in raw
+            }
+        else:
+            keys = ("train_images_per_second", "images_per_second_with_validation")
+            figures = {f"train {kind}": next(raw[-1][key] for key in keys if key in raw[-1])}
+    return {"command": command, "seconds": seconds, "figures": figures, "raw": raw}
 
 
-# --- The table ------------------------------------------------------------------------------------
+def medians_of(found: dict[str, dict]) -> dict[str, float]:
+    values = {}
+    for step in found.values():
+        for name, value in step["figures"].items():
+            values.setdefault(name, []).append(value)
+    medians = {name: median(several) for name, several in values.items()}
+    modes = [medians[key] for key in medians if key.startswith("train baseline ")]
+    if modes:
+        medians["train baseline fastest"] = max(modes)
+    wholes = [medians.get(f"50 epochs {model}") for model in PUBLISHED]
+    if all(wholes):
+        medians["50 epochs all four"] = sum(wholes)
+    return medians
 
 
-class Figures:
-    """Medians over the rounds of what the steps measured; None where a step is missing."""
-
-    def __init__(self, found: dict[str, dict]):
-        self.found = found
-
-    def over_rounds(self, name: str, value) -> float | None:
-        values = [value(f) for key, f in self.found.items() if key.rpartition(".")[0] == name]
-        return median(values) if values else None
-
-    def training(self, model: str, mode: str) -> float | None:
-        return self.over_rounds(f"train.{model}.{mode}", lambda f: f["images_per_second"])
-
-    def plain(self, workers: int) -> float | None:
-        name = f"peer.plain.{workers}"
-        return self.over_rounds(name, lambda f: f["lines"][-1]["train_images_per_second"])
-
-    def lightning(self) -> float | None:
-        name = "images_per_second_with_validation"
-        return self.over_rounds("peer.lightning.8", lambda f: f["lines"][-1][name])
-
-    def timm(self, variant: str, model: str) -> float | None:
-        def value(f):
-            return next(x for x in f["lines"] if x["attention"] == TIMM[model])["ms_per_image"]
-
-        return self.over_rounds(f"peer.timm.{variant}", value)
-
-    def inference(self, model: str, mode: str, precision: str) -> float | None:
-        wanted = {"model": model, "mode": mode, "precision": precision, "batch_size": 64}
-
-        def value(f):
-            rows = [row for row in f["rows"] if wanted.items() <= row.items()]
-            return rows[0]["ms_per_image"] if rows else float("inf")
-
-        return self.over_rounds("inference", value)
-
-    def whole(self, model: str) -> float | None:
-        return self.over_rounds(f"whole.{model}", lambda f: f["seconds"])
-
-
-def ratio(a: float | None, b: float | None) -> float | None:
-    return a / b if a and b else None
-
-
-def table_of(figures: Figures, cuda: bool, mode: str) -> list[dict]:
-    """Rows of {"what", "figure", "least" or "most"}, the targets; `mode`: the fast one."""
-    f = figures
-    if not cuda:
-        modes = ("eager", "compile")
-        fastest = max(f.training("baseline", mode) or 0.0 for mode in modes) or None
-        rows = [
-            row("training, images/s, baseline, eager", f.training("baseline", "eager")),
-            row("training, images/s, baseline, compile", f.training("baseline", "compile")),
-            row("training, images/s, plain loop", f.plain(0)),
-            row("training, fastest mode / plain loop", ratio(fastest, f.plain(0)), least=1.1),
-        ]
-        for model in TIMM:
-            times = [f.inference(model, mode, "fp32") for mode in modes]
-            best = min((t for t in times if t), default=None)
-            rows += [
-                row(f"inference, ms/image, {model}, eager", times[0]),
-                row(f"inference, ms/image, {model}, compile", times[1]),
-                row(f"inference, ms/image, timm {TIMM[model]}", f.timm("fp32", model)),
-                row(f"inference, timm / fastest mode, {model}",
-                    ratio(f.timm("fp32", model), best), least=1.15),
-            ]  # fmt: skip
-        return rows
-
-    fast = f.training("baseline", mode)
-    wholes = [f.whole(model) for model in PUBLISHED]
-    rows = [
-        row(f"training, images/s, {model}, {m}", f.training(model, m))
-        for model in ("baseline", "cbam_blocks")
-        for m in ("eager-fp32", "eager", "graph", "compile+graph")
-        if f.training(model, m)
-    ]
-    cbam = f.inference("cbam_blocks", "compile+graph", "bf16")
-    base = f.inference("baseline", "compile+graph", "bf16")
-    rows += [
-        row("training, images/s, plain loop, 0 workers", f.plain(0)),
-        row("training, images/s, plain loop, 8 workers", f.plain(8)),
-        row("training, images/s, Lightning, 8 workers, with validation", f.lightning()),
-        row("training / plain loop, 0 workers", ratio(fast, f.plain(0)), least=10),
-        row("training / plain loop, 8 workers", ratio(fast, f.plain(8)), least=4),
-        row("training / Lightning, 8 workers", ratio(fast, f.lightning()), least=4),
-        row(f"training, images/s, baseline, {mode}", fast, least=45_000),
-        row("50 epochs of baseline from start to end, s", wholes[0], most=70),
-        row("50 epochs of all four models from start to end, s",
-            sum(wholes) if all(wholes) else None, most=360),
-        row(f"training step time, cbam_blocks / baseline, {mode}",
-            ratio(fast, f.training("cbam_blocks", mode)), most=1.4),
-        row("inference, ms/image, baseline, eager fp32", f.inference("baseline", "eager", "fp32")),
-        row("inference, ms/image, baseline, fast", base, most=0.006),
-        row("inference time, cbam_blocks / baseline, fast", ratio(cbam, base), most=1.3),
-        row("inference, timm eager fp32 / fast, cbam",
-            ratio(f.timm("fp32", "cbam_blocks"), cbam), least=4),
-        row("inference, timm compiled bf16 / fast, cbam",
-            ratio(f.timm("bf16-compiled", "cbam_blocks"), cbam), least=1.1),
-    ]  # fmt: skip
+def check_targets(medians: dict[str, float], targets: list[tuple], fast: str) -> list[dict]:
+    rows = []
+    for what, over, under, least, most in targets:
+        over, under = over.format(fast=fast), under and under.format(fast=fast)
+        figure, met = None, None
+        if over in medians and (under is None or under in medians):
+            figure = medians[over] / (medians[under] if under else 1)
+            met = (least is None or figure >= least) and (most is None or figure <= most)
+        target = f"at least {least:,}" if least is not None else f"at most {most:,}"
+        rows.append({"what": what, "figure": figure, "target": target, "met": met})
     return rows
 
 
-def row(what: str, figure: float | None, **target: float) -> dict:
-    """`target`: least=... or most=..."""
-    met = None
-    if target and figure is not None:
-        met = figure >= target["least"] if "least" in target else figure <= target["most"]
-    return {"what": what, "figure": figure, **target, "met": met}
+def as_markdown(rows: list[dict], medians: dict, rounds: int, environment: dict) -> str:
+    def number(value):
+        return (
+            "not measured"
+            if value is None
+            else f"{value:,.0f}"
+            if value >= 1000
+            else f"{value:.3g}"
+        )
 
-
-def as_markdown(rows: list[dict], environment: dict) -> str:
-    lines = ["| what | figure | target | |", "|---|---|---|---|"]
-    for r in rows:
-        figure = "not measured" if r["figure"] is None else f"{r['figure']:,.4g}"
-        if r["figure"] is not None and r["figure"] >= 1000:
-            figure = f"{r['figure']:,.0f}"
-        target = f"at least {r['least']:,g}" if "least" in r else ""
-        target = f"at most {r['most']:,g}" if "most" in r else target
-        met = {None: "", True: "met", False: "missed"}[r["met"]]
-        lines.append(f"| {r['what']} | {figure} | {target} | {met} |")
-    what = ("device", "torch", "cuda", "driver", "python", "git_commit")
-    known = ", ".join(f"{key} {environment[key]}" for key in what if environment[key])
-    return "\n".join([*lines, "", known, ""])
+    words = {None: "", True: "met", False: "**missed**"}
+    lines = ["| ratio | measured | target | |", "|---|---|---|---|"]
+    lines += [f"| {r['what']} | {number(r['figure'])} | {r['target']} | {words[r['met']]} |"
+              for r in rows]  # fmt: skip
+    lines += [
+        "",
+        "| images/s in training, ms/image in inference at batch 64 | median |",
+        "|---|---|",
+    ]
+    lines += [f"| {name} | {number(value)} |" for name, value in medians.items()]
+    keys = ("device", "torch", "cuda", "driver", "python", "git_commit")
+    known = ", ".join(f"{key} {environment[key]}" for key in keys if environment[key])
+    return "\n".join([*lines, "", f"Medians over {rounds} rounds; {known}", ""])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -250,6 +208,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--rounds", type=int, default=3, help="default: %(default)s")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu or cuda")
     add("--out", type=Path, default=Path("results"), help="folder; default: %(default)s")
+    add("--plan", action="store_true", help="print the commands, run nothing")
     args = parser.parse_args(argv)
     try:
         device = choose_device(args.device)
@@ -261,31 +220,39 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"--peers {args.peers}: there is no plain_loop.py")
 
     found, failed = {}, []
-    for name, command in steps_of(args, device):
-        path = args.out / "speed" / f"{name}.json"
-        if path.exists():
-            found[name] = json.loads(path.read_text())
+    for name, command in steps_of(args, device.type == "cuda").items():
+        path = args.out / "speed" / f"{name.replace(' ', '_')}.json"
+        if args.plan:
+            print(shlex.join(command) + ("  # done" if path.exists() else ""))
             continue
-        print(f"{name} ...", end=" ", flush=True)
         try:
-            found[name] = run_step(name, command, args.out)
+            if path.exists():
+                found[name] = json.loads(path.read_text())
+                continue
+            print(f"{name} ...", end=" ", flush=True)
+            found[name] = run_step(name, command)
+            print(f"{found[name]['seconds']:.0f} s", flush=True)
+            write_atomically(path, json.dumps(found[name], indent=1) + "\n")
         except (RuntimeError, OSError, ValueError, LookupError, StopIteration) as error:
             print(f"failed: {error}", flush=True)
             failed.append(name)
             if name.startswith("check"):
-                break  # figures of a wrong step are worth nothing
-            continue
-        print(f"{found[name]['seconds']:.0f} s", flush=True)
-        write_atomically(path, json.dumps(found[name], indent=1) + "\n")
+                break  # the figures of a wrong step are worth nothing
+    if args.plan:
+        return 0
 
-    cuda = device.type == "cuda"
+    medians = medians_of(found)
+    fast = choose_mode("auto", device, COMPILE_PAYS_FROM[device.type])
+    rows = check_targets(medians, GPU_TARGETS if device.type == "cuda" else CPU_TARGETS, fast)
     environment = describe_environment(device)
-    fast_mode = choose_mode("auto", device, 10 * COMPILE_PAYS_FROM[device.type])
-    rows = table_of(Figures(found), cuda, fast_mode)
-    text = as_markdown(rows, environment)
-    content = {"environment": environment, "table": rows, "failed": failed, "steps": found}
-    write_atomically(args.out / "speed.json", json.dumps(content, indent=1) + "\n")
-    write_atomically(args.out / "speed.md", text)
+    text = as_markdown(rows, medians, args.rounds, environment)
+    content = {"environment": environment, "targets": rows, "medians": medians, "failed": failed}
+    try:
+        write_atomically(args.out / "speed.json", json.dumps(content, indent=1) + "\n")
+        write_atomically(args.out / "speed.md", text)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(text)
     return 1 if failed or any(r["met"] is False for r in rows) else 0
 

@@ -232,7 +232,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     run_folder.write_json(folder / "config.json", config)
     run_folder.write_json(folder / "env.json", describe_environment(device))
     summaries = SummaryWriter(folder, purge_step=len(history) + 1)
-    with watch_signals() as leave_if_stopped, summaries as writer, checkpoint.Saver() as save:
+    with watch_signals() as leave_if_stopped, summaries as writer, checkpoint.Saver(device) as save:
         print(
             f"{settings.model}, {settings.dataset}, recipe {settings.recipe}, seed "
             f"{settings.seed} -> {folder}\n"

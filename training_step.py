@@ -24,7 +24,7 @@ COMPILE_PAYS_FROM = {"cpu": 8_000, "cuda": 20_000}
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 on GPUs that are made for it. On CPUs it was slower than fp32."""
+    """`auto`: bf16 on GPUs that are made for it. Of CPUs only the latest gain by it: ask for it."""
     if name != "auto":
         return name
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)

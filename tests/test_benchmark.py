@@ -61,58 +61,119 @@ def test_thop_profiles_a_copy(monkeypatch):
     assert model.training
 
 
-def test_benchmark_json_has_a_row_a_model(tmp_path, capsys):
-    flags = ["--width", "8", "--batch-size", "4", "--repeats", "5", "--device", "cpu"]
+def rows_of(out):
+    return json.loads((out / "benchmark.json").read_text())
+
+
+def test_benchmark_json_has_a_row_a_model_and_batch_size(tmp_path, capsys):
+    flags = ["--width", "8", "--batch-sizes", "1", "4", "--repeats", "5", "--device", "cpu"]
+    flags += ["--modes", "eager"]
     assert benchmark.main([*flags, "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "benchmark.json").read_text())
-    assert [row["model"] for row in rows] == list(MODELS)
+    rows = rows_of(tmp_path)
+    expected = [(size, model) for size in (1, 4) for model in MODELS]
+    assert [(row["batch_size"], row["model"]) for row in rows] == expected
     for row in rows:
         assert set(row) >= {
             "model", "params", "flops", "flops_aten", "batch_size", "precision", "mode",
-            "ms_per_image", "ms_per_image_p10", "ms_per_image_p90", "images_per_second",
-            "peak_memory_mb", "device",
+            "ms_per_image", "ms_per_image_p10", "ms_per_image_p90", "ms_per_image_p99",
+            "images_per_second", "peak_memory_mb", "device", "tflops", "share_of_ceiling",
         }  # fmt: skip
-        assert 0 < row["ms_per_image_p10"] <= row["ms_per_image"] <= row["ms_per_image_p90"]
+        times = [row[f"ms_per_image{p}"] for p in ("_p10", "", "_p90", "_p99")]
+        assert times[0] > 0 and times == sorted(times)
         assert row["images_per_second"] == pytest.approx(1e3 / row["ms_per_image"])
+        assert row["tflops"] == pytest.approx(row["flops_aten"] * row["images_per_second"] / 1e12)
+        assert 0 < row["share_of_ceiling"] < 1
     printed = capsys.readouterr().out
     assert all(name in printed for name in MODELS)
 
     # --keep measures only what is not there yet under the same settings
     assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
-    assert json.loads((tmp_path / "benchmark.json").read_text()) == rows
+    assert rows_of(tmp_path) == rows
     (tmp_path / "benchmark.json").write_text(json.dumps(rows[1:]))
     assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
-    kept = json.loads((tmp_path / "benchmark.json").read_text())
+    kept = rows_of(tmp_path)
     assert kept[1:] == rows[1:] and kept[0]["ms_per_image"] != rows[0]["ms_per_image"]
     edited = kept[1] | {"models_sha256": "of models.py before an edit"}
     (tmp_path / "benchmark.json").write_text(json.dumps([kept[0], edited, *kept[2:]]))
     assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
-    again = json.loads((tmp_path / "benchmark.json").read_text())
+    again = rows_of(tmp_path)
     assert again[0] == kept[0] and again[1]["models_sha256"] == kept[1]["models_sha256"]
     flags[1] = "4"
     assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
-    assert {row["width"] for row in json.loads((tmp_path / "benchmark.json").read_text())} == {4}
+    assert {row["width"] for row in rows_of(tmp_path)} == {4}
+
+
+@pytest.mark.slow
+def test_compiled_beside_eager(tmp_path):
+    flags = ["--models", "cbam_blocks", "--width", "8", "--batch-sizes", "4", "--device", "cpu"]
+    assert benchmark.main([*flags, "--out", str(tmp_path)]) == 0  # all modes of a CPU
+    eager, compiled = rows_of(tmp_path)
+    assert (eager["mode"], compiled["mode"]) == ("eager", "compile")
+    assert eager["logit_error"] == 0 and 0 < compiled["logit_error"] < 1e-4
+    assert eager["set_up_seconds"] is None and compiled["set_up_seconds"] > 0
+
+
+def test_a_mode_with_other_logits_is_left_out_and_fails(tmp_path, monkeypatch, capsys):
+    def without_the_gates(forward, **options):
+        return lambda images: forward(images) * 1.001
+
+    monkeypatch.setattr(torch, "compile", without_the_gates)
+    flags = ["--models", "se", "--width", "4", "--batch-sizes", "2", "--device", "cpu"]
+    assert benchmark.main([*flags, "--repeats", "1", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "se, mode compile, fp32" in error and "1.0e-03" in error
+    assert [row["mode"] for row in rows_of(tmp_path)] == ["eager"]
+
+
+def test_a_mode_that_does_not_run_is_left_out(tmp_path, monkeypatch, capsys):
+    def failing(forward, **options):
+        raise NotImplementedError("no such compiler\nand a long trace")
+
+    monkeypatch.setattr(torch, "compile", failing)
+    flags = ["--models", "se", "--width", "4", "--batch-sizes", "2", "--device", "cpu"]
+    assert benchmark.main([*flags, "--repeats", "1", "--out", str(tmp_path)]) == 0
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "no such compiler" in error
+    assert [row["mode"] for row in rows_of(tmp_path)] == ["eager"]
+
+
+def test_the_check_of_logits_sees_the_spatial_gate():
+    model = benchmark.build("cbam_blocks", 4, torch.device("cpu"))
+    images = torch.rand(2, 1, 28, 28)
+    before = model(images)
+    model.layer4[1].attention.spatial.conv.weight.data.mul_(2)
+    assert (model(images) - before).abs().max() / before.abs().max() > 1e-3
 
 
 def test_timing_waits_for_the_work():
-    class Sleeper(torch.nn.Module):
-        def forward(self, x):
-            time.sleep(0.02)
-            return x
+    def sleep(x):
+        time.sleep(0.02)
+        return x
 
-    assert benchmark.seconds_per_batch(Sleeper(), torch.zeros(1)) >= 0.02
+    assert benchmark.seconds_per_call(sleep, torch.zeros(1)) >= 0.02
 
 
-@pytest.mark.parametrize("flags", [["--batch-size", "0"], ["--repeats", "x"], ["--models", "vgg"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--batch-sizes", "0"],
+        ["--batch-sizes", "64", "-1"],
+        ["--repeats", "x"],
+        ["--repeats", "0"],
+        ["--models", "vgg"],
+        ["--modes", "graph"],
+        ["--precisions", "tf32"],
+    ],
+)
 def test_wrong_usage_is_one_line_and_exit_code_2(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
-        benchmark.main(flags)
+        benchmark.main([*flags, "--device", "cpu"])
     assert stopped.value.code == 2 and is_one_line(capsys.readouterr().err)
 
 
 def test_unwritable_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    flags = ["--width", "4", "--batch-size", "1", "--repeats", "1", "--device", "cpu"]
+    flags = ["--width", "4", "--batch-sizes", "1", "--modes", "eager", "--device", "cpu"]
     out = str(tmp_path / "file")
     assert benchmark.main([*flags, "--models", "baseline", "--out", out]) == 1
     assert is_one_line(capsys.readouterr().err)

@@ -13,7 +13,8 @@ from figures import FIGURES
 ROW = {
     "params": 177_890, "flops": 915_000_000, "flops_aten": 911_000_000, "batch_size": 64,
     "precision": "fp32", "mode": "eager", "ms_per_image": 0.25, "ms_per_image_p10": 0.2,
-    "ms_per_image_p90": 0.3, "images_per_second": 4000.0, "peak_memory_mb": None,
+    "ms_per_image_p90": 0.3, "ms_per_image_p99": 0.4, "images_per_second": 4000.0,
+    "peak_memory_mb": None, "tflops": 3.6, "share_of_ceiling": 0.6,
     "device": "a test", "torch": "2", "width": 64,
 }  # fmt: skip
 FULL = {"quick": False, "overrides": {}, "width": 64}
@@ -66,6 +67,36 @@ def test_published_table_with_our_figures_beside(study):
             assert min(image.size) > 400
     order = [text.index(f"\n| {model} ") for model in report.PUBLISHED]
     assert order == sorted(order)
+
+
+def test_inference_time_in_every_mode(study):
+    runs, out = study
+    rows = [ROW | {"model": model, "params": 1} for model in ("baseline", "se")]
+    for model, ms in (("baseline", 0.1), ("se", 0.15)):
+        times = {"ms_per_image": ms, "ms_per_image_p10": 0.09, "ms_per_image_p90": 0.2}
+        rows.append(ROW | {"model": model, "mode": "compile"} | times)
+    rows += [ROW | {"model": "se", "batch_size": 1}]
+    (out / "benchmark.json").write_text(json.dumps(rows))
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert row_of(text, "baseline")[8] == "0.250"  # the published way: eager, fp32, batch 64
+    lines = text[text.index("## Inference time in every mode") :].splitlines()[4:7]
+    assert lines == [
+        "| 64 | 64 | fp32 | eager | 0.250 | 0.250 (1.00x) | 3.60 (60 %) |",
+        "| 64 | 64 | fp32 | compile | 0.100 | 0.150 (1.50x) | 3.60 (60 %) |",
+        "| 64 | 1 | fp32 | eager | - | 0.250 / 0.300 / 0.400 | - |",
+    ]
+    fastest = report.fastest_costs_of(report.read_studies(runs)[0][0], rows)
+    assert {model: row["mode"] for model, row in fastest.items()} == {
+        "baseline": "compile",
+        "se": "compile",
+    }
+
+
+def test_a_fallback_is_reported(finished_run, tmp_path):
+    copy_run(finished_run, tmp_path / "runs", "se", 0, fallback="mode graph failed (X: no)", **FULL)
+    assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert "se/seed0: mode graph failed (X: no)" in (tmp_path / "out/report.md").read_text()
 
 
 def test_csv_and_summary(study):

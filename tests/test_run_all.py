@@ -13,6 +13,7 @@ from conftest import REPO, copy_run, is_one_line
 import benchmark
 import data
 import report
+import speed
 import train
 
 README = (REPO / "README.md").read_text()
@@ -137,7 +138,14 @@ def test_a_signal_stops_the_children_too(tmp_path, signum, code):
 
 def test_readme_shows_commands_of_every_script():
     text = "\n".join(COMMANDS)
-    for script in ("train.py", "benchmark.py", "report.py", "run_all.sh", "docker build"):
+    for script in (
+        "train.py",
+        "benchmark.py",
+        "speed.py",
+        "report.py",
+        "run_all.sh",
+        "docker build",
+    ):
         assert script in text
 
 
@@ -155,6 +163,7 @@ def test_readme_commands_exist(command, capsys):
             "benchmark.py": benchmark,
             "report.py": report,
             "data.py": data,
+            "speed.py": speed,
         }
         with pytest.raises(SystemExit):
             script[words[1]].main(["--help"])

@@ -1,0 +1,83 @@
+import json
+import shlex
+import sys
+
+import pytest
+from conftest import is_one_line
+
+import benchmark
+import speed
+import train
+
+
+def test_the_plan_is_of_runnable_commands(tmp_path, capsys):
+    (tmp_path / "plain_loop.py").write_text("")
+    flags = ["--plan", "--rounds", "2", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert speed.main([*flags, "--peers", str(tmp_path)]) == 0
+    commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    scripts = [command[1].rpartition("/")[2] for command in commands]
+    once = ["train.py", "train.py", "benchmark.py", "plain_loop.py", "timm_inference.py"]
+    assert scripts == 2 * once and not (tmp_path / "out").exists()
+    for command in commands:
+        if command[1] == "train.py":
+            assert train.parse_settings(command[2:]).quick
+
+
+def test_a_gpu_is_checked_first_and_timed_from_start_to_end(tmp_path):
+    args = speed.argparse.Namespace(
+        device="cuda", data_dir=tmp_path, peers=tmp_path, rounds=1, out=tmp_path
+    )
+    steps = speed.steps_of(args, cuda=True)
+    assert next(iter(steps.values()))[1:3] == ["train.py", "--self-check"]
+    assert sum(name.startswith("50 epochs") for name in steps) == 4
+    figures = {name for name in steps if name.startswith("train")}
+    assert figures == {
+        f"train {model} {mode} 0"
+        for model in ("baseline", "cbam_blocks")
+        for mode in ("eager", "graph", "compile+graph")
+    }
+
+
+def test_ratios_and_targets():
+    targets = [
+        ("as fast", "ours", "peer", 1.1, None),
+        ("time", "ours {fast}", None, None, 70),
+        ("unknown", "ours", "nobody", 1, None),
+    ]
+    medians = {"ours": 120.0, "peer": 100.0, "ours graph": 70.5}
+    rows = speed.check_targets(medians, targets, "graph")
+    assert [row["met"] for row in rows] == [True, False, None]
+    assert rows[0]["figure"] == pytest.approx(1.2) and rows[1]["figure"] == 70.5
+    assert not speed.check_targets(medians, [("", "ours", "peer", 1.3, None)], "")[0]["met"]
+
+
+def test_medians_over_rounds_of_real_steps(tmp_path, monkeypatch, capsys):
+    bench = ["benchmark.py", "--width", "4", "--modes", "eager", "--batch-sizes", "64"]
+    bench = [sys.executable, *bench, "--repeats", "1", "--device", "cpu"]
+    peer = [sys.executable, "-c", "print(123); print('{\"train_images_per_second\": 50.0}')"]
+    steps = {"inference 0": bench, "plain loop, 0 workers 0": peer, "plain loop, 0 workers 1": peer}
+    monkeypatch.setattr(speed, "steps_of", lambda args, cuda: steps)
+    flags = ["--device", "cpu", "--out", str(tmp_path)]
+    assert speed.main(flags) == 0
+    assert "inference 0 ..." in capsys.readouterr().out
+    content = json.loads((tmp_path / "speed.json").read_text())
+    assert content["medians"]["train plain loop, 0 workers"] == 50
+    for model in benchmark.MODELS:
+        assert content["medians"][f"ms/image {model} fastest"] > 0
+    assert "| not measured | at least 1.1 |" in (tmp_path / "speed.md").read_text()
+
+    assert speed.main(flags) == 0  # nothing is measured twice
+    assert " ..." not in capsys.readouterr().out
+    assert json.loads((tmp_path / "speed.json").read_text())["medians"] == content["medians"]
+
+    steps["plain loop, 0 workers 2"] = [sys.executable, "-c", "raise SystemExit('no timm')"]
+    assert speed.main(flags) == 1
+    out = capsys.readouterr().out
+    assert "plain loop, 0 workers 2 ... failed: exit code 1: no timm" in out
+
+
+@pytest.mark.parametrize("flags", [["--peers", "nowhere"], ["--rounds", "0"], ["--device", "tpu"]])
+def test_wrong_usage_is_one_line_and_exit_code_2(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        speed.main(flags)
+    assert stopped.value.code == 2 and is_one_line(capsys.readouterr().err)
