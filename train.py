@@ -228,6 +228,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     set_up_seconds = time.perf_counter() - start
     for failure in failures:
         print(f"note: {failure}; going on in mode {mode}", file=sys.stderr)
+    config["mode"] = mode  # what `auto` came to
 
     run_folder.write_json(folder / "config.json", config)
     run_folder.write_json(folder / "env.json", describe_environment(device))

@@ -90,6 +90,7 @@ def test_run_folder_holds_what_it_should(finished_run):
     assert (result["model"], result["epochs_run"], result["quick"]) == ("cbam_blocks", 2, True)
     config = json.loads((finished_run / "config.json").read_text())
     assert config["command"].startswith("python train.py --model cbam_blocks")
+    assert (config["mode"], config["precision"]) == ("eager", "fp32")  # what auto came to
     assert config["overrides"] == {"epochs": 2, "limit_train": 160, "limit_test": 100, "width": 8}
     env = json.loads((finished_run / "env.json").read_text())
     assert env["torch"] == torch.__version__ and len(env["sha256"]["models.py"]) == 64
