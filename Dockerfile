@@ -33,6 +33,7 @@ RUN mkdir -p runs results && chmod 1777 runs results
 
 # Whoever runs it (docker run --user) may have no home and no name: caches go to /tmp.
 ENV HOME=/tmp \
+    USER=user \
     MPLCONFIGDIR=/tmp/matplotlib \
     TORCHINDUCTOR_CACHE_DIR=/tmp/torchinductor \
     TRITON_CACHE_DIR=/tmp/triton \

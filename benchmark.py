@@ -16,6 +16,7 @@ slows them all. About two minutes on two CPU cores, most of it compiling.
 
 import argparse
 import copy
+import functools
 import json
 import signal
 import sys
@@ -32,7 +33,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from environment import choose_device, device_name, is_out_of_memory, source_hashes
 from files import write_atomically
 from models import MODELS, build_model, count_parameters
-from modes import MODES, PRECISIONS, Graphed, autocast, reason, set_up_torch, why_not
+from modes import (
+    MODES,
+    PRECISIONS,
+    Graphed,
+    autocast,
+    compiled,
+    reason,
+    set_up_torch,
+    why_not,
+)
 
 IMAGE = (1, 28, 28)  # channels, height, width
 # The largest error of a logit, relative to the largest logit of eager fp32.
@@ -52,6 +62,14 @@ def count_flops(model: nn.Module) -> tuple[int, int]:
         model(image)
     macs, _ = thop.profile(model, (image,), verbose=False)
     return round(2 * macs), counter.get_total_flops()
+
+
+@functools.cache
+def size_of(name: str, width: int) -> dict[str, int]:
+    """Parameters and FLOPs of a model."""
+    model = build(name, width, torch.device("cpu"))
+    flops, flops_aten = count_flops(model)
+    return {"params": count_parameters(model), "flops": flops, "flops_aten": flops_aten}
 
 
 def build(name: str, width: int, device: torch.device) -> nn.Module:
@@ -79,7 +97,7 @@ def make_forward(model: nn.Module, mode: str, precision: str, images: torch.Tens
             return model(images).float()
 
     if "compile" in mode:
-        forward = torch.compile(forward, dynamic=False, options={"freezing": True})
+        forward = compiled(forward, options={"freezing": True})
     return Graphed(forward, images) if "graph" in mode else forward
 
 
@@ -87,6 +105,7 @@ def set_up(name: str, mode: str, precision: str, width: int, images: torch.Tenso
     """The forward pass, warm, and what was found on the way.
 
     Peak memory: weights, activations and workspace of one batch, as PyTorch's allocator saw them.
+    Of eager mode alone: that of compiling and recording is another matter.
     """
     cuda = images.device.type == "cuda"
     set_up_torch("fp32")
@@ -95,14 +114,17 @@ def set_up(name: str, mode: str, precision: str, width: int, images: torch.Tenso
     if cuda:
         torch.cuda.reset_peak_memory_stats(images.device)
         before = torch.cuda.memory_allocated(images.device)
+    model = build(name, width, images.device)
     start = time.perf_counter()
-    forward = make_forward(build(name, width, images.device), mode, precision, images)
+    forward = make_forward(model, mode, precision, images)
     error = (forward(images) - expected).abs().max() / expected.abs().max()
     error = error.item()  # waits
     seconds = time.perf_counter() - start
     for _ in range(10 if cuda else 2):
         forward(images)
-    peak = (torch.cuda.max_memory_allocated(images.device) - before) / 1e6 if cuda else None
+    peak = None
+    if cuda and mode == "eager":
+        peak = (torch.cuda.max_memory_allocated(images.device) - before) / 1e6
     return {
         "forward": forward,
         "logit_error": error,
@@ -171,16 +193,13 @@ def measure(
     rows = []
     for (name, mode), found in ready.items():
         ms_per_image = 1e3 * np.array(seconds[name, mode]) / settings["batch_size"]
-        model = build(name, settings["width"], torch.device("cpu"))
-        flops, flops_aten = count_flops(model)
+        size = size_of(name, settings["width"])
         images_per_second = float(1e3 / np.median(ms_per_image))
-        tflops = flops_aten * images_per_second / 1e12
+        tflops = size["flops_aten"] * images_per_second / 1e12
         rows.append({
             "model": name,
             "mode": mode,
-            "params": count_parameters(model),
-            "flops": flops,
-            "flops_aten": flops_aten,
+            **size,
             **settings,
             "ms_per_image": float(np.median(ms_per_image)),
             "ms_per_image_p10": float(np.percentile(ms_per_image, 10)),

@@ -22,7 +22,7 @@ from training_step import adam, make_step
 # sums of cancelling terms wrong by their own size, so all tensors of a kind are judged together.
 # Seen on a CPU: 1e-3 in fp32; 4e-3 in bf16, but 0.2 for cbam_classifier, where the maximum over the
 # channels of a 1x1 map picks another one now and then. What is wrong is wrong by about 1.
-TOLERANCE = {"fp32": 5e-3, "tf32": 3e-2, "bf16": 3e-1}
+TOLERANCE = {"fp32": 5e-3, "tf32": 1e-1, "bf16": 3e-1}
 VARIANTS = [(mode, precision) for precision in ("fp32", "bf16") for mode in MODES]
 VARIANTS = [*VARIANTS[1:], ("eager", "tf32")]
 

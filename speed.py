@@ -33,6 +33,8 @@ from training_step import COMPILE_PAYS_FROM, choose_mode
 PUBLISHED = ("baseline", "se", "cbam_blocks", "cbam_classifier")
 TIMM = {"none": "baseline", "se": "se", "cbam": "cbam_blocks"}  # the same models there
 
+FAILURES = (RuntimeError, OSError, ValueError, LookupError, StopIteration)
+
 # (what, figure, divided by this figure or None, at least, at most). {fast}: the mode that `auto`
 # takes for the published recipe.
 CPU_TARGETS = [
@@ -79,22 +81,29 @@ def steps_of(args, cuda: bool) -> dict[str, list]:
             for mode in ("eager", "graph", "compile+graph") if cuda else ("eager", "compile"):
                 short = ["--model", model, "--epochs", 4, "--mode", mode, *some]
                 steps[f"train {model} {mode} {i}"] = [*train, *short]
-        sizes = (1, 64, 1024) if cuda and i == 0 else (64,)
-        steps[f"inference {i}"] = [*benchmark, "--batch-sizes", *sizes]
         if args.peers:
             for workers in (0, 8) if cuda else (0,):
                 plain = [args.peers / "plain_loop.py", *peer_data, "--workers", workers]
                 steps[f"plain loop, {workers} workers {i}"] = plain
-            timm = [args.peers / "timm_inference.py"]
-            steps[f"timm fp32 {i}"] = timm
             if cuda:
                 lightning = [args.peers / "lightning_loop.py", *peer_data, "--workers", 8]
                 steps[f"Lightning, 8 workers {i}"] = lightning
-                compiled = [*timm, "--precision", "bf16", "--compile"]
-                steps[f"timm bf16 compiled {i}"] = compiled
         if cuda and i == 0:
             for model in PUBLISHED:
                 steps[f"50 epochs {model} {i}"] = [*train, "--model", model]
+        for precision in ("bf16", "fp32") if cuda else ("fp32",):
+            inference = [*benchmark, "--batch-sizes", 64, "--precisions", precision]
+            steps[f"inference {precision} {i}"] = inference
+        if args.peers:
+            timm = [args.peers / "timm_inference.py"]
+            steps[f"timm fp32 {i}"] = timm
+            if cuda:
+                compiled = [*timm, "--precision", "bf16", "--compile"]
+                steps[f"timm bf16 compiled {i}"] = compiled
+    if cuda:
+        for size in (1, 1024):
+            inference = [*benchmark, "--batch-sizes", size, "--precisions", "bf16"]
+            steps[f"batches of {size} 0"] = inference
     return {name: [sys.executable, *map(str, command)] for name, command in steps.items()}
 
 
@@ -108,11 +117,16 @@ def run_step(name: str, command: list[str]) -> dict:
         place = {"train.py": "--runs", "benchmark.py": "--out"}.get(command[1])
         keep = [place, folder] if place and kind != "check" else []
         start = time.perf_counter()
-        done = subprocess.run([*command, *keep], capture_output=True, text=True)
+        done = subprocess.run([*command, *keep], capture_output=True, text=True, timeout=3600)
         seconds = time.perf_counter() - start
+        measured_in_part = (Path(folder) / "benchmark.json").exists()
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-            raise RuntimeError(f"exit code {done.returncode}: {said[-1]}")
+            if kind == "check":
+                print(done.stdout)
+            if not measured_in_part:
+                raise RuntimeError(f"exit code {done.returncode}: {said[-1]}")
+            print(f"({said[-1]})", end=" ")
         raw = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
         if kind == "check":
             raw, figures = done.stdout.splitlines(), {}
@@ -129,9 +143,6 @@ def run_step(name: str, command: list[str]) -> dict:
                 for row in raw
                 if row["batch_size"] == 64
             }
-            for model in PUBLISHED:
-                times = [figures[key] for key in figures if key.startswith(f"ms/image {model} ")]
-                figures[f"ms/image {model} fastest"] = min(times)
         elif kind.startswith("timm"):
             variant = kind.removeprefix("timm ")
             figures = {
@@ -152,6 +163,10 @@ def medians_of(found: dict[str, dict]) -> dict[str, float]:
     modes = [medians[key] for key in medians if key.startswith("train baseline ")]
     if modes:
         medians["train baseline fastest"] = max(modes)
+    for model in PUBLISHED:
+        times = [medians[key] for key in medians if key.startswith(f"ms/image {model} ")]
+        if times:
+            medians[f"ms/image {model} fastest"] = min(times)
     wholes = [medians.get(f"50 epochs {model}") for model in PUBLISHED]
     if all(wholes):
         medians["50 epochs all four"] = sum(wholes)
@@ -233,7 +248,7 @@ def main(argv: list[str] | None = None) -> int:
             found[name] = run_step(name, command)
             print(f"{found[name]['seconds']:.0f} s", flush=True)
             write_atomically(path, json.dumps(found[name], indent=1) + "\n")
-        except (RuntimeError, OSError, ValueError, LookupError, StopIteration) as error:
+        except (*FAILURES, subprocess.SubprocessError) as error:
             print(f"failed: {error}", flush=True)
             failed.append(name)
             if name.startswith("check"):

@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import normalize
-from modes import Graphed, autocast, reason
+from modes import Graphed, autocast, compiled, reason
 
 NORMALIZE = (0.5, 0.5)  # mean and standard deviation taken for all data, pixels in [0, 1]
 FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}
@@ -108,8 +108,7 @@ def make_step(
     model.train()
     while mode != "eager":
         try:
-            compiled = torch.compile(forward, dynamic=False) if "compile" in mode else forward
-            step = step_with(compiled)
+            step = step_with(compiled(forward) if "compile" in mode else forward)
             fast = Graphed(step, idx) if "graph" in mode else step
             fast(idx)  # torch.compile compiles when it is first called
             break

@@ -16,7 +16,7 @@ def test_the_plan_is_of_runnable_commands(tmp_path, capsys):
     assert speed.main([*flags, "--peers", str(tmp_path)]) == 0
     commands = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
     scripts = [command[1].rpartition("/")[2] for command in commands]
-    once = ["train.py", "train.py", "benchmark.py", "plain_loop.py", "timm_inference.py"]
+    once = ["train.py", "train.py", "plain_loop.py", "benchmark.py", "timm_inference.py"]
     assert scripts == 2 * once and not (tmp_path / "out").exists()
     for command in commands:
         if command[1] == "train.py":

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import REPO, is_one_line, script, train_small
 
+import modes
 import self_check
 import train
 import training_step
@@ -115,6 +116,21 @@ def test_what_a_cpu_cannot_do_is_one_line(flags, capsys):
     assert stopped.value.code == 2 and is_one_line(error) and "needs a CUDA GPU" in error
 
 
+def test_more_than_eight_functions_of_one_piece_of_code_are_all_compiled():
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    def times(factor):
+        return modes.compiled(lambda x: x * factor, backend=backend)
+
+    functions = [times(factor) for factor in range(12)]
+    assert [f(torch.ones(1)).item() for f in functions] == list(range(12))
+    assert len(compilations) == 12
+
+
 # --- The self-check -------------------------------------------------------------------------------
 
 
@@ -123,7 +139,7 @@ def test_the_self_check_passes_and_names_what_it_skips(monkeypatch, capsys):
         monkeypatch.setattr(
             self_check, "VARIANTS", set(self_check.VARIANTS) - {("compile", "bf16")}
         )
-    code = train.main(["--self-check", "--model", "cbam_classifier", "--width", "8"])
+    code = train.main(["--self-check", "--model", "baseline", "--width", "8"])
     lines = capsys.readouterr().out.splitlines()
     assert code == 0 and len(lines) == len(self_check.VARIANTS)
     if not torch.cuda.is_available():
