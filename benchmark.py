@@ -6,8 +6,9 @@
 
 Prints tables and writes --out/benchmark.json.
 Inference of float32 images 1 x 28 x 28 that are already on the device, in evaluation mode, random
-weights: no data loading, no pre-processing. The modes are those of modes.py; `eager` in fp32 is the
-published way. Compiled, the weights are frozen and BatchNorm is folded into the convolutions.
+weights: no data loading, no pre-processing. The modes are those of modes.py. `eager` is PyTorch as
+it stands, in fp32 the published way; the others also use the channels_last layout, and compiled
+models have frozen weights and BatchNorm folded into the convolutions.
 Before a mode is timed, its logits are compared with those of eager fp32: exit code 1 if they differ
 by more than TOLERANCE. Each figure is the median over many batches after a warm-up, the device
 synchronised at both ends of each batch; models and modes take turns, so a machine that slows down
@@ -39,7 +40,7 @@ from modes import (
     Graphed,
     autocast,
     compiled,
-    reason,
+    first_line,
     set_up_torch,
     why_not,
 )
@@ -89,7 +90,7 @@ def build(name: str, width: int, device: torch.device) -> nn.Module:
 
 def make_forward(model: nn.Module, mode: str, precision: str, images: torch.Tensor) -> Callable:
     """images -> float32 logits in a mode and precision, of images of this shape only."""
-    if mode != "eager":  # eager is as published: the layout that PyTorch has by default
+    if mode != "eager":  # eager is as published, in the layout that PyTorch has by default
         model = model.to(memory_format=torch.channels_last)
 
     def forward(images):
@@ -105,7 +106,7 @@ def set_up(name: str, mode: str, precision: str, width: int, images: torch.Tenso
     """The forward pass, warm, and what was found on the way.
 
     Peak memory: weights, activations and workspace of one batch, as PyTorch's allocator saw them.
-    Of eager mode alone: that of compiling and recording is another matter.
+    Of eager mode alone: that of compiling and capturing is another matter.
     """
     cuda = images.device.type == "cuda"
     set_up_torch("fp32")
@@ -183,7 +184,7 @@ def measure(
         except Exception as error:  # compilers and drivers raise what they like
             if isinstance(error, RuntimeError) and is_out_of_memory(error):
                 raise
-            print(f"note: {name}, mode {mode} left out: {reason(error)}", file=sys.stderr)
+            print(f"note: {name}, mode {mode} left out: {first_line(error)}", file=sys.stderr)
 
     seconds = {variant: [] for variant in ready}
     for _ in range(repeats):
@@ -218,7 +219,7 @@ def rows_kept(path: Path, settings: dict) -> list[dict]:
     """The rows in `path` that were measured with `settings`."""
     try:
         rows = json.loads(path.read_text())
-        [[row["model"], row["mode"], row["precision"], row["batch_size"]] for row in rows]
+        [key_of(row) for row in rows]  # raises KeyError where one is not complete
         return [row for row in rows if settings.items() <= row.items()]
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return []  # nothing there that could be kept: everything is measured
@@ -308,7 +309,8 @@ def main(argv: list[str] | None = None) -> int:
         "device": device_name(device),
         "torch": torch.__version__,
         "width": args.width,
-        "models_sha256": source_hashes()["models.py"],  # an edited model is another model
+        "models_sha256": source_hashes()["models.py"],  # an edited model is another model,
+        "modes_sha256": source_hashes()["modes.py"],  # an edited mode another mode
     }
     try:
         rows = {key_of(row): row for row in rows_kept(path, common)} if args.keep else {}
@@ -350,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     print(
         "\nMFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs. TFLOP/s: "
         "MFLOPs x images/s.\nShare: of what one large product or convolution reaches here. Set-up: "
-        f"compiling, recording, first call.\nWritten to {path}"
+        f"compiling, capturing, first call.\nWritten to {path}"
     )
     for row in wrong:
         print(

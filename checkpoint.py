@@ -72,7 +72,7 @@ class Saver:
     """Writes checkpoints while training goes on, for on a large GPU an epoch is soon over.
 
     with Saver(device) as save:
-        save({path: state, ...})    # written one after the other, each by temporary file and rename
+        save({path: state or text, ...})    # written in this order, by temporary file and rename
 
     A save first waits for the one before, and leaving the block waits for the last. What went wrong
     in writing, such as a full disk, is raised by the wait.
@@ -86,23 +86,26 @@ class Saver:
         self.pool = ThreadPoolExecutor(max_workers=1)
         return self
 
-    def __call__(self, files: dict[Path, dict]) -> None:
+    def __call__(self, files: dict[Path, dict | str]) -> None:
         self.wait()
         copies = copied(files, self.device)  # the next step changes the originals
         cuda = self.device.type == "cuda"
         copies_made = torch.cuda.current_stream(self.device).record_event() if cuda else None
         self.pending = self.pool.submit(self.write, copies, copies_made)
 
-    def write(self, files: dict[Path, dict], copies_made: torch.cuda.Event | None) -> None:
+    def write(self, files: dict[Path, dict | str], copies_made: torch.cuda.Event | None) -> None:
         if copies_made:  # from the GPU beside the training, on a stream of its own
             stream = torch.cuda.Stream(self.device)
             stream.wait_event(copies_made)
             with torch.cuda.stream(stream):
                 files = copied(files, torch.device("cpu"))
-        for path, state in files.items():
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            write_atomically(path, buffer.getbuffer())
+        for path, content in files.items():
+            if isinstance(content, str):
+                write_atomically(path, content)
+            else:
+                buffer = io.BytesIO()
+                torch.save(content, buffer)
+                write_atomically(path, buffer.getbuffer())
 
     def wait(self) -> None:
         pending, self.pending = self.pending, None
@@ -111,8 +114,7 @@ class Saver:
 
     def __exit__(self, *exception):
         self.pool.shutdown()
-        if exception[0] is None:
-            self.wait()
+        self.wait()
 
 
 def copied(state, device: torch.device):

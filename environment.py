@@ -76,7 +76,7 @@ def source_hashes() -> dict[str, str]:
     """sha256 of the files that a result depends on most."""
     return {
         name: hashlib.sha256((HERE / name).read_bytes()).hexdigest()
-        for name in ("models.py", "data.py", "train.py")
+        for name in ("models.py", "data.py", "train.py", "training_step.py", "modes.py")
     }
 
 

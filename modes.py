@@ -2,12 +2,13 @@
 
     eager           as it stands: Python launches one kernel after the other
     compile         torch.compile fuses what is element-wise; compiling takes up to a minute, once
-    graph           CUDA: all kernels are recorded once, then replayed by a single launch
+    graph           CUDA: all kernels are captured once, then replayed by a single launch
     compile+graph   both
 
-    fp32, tf32      float32; on a GPU products either in full or in TF32, which has 10 bits
-    bf16            autocast: convolutions and matrix products in bfloat16, which has 7 bits; the
-                    weights, BatchNorm's sums, the loss and Adam stay in float32
+    fp32            float32 throughout
+    tf32            ... but convolutions and matrix multiplications with a mantissa of 10 bits
+    bf16            autocast: convolutions and matrix multiplications in bfloat16, a mantissa of 7;
+                    weights, BatchNorm's statistics, the loss and Adam stay in float32
 
 At batch 64 a large GPU is done with a small CNN sooner than Python has launched all its kernels.
 That is what a graph is for.
@@ -32,13 +33,15 @@ def why_not(mode: str, precision: str, device: torch.device) -> str | None:
     """Why `device` cannot run a mode in a precision; None if it can."""
     if device.type != "cuda" and "graph" in mode:
         return f"mode {mode} needs a CUDA GPU"
-    if device.type != "cuda" and precision == "tf32":
+    if precision == "tf32" and device.type != "cuda":
         return "precision tf32 needs a CUDA GPU"
+    if precision == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "precision tf32 needs a GPU of compute capability 8.0 or more"
     return None
 
 
 def set_up_torch(precision: str) -> None:
-    """Deterministic algorithms, and float32 products in TF32 only where that is asked for."""
+    """Deterministic algorithms, and TF32 only where that is asked for."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     # Otherwise every new tensor is first filled with NaN: a help in debugging, and a kernel each.
     torch.utils.deterministic.fill_uninitialized_memory = False
@@ -48,7 +51,8 @@ def set_up_torch(precision: str) -> None:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    # No cache of cast weights: a graph that found one filled would be recorded without the casts.
+    # No cache of cast weights: captured while it is warm, a graph would lack the casts, and its
+    # replays would use stale weights.
     bf16 = precision == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
@@ -64,23 +68,23 @@ def compiled(function: Callable, **options) -> Callable:
     return torch.compile(function, dynamic=False, **options)
 
 
-def reason(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """The first line of what a compiler or a driver raised."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:200]}"
 
 
 class Graphed:
-    """`function` of one tensor, recorded as one CUDA graph: called like the function, one launch.
+    """`function` of one tensor, captured as one CUDA graph: called like the function, one launch.
 
-    Recording: CUDA libraries, the allocator and optimizers set themselves up when they first run,
-    which a graph cannot record. So the function is run a few times to warm up, on the stream that
-    then records one more run without executing it. Whoever records a training step restores the
+    Capturing: CUDA libraries, the allocator and optimizers set themselves up when they first run,
+    which a graph cannot capture. So the function is run a few times to warm up, on the stream that
+    then captures one more run without executing it. Whoever captures a training step restores the
     weights and all else that the warm-up changed, in place: a graph knows addresses, not variables.
 
     Replaying: the same kernels on the same addresses. Hence the argument is copied to where the
     graph reads it, and the results are valid until the next call. Whatever Python decided while
-    recording is fixed: shapes, branches, every number that is not a tensor on the device.
+    capturing is fixed: shapes, branches, every number that is not a tensor on the device.
     """
 
     def __init__(self, function: Callable, example: torch.Tensor):

@@ -73,9 +73,9 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 
 
-def write_metrics(path: Path, history: list[dict]) -> None:
-    """One JSON object a line. All of it each time, so that it never disagrees with last.pt."""
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in history))
+def metrics_text(history: list[dict]) -> str:
+    """metrics.jsonl: one JSON object a line."""
+    return "".join(json.dumps(row) + "\n" for row in history)
 
 
 def write_predictions(path: Path, predictions: torch.Tensor) -> None:

@@ -1,11 +1,12 @@
-"""Is the fast step the same step? Every mode and precision of a device against eager fp32.
+"""Do all modes do the same training step? Each mode and precision against eager fp32.
 
     python train.py --self-check                  # all models, a minute each on a CPU
     python train.py --self-check --model se
 
 One line for each, with the largest relative error found in the loss, in any gradient, in the
 BatchNorm buffers, in Adam's state and in the size of the update. Exit code 1 if one is beyond
-TOLERANCE. Modes that this machine cannot run are named as skipped.
+TOLERANCE, or if a mode fails that the device should be able to run; those that need a GPU are
+skipped, visibly, without one.
 """
 
 import time
@@ -21,7 +22,7 @@ from training_step import adam, make_step
 # In fp32 every tensor is judged by itself. In TF32 and bf16 rounding alone makes gradients that are
 # sums of cancelling terms wrong by their own size, so all tensors of a kind are judged together.
 # Seen on a CPU: 1e-3 in fp32; 4e-3 in bf16, but 0.2 for cbam_classifier, where the maximum over the
-# channels of a 1x1 map picks another one now and then. What is wrong is wrong by about 1.
+# channels of a 1x1 map picks another one now and then. A real fault is an error of about 1.
 TOLERANCE = {"fp32": 5e-3, "tf32": 1e-1, "bf16": 3e-1}
 VARIANTS = [(mode, precision) for precision in ("fp32", "bf16") for mode in MODES]
 VARIANTS = [*VARIANTS[1:], ("eager", "tf32")]
@@ -34,8 +35,8 @@ def self_check(names: list[str], device: torch.device, width: int, batch_size: i
         expected = three_steps(name, "eager", "fp32", device, width, batch_size)
         for mode, precision in VARIANTS:
             label = f"{name:16s} {mode:14s} {precision:5s}"
-            if reason := why_not(mode, precision, device):
-                print(f"{label} skipped: {reason}")
+            if impossible := why_not(mode, precision, device):
+                print(f"{label} skipped: {impossible}")
                 continue
             start = time.perf_counter()
             try:
@@ -63,7 +64,7 @@ def self_check(names: list[str], device: torch.device, width: int, batch_size: i
 
 
 class ModeFailed(RuntimeError):
-    """A mode does not run on this machine."""
+    """A mode that this device should be able to run fails, for lack of a compiler for example."""
 
 
 def three_steps(

@@ -1,18 +1,21 @@
-"""How fast it is, and how much faster than the usual ways: measured in one run, as ratios.
+"""How fast it is, mode against mode and beside reference implementations, measured in one run.
 
-    python speed.py                               # this project's modes against each other
-    python speed.py --peers DIR                   # ... and beside the yardsticks in DIR
+    python speed.py                               # this project's modes
+    python speed.py --peers DIR                   # ... and beside the reference scripts in DIR
     python speed.py --peers DIR --plan            # the commands alone
 
-The yardsticks are scripts that do the same work as most people run it: plain_loop.py (torchvision's
-ResNet-18, PIL transforms in a DataLoader, eager float32, `.item()` every step), lightning_loop.py
-(the same in PyTorch Lightning, needs lightning) and timm_inference.py (timm's models, needs timm).
+The reference scripts do the same work as most people run it; each prints a JSON object a line.
+plain_loop.py: torchvision's ResNet-18, PIL transforms in a DataLoader, eager float32, `.item()`
+every step; lightning_loop.py: the same in PyTorch Lightning (on a GPU only). Both take --data,
+--epochs and --workers, and print train_images_per_second or images_per_second_with_validation.
+timm_inference.py: `attention` and `ms_per_image` of timm's models at batch 64.
 
-Each step is a process of its own and leaves OUT/speed/<step>.json: stop it at any time, and the
-same command goes on with what is missing. The figures are medians over the rounds. On a CPU it
-trains 960 images an epoch and takes about 20 minutes; on a GPU it trains whole epochs, checks its
-modes first, and runs 50 epochs of each published model from start to end. Writes OUT/speed.json and
-OUT/speed.md. Exit code 1 if a step failed or a target was missed.
+Each job is a process of its own and leaves OUT/speed/<job>.json: stop it at any time, and the same
+command goes on with what is missing or was measured on another device, torch or source. The figures
+are medians over the rounds. On a CPU it trains 960 images an epoch and takes about 15 minutes; on a
+GPU it trains whole epochs, begins with the self-check, and trains 50 epochs of each published model
+from start to end. Writes OUT/speed.json and OUT/speed.md. Exit code 1 if a job failed or a target
+was missed.
 """
 
 import argparse
@@ -28,7 +31,7 @@ from statistics import median
 
 from environment import choose_device, describe_environment
 from files import write_atomically
-from training_step import COMPILE_PAYS_FROM, choose_mode
+from training_step import choose_mode
 
 PUBLISHED = ("baseline", "se", "cbam_blocks", "cbam_classifier")
 TIMM = {"none": "baseline", "se": "se", "cbam": "cbam_blocks"}  # the same models there
@@ -38,6 +41,11 @@ FAILURES = (RuntimeError, OSError, ValueError, LookupError, StopIteration)
 # (what, figure, divided by this figure or None, at least, at most). {fast}: the mode that `auto`
 # takes for the published recipe.
 CPU_TARGETS = [
+    ("training, baseline, compiled against eager",
+     "train baseline compile", "train baseline eager", None, None),
+    *((f"inference, {model}, eager against compiled",
+       f"ms/image {model} eager fp32", f"ms/image {model} compile fp32", None, None)
+      for model in PUBLISHED),
     ("training, baseline, against the plain loop",
      "train baseline fastest", "train plain loop, 0 workers", 1.1, None),
     *((f"inference, timm's {name} against {model}",
@@ -45,6 +53,10 @@ CPU_TARGETS = [
       for name, model in TIMM.items()),
 ]  # fmt: skip
 GPU_TARGETS = [
+    ("training, baseline, graph against eager",
+     "train baseline graph", "train baseline eager", None, None),
+    ("training, baseline, compile+graph against eager",
+     "train baseline compile+graph", "train baseline eager", None, None),
     ("training against the plain loop, 0 workers",
      "train baseline {fast}", "train plain loop, 0 workers", 10, None),
     ("training against the plain loop, 8 workers",
@@ -66,8 +78,8 @@ GPU_TARGETS = [
 ]  # fmt: skip
 
 
-def steps_of(args, cuda: bool) -> dict[str, list]:
-    """{step: its command}, what matters most first. The last word of a name is the round."""
+def jobs_of(args, cuda: bool) -> dict[str, list]:
+    """{job: its command}, what matters most first. The last word of a name is the round."""
     on = ["--device", args.device]
     train = ["train.py", "--data-dir", args.data_dir, "--patience", 50, *on]
     some = [] if cuda else ["--limit-train", 960, "--limit-test", 100]
@@ -75,39 +87,39 @@ def steps_of(args, cuda: bool) -> dict[str, list]:
     peer_data = ["--data", raw if raw.is_dir() else args.data_dir, "--epochs", 3]
     peer_data += [] if cuda else ["--limit", 960]
     benchmark = ["benchmark.py", "--models", *PUBLISHED, *on]
-    steps = {"check 0": ["train.py", "--self-check", *on]} if cuda else {}
+    jobs = {"check 0": ["train.py", "--self-check", *on]} if cuda else {}
     for i in range(args.rounds):
         for model in ("baseline", "cbam_blocks") if cuda else ("baseline",):
             for mode in ("eager", "graph", "compile+graph") if cuda else ("eager", "compile"):
                 short = ["--model", model, "--epochs", 4, "--mode", mode, *some]
-                steps[f"train {model} {mode} {i}"] = [*train, *short]
+                jobs[f"train {model} {mode} {i}"] = [*train, *short]
         if args.peers:
             for workers in (0, 8) if cuda else (0,):
                 plain = [args.peers / "plain_loop.py", *peer_data, "--workers", workers]
-                steps[f"plain loop, {workers} workers {i}"] = plain
+                jobs[f"plain loop, {workers} workers {i}"] = plain
             if cuda:
                 lightning = [args.peers / "lightning_loop.py", *peer_data, "--workers", 8]
-                steps[f"Lightning, 8 workers {i}"] = lightning
+                jobs[f"Lightning, 8 workers {i}"] = lightning
         if cuda and i == 0:
             for model in PUBLISHED:
-                steps[f"50 epochs {model} {i}"] = [*train, "--model", model]
+                jobs[f"50 epochs {model} {i}"] = [*train, "--model", model]
         for precision in ("bf16", "fp32") if cuda else ("fp32",):
             inference = [*benchmark, "--batch-sizes", 64, "--precisions", precision]
-            steps[f"inference {precision} {i}"] = inference
+            jobs[f"inference {precision} {i}"] = inference
         if args.peers:
             timm = [args.peers / "timm_inference.py"]
-            steps[f"timm fp32 {i}"] = timm
+            jobs[f"timm fp32 {i}"] = timm
             if cuda:
                 compiled = [*timm, "--precision", "bf16", "--compile"]
-                steps[f"timm bf16 compiled {i}"] = compiled
+                jobs[f"timm bf16 compiled {i}"] = compiled
     if cuda:
         for size in (1, 1024):
             inference = [*benchmark, "--batch-sizes", size, "--precisions", "bf16"]
-            steps[f"batches of {size} 0"] = inference
-    return {name: [sys.executable, *map(str, command)] for name, command in steps.items()}
+            jobs[f"batches of {size} 0"] = inference
+    return {name: [sys.executable, *map(str, command)] for name, command in jobs.items()}
 
 
-def run_step(name: str, command: list[str]) -> dict:
+def run_job(name: str, command: list[str]) -> dict:
     """Runs it; {"command", "seconds", "figures": {name: value}, "raw": what they come from}.
 
     Raises RuntimeError if it fails, LookupError or ValueError if its output is not as expected.
@@ -156,8 +168,8 @@ def run_step(name: str, command: list[str]) -> dict:
 
 def medians_of(found: dict[str, dict]) -> dict[str, float]:
     values = {}
-    for step in found.values():
-        for name, value in step["figures"].items():
+    for job in found.values():
+        for name, value in job["figures"].items():
             values.setdefault(name, []).append(value)
     medians = {name: median(several) for name, several in values.items()}
     modes = [medians[key] for key in medians if key.startswith("train baseline ")]
@@ -181,7 +193,9 @@ def check_targets(medians: dict[str, float], targets: list[tuple], fast: str) ->
         if over in medians and (under is None or under in medians):
             figure = medians[over] / (medians[under] if under else 1)
             met = (least is None or figure >= least) and (most is None or figure <= most)
-        target = f"at least {least:,}" if least is not None else f"at most {most:,}"
+        met = None if least is None and most is None else met
+        target = "" if most is None else f"at most {most:,}"
+        target = target if least is None else f"at least {least:,}"
         rows.append({"what": what, "figure": figure, "target": target, "met": met})
     return rows
 
@@ -208,7 +222,7 @@ def as_markdown(rows: list[dict], medians: dict, rounds: int, environment: dict)
     lines += [f"| {name} | {number(value)} |" for name, value in medians.items()]
     keys = ("device", "torch", "cuda", "driver", "python", "git_commit")
     known = ", ".join(f"{key} {environment[key]}" for key in keys if environment[key])
-    return "\n".join([*lines, "", f"Medians over {rounds} rounds; {known}", ""])
+    return "\n".join([*lines, "", f"Medians over up to {rounds} rounds; {known}", ""])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -234,32 +248,35 @@ def main(argv: list[str] | None = None) -> int:
     if args.peers and not (args.peers / "plain_loop.py").is_file():
         parser.error(f"--peers {args.peers}: there is no plain_loop.py")
 
+    environment = describe_environment(device)
+    made_with = {key: environment[key] for key in ("device", "torch", "sha256")}
     found, failed = {}, []
-    for name, command in steps_of(args, device.type == "cuda").items():
+    for name, command in jobs_of(args, device.type == "cuda").items():
         path = args.out / "speed" / f"{name.replace(' ', '_')}.json"
         if args.plan:
             print(shlex.join(command) + ("  # done" if path.exists() else ""))
             continue
         try:
-            if path.exists():
-                found[name] = json.loads(path.read_text())
+            before = json.loads(path.read_text()) if path.exists() else {}
+            if before.get("made_with") == made_with:
+                found[name] = before
                 continue
             print(f"{name} ...", end=" ", flush=True)
-            found[name] = run_step(name, command)
+            found[name] = run_job(name, command)
             print(f"{found[name]['seconds']:.0f} s", flush=True)
-            write_atomically(path, json.dumps(found[name], indent=1) + "\n")
+            content = found[name] | {"made_with": made_with}
+            write_atomically(path, json.dumps(content, indent=1) + "\n")
         except (*FAILURES, subprocess.SubprocessError) as error:
             print(f"failed: {error}", flush=True)
             failed.append(name)
             if name.startswith("check"):
-                break  # the figures of a wrong step are worth nothing
+                break  # figures of a wrong step are worth nothing
     if args.plan:
         return 0
 
     medians = medians_of(found)
-    fast = choose_mode("auto", device, COMPILE_PAYS_FROM[device.type])
+    fast = choose_mode("auto", device, steps=50 * 844)
     rows = check_targets(medians, GPU_TARGETS if device.type == "cuda" else CPU_TARGETS, fast)
-    environment = describe_environment(device)
     text = as_markdown(rows, medians, args.rounds, environment)
     content = {"environment": environment, "targets": rows, "medians": medians, "failed": failed}
     try:

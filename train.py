@@ -2,9 +2,9 @@
 
     python train.py --model se                    # the published recipe: 50 epochs
     python train.py --model se --recipe quick     # 1 epoch on 1,920 images: a look, not a result
-    python train.py --model se --dry-run          # one batch of each step; keeps nothing
+    python train.py --model se --dry-run          # one batch of each kind; keeps nothing
     python train.py --model se --target-acc 92    # exit 1 below 92 % test accuracy
-    python train.py --self-check                  # is the fast step the same step?
+    python train.py --self-check                  # do all modes do the same step?
     tensorboard --logdir runs
 
 The folder is RUNS/<dataset>/<recipe>/<model>/seed<k>/. The same command again goes on after the
@@ -113,7 +113,7 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
         "--mode",
         default="auto",
         choices=["auto", *MODES],
-        help="how a training step is run (modes.py); auto: what is fastest here",
+        help="how a training step is run (modes.py); auto: by device and length of the run",
     )
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--runs", type=Path, default=Path("runs"), help=f"folder of all runs; {default}")
@@ -123,7 +123,11 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
         help="exit 1 if test accuracy (percent) is below this",
     )
     add("--overwrite", action="store_true", help="discard what the run's folder holds")
-    add("--dry-run", action="store_true", help="one batch of each step; keeps nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="one batch each of training, validation and test; keeps nothing",
+    )
     add(
         "--self-check",
         action="store_true",
@@ -144,8 +148,8 @@ def parse_settings(argv: list[str] | None) -> argparse.Namespace:
         settings.device = choose_device(settings.device)
     except ValueError as error:
         parser.error(str(error))
-    if reason := why_not(settings.mode, settings.precision, settings.device):
-        parser.error(reason)
+    if impossible := why_not(settings.mode, settings.precision, settings.device):
+        parser.error(impossible)
     settings.precision = choose_precision(settings.precision, settings.device)
     # What differs from the recipe: the report keeps such runs apart.
     own = recipe | dict(width=WIDTH, precision=choose_precision("auto", settings.device))
@@ -214,7 +218,8 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         edits = run_folder.note_on_edits(folder, source_hashes())
         print(f"going on after epoch {len(history)}{edits}")
 
-    # Compiled or recorded before the clock of the epochs starts.
+    # Compiled or captured before the clock of the epochs starts. `auto` looks at the whole run, so
+    # that one that is resumed takes the same mode.
     n_steps = settings.epochs * len(train_idx) // settings.batch_size
     mode = choose_mode(settings.mode, device, n_steps)
     if "compile" in mode:
@@ -290,8 +295,8 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             is_best = best_epoch_of(history) == epoch
             files = {folder / "best.pt": model.state_dict()} if is_best else {}
             state = checkpoint.state_of(model, optimizer, scheduler, device, history, config)
-            save(files | {folder / "last.pt": state})
-            run_folder.write_metrics(folder / "metrics.jsonl", history)
+            files |= {folder / "last.pt": state}
+            save(files | {folder / "metrics.jsonl": run_folder.metrics_text(history)})
             log_epoch(writer, row)
             print(
                 f"epoch {epoch:2d}/{settings.epochs}  lr {row['lr']:.2e}  "
@@ -330,7 +335,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             "images_per_second": len(history) * len(train_idx) / train_seconds,
             "precision": settings.precision,
             "mode": mode,
-            "set_up_seconds": set_up_seconds,  # of compiling or recording, not in train_seconds
+            "set_up_seconds": set_up_seconds,  # of compiling or capturing, not in train_seconds
             "fallback": "; ".join(failures) or None,  # why it ran in no faster mode
             "device": device_name(device),
             "quick": settings.quick,

@@ -1,10 +1,7 @@
-"""One training step, and how to run it fast.
+"""One training step: forward, loss, backward and Adam, in every mode of modes.py.
 
-    python train.py --model se --mode compile     # --mode auto takes what is fastest and safe
-    python train.py --self-check                  # every mode against eager mode: self_check.py
-
-A step takes its images from those on the device, normalises them, and does forward, loss, backward
-and Adam. modes.py says which ways there are to run it; the mathematics are the same in all.
+A step takes its images, by index, from those on the device and normalises them there.
+self_check.py compares the modes.
 """
 
 from collections.abc import Callable
@@ -14,12 +11,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from data import normalize
-from modes import Graphed, autocast, compiled, reason
+from modes import Graphed, autocast, compiled, first_line
 
 NORMALIZE = (0.5, 0.5)  # mean and standard deviation taken for all data, pixels in [0, 1]
 FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}
-# Runs of at least so many steps are compiled. On two CPU cores compiling took 50 s and then saved
-# 6 ms a step of the baseline, which gains least; on a GPU it is not measured yet.
+# `auto` compiles runs of at least so many steps. On two CPU cores compiling took 50 s and saved
+# about 10 ms a step of the baseline, which gains least. The figure for GPUs is a guess so far.
 COMPILE_PAYS_FROM = {"cpu": 8_000, "cuda": 20_000}
 
 
@@ -78,10 +75,10 @@ def make_step(
     """(step, the mode it runs in, why it runs in no faster one).
 
     step(idx) trains on images[idx], idx int64 (n,) on the device, and returns the mean loss and the
-    number of hits of the batch, on the device and valid until the next call. Only batches of
+    number of correct predictions, on the device and valid until the next call. Only batches of
     `batch_size` take the fast way, for compiled code and graphs are of one shape; the last, partial
-    batch of an epoch is run eagerly. Where compiling or recording fails, the next simpler mode is
-    taken. When this returns, everything is compiled and recorded, and weights, BatchNorm's buffers,
+    batch of an epoch is run eagerly. Where compiling or capturing fails, the next simpler mode is
+    taken. When this returns, everything is compiled and captured, and weights, BatchNorm's buffers,
     Adam's state and the random generators are as they were.
     """
 
@@ -113,7 +110,7 @@ def make_step(
             fast(idx)  # torch.compile compiles when it is first called
             break
         except Exception as error:  # compilers, drivers and out of memory raise what they like
-            failures.append(f"mode {mode} failed ({reason(error)})")
+            failures.append(f"mode {mode} failed ({first_line(error)})")
             mode = FALLBACK[mode]
         finally:
             restore()
@@ -141,8 +138,10 @@ def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[],
             tensor.copy_(value)
         for parameter, values in optimizer.state.items():
             for key, value in values.items():
-                # Adam makes its state in the first step, and all of it starts at zero.
-                value.copy_(state[parameter][key]) if parameter in state else value.zero_()
+                if parameter in state:
+                    value.copy_(state[parameter][key])
+                else:  # Adam makes its state in the first step, and all of it starts at zero
+                    value.zero_()
         torch.set_rng_state(cpu_rng)
         if cuda_rng:
             torch.cuda.set_rng_state_all(cuda_rng)

@@ -37,3 +37,4 @@ def test_a_failed_save_is_raised_by_the_next_or_at_the_end(tmp_path):
     assert not (tmp_path / "last.pt").exists()
     with pytest.raises(OSError), checkpoint.Saver(torch.device("cpu")) as save:
         save(unwritable)
+        raise KeyboardInterrupt  # what was lost is said even then

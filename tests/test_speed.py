@@ -27,7 +27,7 @@ def test_a_gpu_is_checked_first_and_timed_from_start_to_end(tmp_path):
     args = speed.argparse.Namespace(
         device="cuda", data_dir=tmp_path, peers=tmp_path, rounds=1, out=tmp_path
     )
-    steps = speed.steps_of(args, cuda=True)
+    steps = speed.jobs_of(args, cuda=True)
     assert next(iter(steps.values()))[1:3] == ["train.py", "--self-check"]
     assert sum(name.startswith("50 epochs") for name in steps) == 4
     figures = {name for name in steps if name.startswith("train")}
@@ -56,7 +56,7 @@ def test_medians_over_rounds_of_real_steps(tmp_path, monkeypatch, capsys):
     bench = [sys.executable, *bench, "--repeats", "1", "--device", "cpu"]
     peer = [sys.executable, "-c", "print(123); print('{\"train_images_per_second\": 50.0}')"]
     steps = {"inference 0": bench, "plain loop, 0 workers 0": peer, "plain loop, 0 workers 1": peer}
-    monkeypatch.setattr(speed, "steps_of", lambda args, cuda: steps)
+    monkeypatch.setattr(speed, "jobs_of", lambda args, cuda: steps)
     flags = ["--device", "cpu", "--out", str(tmp_path)]
     assert speed.main(flags) == 0
     assert "inference 0 ..." in capsys.readouterr().out
@@ -68,6 +68,15 @@ def test_medians_over_rounds_of_real_steps(tmp_path, monkeypatch, capsys):
 
     assert speed.main(flags) == 0  # nothing is measured twice
     assert " ..." not in capsys.readouterr().out
+    assert json.loads((tmp_path / "speed.json").read_text())["medians"] == content["medians"]
+
+    path = tmp_path / "speed" / "plain_loop,_0_workers_0.json"
+    elsewhere = json.loads(path.read_text())
+    elsewhere["made_with"]["device"] = "another"
+    elsewhere["figures"]["train plain loop, 0 workers"] = 9000.0
+    path.write_text(json.dumps(elsewhere))
+    assert speed.main(flags) == 0  # but what was measured elsewhere is
+    assert capsys.readouterr().out.count(" ...") == 1
     assert json.loads((tmp_path / "speed.json").read_text())["medians"] == content["medians"]
 
     steps["plain loop, 0 workers 2"] = [sys.executable, "-c", "raise SystemExit('no timm')"]
