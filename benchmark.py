@@ -48,6 +48,10 @@ from modes import (
 IMAGE = (1, 28, 28)  # channels, height, width
 # The largest error of a logit, relative to the largest logit of eager fp32.
 TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}
+NUMBERS = (
+    "batch_size", "params", "flops", "flops_aten", "ms_per_image", "ms_per_image_p10",
+    "ms_per_image_p90", "ms_per_image_p99", "images_per_second", "tflops", "share_of_ceiling",
+)  # fmt: skip
 
 
 def count_flops(model: nn.Module) -> tuple[int, int]:
@@ -218,11 +222,17 @@ def measure(
 def rows_kept(path: Path, settings: dict) -> list[dict]:
     """The rows in `path` that were measured with `settings`."""
     try:
-        rows = json.loads(path.read_text())
-        [key_of(row) for row in rows]  # raises KeyError where one is not complete
+        rows = [row for row in json.loads(path.read_text()) if is_whole(row)]
         return [row for row in rows if settings.items() <= row.items()]
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return []  # nothing there that could be kept: everything is measured
+
+
+def is_whole(row: dict) -> bool:
+    """Whether the tables can be made of it. Raises KeyError or TypeError if it is far from that."""
+    numbers = [row[key] for key in NUMBERS]
+    place_of(row)  # raises ValueError for a name of another version
+    return all(isinstance(number, (int, float)) for number in numbers)
 
 
 def key_of(row: dict) -> tuple:
@@ -301,6 +311,8 @@ def main(argv: list[str] | None = None) -> int:
         for precision in precisions:
             if impossible := why_not(mode, precision, device):
                 parser.error(impossible)
+    if max(args.batch_sizes) > 10**9:
+        parser.error("--batch-sizes must be at most 10^9")
     if min(*args.batch_sizes, args.width, 1 if args.repeats is None else args.repeats) < 1:
         parser.error("--batch-sizes, --repeats and --width must be at least 1")
 
@@ -315,19 +327,24 @@ def main(argv: list[str] | None = None) -> int:
     try:
         rows = {key_of(row): row for row in rows_kept(path, common)} if args.keep else {}
         kept, wrong = len(rows), []
-        # Before compilers are at work.
-        ceilings = {p: ceiling_tflops(p, device) for p in precisions}
-        for precision in precisions:
-            for size in args.batch_sizes:
-                missing = [
-                    (name, mode)
-                    for name in args.models
-                    for mode in modes
-                    if (size, precision, name, mode) not in rows
-                ]
+        missing = {
+            (precision, size): [
+                (name, mode)
+                for name in args.models
+                for mode in modes
+                if (size, precision, name, mode) not in rows
+            ]
+            for precision in precisions
+            for size in args.batch_sizes
+        }
+        to_measure = {precision for (precision, _), variants in missing.items() if variants}
+        # All of them now, before compilers are at work.
+        ceilings = {precision: ceiling_tflops(precision, device) for precision in to_measure}
+        for (precision, size), variants in missing.items():
+            if variants:
                 settings = common | {"batch_size": size, "precision": precision}
                 repeats = args.repeats or default_repeats(size, device)
-                measured = measure(missing, settings, repeats, ceilings[precision], device)
+                measured = measure(variants, settings, repeats, ceilings[precision], device)
                 wrong += [r for r in measured if not r["logit_error"] <= TOLERANCE[precision]]
                 rows |= {key_of(row): row for row in measured if row not in wrong}
         rows = sorted(rows.values(), key=place_of)

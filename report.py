@@ -46,10 +46,10 @@ NUMBERS = (
 CONFIG_COLUMNS = ("epochs", "limit_train", "limit_test", "width", "command")
 ENV_COLUMNS = ("device", "torch", "cuda", "driver", "python", "git_commit", "git_dirty")
 METRIC_COLUMNS = ("epoch", "val_acc", "train_loss")
-COST_COLUMNS = (
-    "model", "params", "flops", "batch_size", "precision", "mode", "width", "device", "torch",
-    "ms_per_image", "ms_per_image_p10", "ms_per_image_p90", "ms_per_image_p99", "tflops",
-    "share_of_ceiling",
+COST_WORDS = ("model", "precision", "mode", "device", "torch")
+COST_NUMBERS = (
+    "params", "flops", "batch_size", "width", "ms_per_image", "ms_per_image_p10",
+    "ms_per_image_p90", "ms_per_image_p99", "tflops", "share_of_ceiling",
 )  # fmt: skip
 
 
@@ -180,7 +180,12 @@ def read_costs(paths: list[Path]) -> list[dict]:
     try:
         rows = json.loads(path.read_text())
         for row in rows:
-            [row[column] for column in COST_COLUMNS]  # a KeyError names what is not there
+            numbers = [row[column] for column in COST_NUMBERS]  # a KeyError names what is missing
+            words = [row[column] for column in COST_WORDS]
+            if not all(is_finite(number) and number > 0 for number in numbers):
+                raise ValueError("something else where a positive number should be")
+            if not all(isinstance(word, str) for word in words):
+                raise ValueError("something else where a word should be")
     except (ValueError, KeyError, TypeError) as error:
         raise ReportError(
             f"{path} is damaged ({type(error).__name__}: {error}): run python benchmark.py again"

@@ -18,7 +18,7 @@ from files import write_atomically
 
 # These settings may differ when a run is taken up again; any other makes it another run.
 MAY_DIFFER = {
-    "command", "data_dir", "runs", "device", "mode", "target_acc", "overwrite", "dry_run",
+    "command", "data_dir", "runs", "device", "target_acc", "overwrite", "dry_run",
     "self_check",
 }  # fmt: skip
 

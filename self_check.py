@@ -24,15 +24,16 @@ from training_step import adam, make_step
 # Seen on a CPU: 1e-3 in fp32; 4e-3 in bf16, but 0.2 for cbam_classifier, where the maximum over the
 # channels of a 1x1 map picks another one now and then. A real fault is an error of about 1.
 TOLERANCE = {"fp32": 5e-3, "tf32": 1e-1, "bf16": 3e-1}
+BATCH_SIZE = 64
 VARIANTS = [(mode, precision) for precision in ("fp32", "bf16") for mode in MODES]
 VARIANTS = [*VARIANTS[1:], ("eager", "tf32")]
 
 
-def self_check(names: list[str], device: torch.device, width: int, batch_size: int) -> bool:
+def self_check(names: list[str], device: torch.device, width: int) -> bool:
     """Prints a line for each model, mode and precision; True if all errors are within tolerance."""
     good = True
     for name in names:
-        expected = three_steps(name, "eager", "fp32", device, width, batch_size)
+        expected = three_steps(name, "eager", "fp32", device, width)
         for mode, precision in VARIANTS:
             label = f"{name:16s} {mode:14s} {precision:5s}"
             if impossible := why_not(mode, precision, device):
@@ -40,7 +41,7 @@ def self_check(names: list[str], device: torch.device, width: int, batch_size: i
                 continue
             start = time.perf_counter()
             try:
-                found = three_steps(name, mode, precision, device, width, batch_size)
+                found = three_steps(name, mode, precision, device, width)
             except ModeFailed as error:
                 print(f"{label} FAILED  {error}", flush=True)
                 good = False
@@ -68,7 +69,7 @@ class ModeFailed(RuntimeError):
 
 
 def three_steps(
-    name: str, mode: str, precision: str, device: torch.device, width: int, batch_size: int
+    name: str, mode: str, precision: str, device: torch.device, width: int
 ) -> dict[str, dict[str, torch.Tensor]]:
     """{what: {whose: value}} after two steps without a learning rate and one with it.
 
@@ -77,9 +78,9 @@ def three_steps(
     """
     set_up_torch(precision)
     generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, 10, (2 * batch_size,), generator=generator)
+    labels = torch.randint(0, 10, (2 * BATCH_SIZE,), generator=generator)
     shapes = F.interpolate(torch.rand(10, 1, 7, 7, generator=generator), 28, mode="bilinear")
-    noise = torch.rand(2 * batch_size, 1, 28, 28, generator=generator)
+    noise = torch.rand(2 * BATCH_SIZE, 1, 28, 28, generator=generator)
     images = (200 * shapes[labels] + 55 * noise).byte()  # a shape a class: gradients have a sense
     model = build_model(name, width=width, seed=0)
     for module in model.modules():
@@ -92,13 +93,13 @@ def three_steps(
     optimizer = adam(model, lr=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(epoch, 1))
     step, used, failures = make_step(
-        model, optimizer, images.to(device), labels.to(device), mode, precision, batch_size
+        model, optimizer, images.to(device), labels.to(device), mode, precision, BATCH_SIZE
     )
     if used != mode:
         raise ModeFailed("; ".join(failures))
 
     start = [parameter.detach().clone() for parameter in model.parameters()]
-    batches = torch.arange(2 * batch_size, device=device).split(batch_size)
+    batches = torch.arange(2 * BATCH_SIZE, device=device).split(BATCH_SIZE)
     losses = [step(idx)[0].clone() for idx in batches]
     found = {
         "loss": {f"batch {i + 1}": loss for i, loss in enumerate(losses)},

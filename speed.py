@@ -166,6 +166,16 @@ def run_job(name: str, command: list[str]) -> dict:
     return {"command": command, "seconds": seconds, "figures": figures, "raw": raw}
 
 
+def read_job(path: Path, command: list[str], made_with: dict) -> dict | None:
+    """What a job left in `path`, if the same command was run here on the same sources."""
+    try:
+        job = json.loads(path.read_text())
+        same = (job["command"], job["made_with"]) == (command, made_with)
+        return job if same and all(value > 0 for value in job["figures"].values()) else None
+    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+
+
 def medians_of(found: dict[str, dict]) -> dict[str, float]:
     values = {}
     for job in found.values():
@@ -257,9 +267,8 @@ def main(argv: list[str] | None = None) -> int:
             print(shlex.join(command) + ("  # done" if path.exists() else ""))
             continue
         try:
-            before = json.loads(path.read_text()) if path.exists() else {}
-            if before.get("made_with") == made_with:
-                found[name] = before
+            if kept := read_job(path, command, made_with):
+                found[name] = kept
                 continue
             print(f"{name} ...", end=" ", flush=True)
             found[name] = run_job(name, command)
@@ -290,5 +299,6 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    for signum in (signal.SIGINT, signal.SIGTERM):  # leaves with its child ended and no traceback
+        signal.signal(signum, lambda signum, frame: sys.exit(128 + signum))
     sys.exit(main())

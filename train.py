@@ -207,8 +207,14 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     optimizer = adam(model, settings.lr)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
 
+    # `auto` looks at the length of the whole run, so that one that is resumed takes the same mode.
+    n_steps = settings.epochs * len(train_idx) // settings.batch_size
+    mode = choose_mode(settings.mode, device, n_steps)
+    if len(train_idx) < settings.batch_size:
+        mode = "eager"  # the other modes are for full batches
+    config = as_config(settings) | {"mode": mode}
+
     # Go on after the last finished epoch, if there is one.
-    config = as_config(settings)
     if settings.overwrite:
         run_folder.clear(folder)  # only now that data and model are there
     run_folder.remove_strays(folder)
@@ -218,10 +224,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         edits = run_folder.note_on_edits(folder, source_hashes())
         print(f"going on after epoch {len(history)}{edits}")
 
-    # Compiled or captured before the clock of the epochs starts. `auto` looks at the whole run, so
-    # that one that is resumed takes the same mode.
-    n_steps = settings.epochs * len(train_idx) // settings.batch_size
-    mode = choose_mode(settings.mode, device, n_steps)
+    # Compiled or captured before the clock of the epochs starts.
     if "compile" in mode:
         print("compiling the training step, the first time up to a minute", flush=True)
     start = time.perf_counter()
@@ -231,7 +234,6 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     set_up_seconds = time.perf_counter() - start
     for failure in failures:
         print(f"note: {failure}; going on in mode {mode}", file=sys.stderr)
-    config["mode"] = mode  # what `auto` came to
 
     run_folder.write_json(folder / "config.json", config)
     run_folder.write_json(folder / "env.json", describe_environment(device))
@@ -389,7 +391,8 @@ def run(settings: argparse.Namespace, runs: Path) -> int:
     try:
         if (folder / "result.json").exists() and not settings.overwrite:
             there = run_folder.read_json(folder / "config.json", "model")
-            run_folder.check_same_run(folder, as_config(settings), there)
+            config = as_config(settings) | {"mode": there.get("mode")}  # it is done, anyhow
+            run_folder.check_same_run(folder, config, there)
             print(f"already complete: {folder}{run_folder.note_on_edits(folder, source_hashes())}")
             result = run_folder.read_json(folder / "result.json", *SUMMARY)
         else:
@@ -441,7 +444,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_settings(argv)
     if settings.self_check:
         models = [settings.model] if settings.model else list(MODELS)
-        return 0 if self_check(models, settings.device, settings.width, settings.batch_size) else 1
+        return 0 if self_check(models, settings.device, settings.width) else 1
     if not settings.dry_run:
         return run(settings, settings.runs)
     with tempfile.TemporaryDirectory(prefix="dry-run-") as runs:

@@ -103,6 +103,23 @@ def test_benchmark_json_has_a_row_a_model_and_batch_size(tmp_path, capsys):
     assert {row["width"] for row in rows_of(tmp_path)} == {4}
 
 
+def test_damaged_rows_are_not_kept(tmp_path):
+    flags = ["--models", "se", "--width", "4", "--batch-sizes", "2", "--modes", "eager"]
+    flags += ["--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]
+    assert benchmark.main(flags) == 0
+    path, (whole,) = tmp_path / "benchmark.json", rows_of(tmp_path)
+    assert benchmark.rows_kept(path, {"width": 4}) == [whole]
+    missing = {key: value for key, value in whole.items() if key != "params"}
+    others = [{"mode": "turbo"}, {"model": "gone"}, {"model": ["se"]}, {"batch_size": "2"}]
+    others += [{"ms_per_image": None}]
+    for row in (missing, *(whole | other for other in others), 3, None):
+        path.write_text(json.dumps([row]))
+        assert benchmark.rows_kept(path, {"width": 4}) == []
+    path.write_text(json.dumps([missing]))
+    assert benchmark.main([*flags, "--keep"]) == 0
+    assert rows_of(tmp_path)[0].keys() == whole.keys()
+
+
 @pytest.mark.slow
 def test_compiled_beside_eager(tmp_path):
     flags = ["--models", "cbam_blocks", "--width", "8", "--batch-sizes", "4", "--device", "cpu"]
@@ -158,6 +175,7 @@ def test_timing_waits_for_the_work():
     [
         ["--batch-sizes", "0"],
         ["--batch-sizes", "64", "-1"],
+        ["--batch-sizes", "1000000000000000000000"],
         ["--repeats", "x"],
         ["--repeats", "0"],
         ["--models", "vgg"],

@@ -93,6 +93,17 @@ def test_inference_time_in_every_mode(study):
     }
 
 
+@pytest.mark.parametrize(
+    "change", [{"ms_per_image": None}, {"ms_per_image": 0}, {"tflops": "x"}, {"model": ["se"]}]
+)
+def test_a_damaged_benchmark_is_one_line(study, capsys, change):
+    runs, out = study
+    (out / "benchmark.json").write_text(json.dumps([ROW | {"model": "se"} | change]))
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "benchmark.json" in error
+
+
 def test_a_fallback_is_reported(finished_run, tmp_path):
     copy_run(finished_run, tmp_path / "runs", "se", 0, fallback="mode graph failed (X: no)", **FULL)
     assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0

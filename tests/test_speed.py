@@ -1,9 +1,12 @@
 import json
+import os
 import shlex
+import subprocess
 import sys
+import time
 
 import pytest
-from conftest import is_one_line
+from conftest import REPO, is_one_line
 
 import benchmark
 import speed
@@ -74,15 +77,34 @@ def test_medians_over_rounds_of_real_steps(tmp_path, monkeypatch, capsys):
     elsewhere = json.loads(path.read_text())
     elsewhere["made_with"]["device"] = "another"
     elsewhere["figures"]["train plain loop, 0 workers"] = 9000.0
-    path.write_text(json.dumps(elsewhere))
-    assert speed.main(flags) == 0  # but what was measured elsewhere is
-    assert capsys.readouterr().out.count(" ...") == 1
-    assert json.loads((tmp_path / "speed.json").read_text())["medians"] == content["medians"]
+    for other in (json.dumps(elsewhere), "{}", "[]", "null", "trunc{", '{"figures": []}'):
+        path.write_text(other)
+        assert speed.main(flags) == 0  # but what was measured elsewhere, or is damaged, is
+        assert capsys.readouterr().out.count(" ...") == 1
+        assert json.loads((tmp_path / "speed.json").read_text())["medians"] == content["medians"]
 
     steps["plain loop, 0 workers 2"] = [sys.executable, "-c", "raise SystemExit('no timm')"]
     assert speed.main(flags) == 1
     out = capsys.readouterr().out
     assert "plain loop, 0 workers 2 ... failed: exit code 1: no timm" in out
+
+
+def test_a_signal_ends_the_job_too(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "speed.py", "--device", "cpu", "--out", str(tmp_path)],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout.read(len("train baseline eager 0")) == "train baseline eager 0"
+    time.sleep(1)  # the job has begun
+    process.terminate()
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 143 and error == ""
+    with pytest.raises(ProcessLookupError):  # nobody left in its process group
+        os.killpg(process.pid, 0)
 
 
 @pytest.mark.parametrize("flags", [["--peers", "nowhere"], ["--rounds", "0"], ["--device", "tpu"]])

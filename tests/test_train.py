@@ -151,7 +151,7 @@ def test_same_seed_same_figures(finished_run, tmp_path):
 
 
 def test_stopped_by_sigterm_it_goes_on_to_the_same_end(tmp_path):
-    flags = ["--epochs", "3", "--limit-train", "1920", "--limit-test", "100", "--width", "8"]
+    flags = ["--epochs", "3", "--limit-train", "1280", "--limit-test", "100", "--width", "8"]
     command = [sys.executable, "-u", "train.py", "--model", "se", *flags, "--runs"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     subprocess.run([*command, str(whole)], cwd=REPO, check=True, capture_output=True)

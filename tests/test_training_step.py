@@ -184,7 +184,7 @@ def fails_to_compile(forward):
 def test_the_self_check_finds_a_wrong_step(fault, named, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda forward, **options: fault(forward))
     monkeypatch.setattr(self_check, "VARIANTS", [("compile", "fp32")])
-    flags = ["--self-check", "--model", "se", "--width", "8", "--batch-size", "16"]
+    flags = ["--self-check", "--model", "se", "--width", "8"]
     assert train.main([*flags, "--device", "cpu"]) == 1
     out = capsys.readouterr().out
     assert "FAILED" in out and named in out
@@ -193,7 +193,7 @@ def test_the_self_check_finds_a_wrong_step(fault, named, monkeypatch, capsys):
 def test_the_self_check_finds_what_a_warm_up_left_behind(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
     monkeypatch.setattr(self_check, "VARIANTS", [("compile", "fp32")])
-    flags = ["--self-check", "--model", "se", "--width", "8", "--batch-size", "16"]
+    flags = ["--self-check", "--model", "se", "--width", "8"]
     assert train.main([*flags, "--device", "cpu"]) == 0
     monkeypatch.setattr(training_step, "snapshot", lambda model, optimizer: lambda: None)
     assert train.main([*flags, "--device", "cpu"]) == 1
@@ -225,6 +225,26 @@ def test_without_a_compiler_it_trains_eagerly_and_says_so(tmp_path):
     folder = tmp_path / "runs/fashion_mnist/published/baseline/seed0"
     result = json.loads((folder / "result.json").read_text())
     assert result["mode"] == "eager" and "mode compile failed" in result["fallback"]
+
+
+def test_a_run_is_not_resumed_in_another_mode(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    flags = ["--epochs", "2", "--mode"]
+    assert train_small("baseline", tmp_path, *flags, "compile") == 0
+    folder = tmp_path / "fashion_mnist/published/baseline/seed0"
+    (folder / "result.json").unlink()
+    assert train_small("baseline", tmp_path, *flags, "eager") == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "mode = compile" in error
+    assert train_small("baseline", tmp_path, *flags, "compile") == 0
+    assert train_small("baseline", tmp_path, *flags, "auto") == 0  # complete, however it was run
+
+
+def test_a_run_of_less_than_a_batch_is_eager(tmp_path):
+    flags = ["--epochs", "1", "--batch-size", "200", "--mode", "compile"]
+    assert train_small("baseline", tmp_path, *flags) == 0
+    folder = tmp_path / "fashion_mnist/published/baseline/seed0"
+    assert json.loads((folder / "result.json").read_text())["mode"] == "eager"
 
 
 def test_compiled_training_is_repeatable_and_near_eager_training(tmp_path):
