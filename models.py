@@ -35,10 +35,24 @@ class SE(nn.Module):
         self.fc1 = nn.Linear(channels, hidden)
         self.fc2 = nn.Linear(hidden, channels)
 
+    def squeeze(self, x):
+        return x.mean((2, 3))  # (N, C)
+
     def forward(self, x):
-        z = x.mean((2, 3))  # (N, C)
-        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(z))))  # (N, C)
+        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(self.squeeze(x)))))  # (N, C)
         return x * gate[:, :, None, None]
+
+
+class StaticSE(SE):
+    """A control: SE whose gates cannot see the image, z = 1 whatever it shows.
+
+    The same parameters, FLOPs and operations (the mean is taken and multiplied by 0), but the gate
+    is one learned constant a channel. What SE gains over it is due to attention, what both gain is
+    due to parameters.
+    """
+
+    def squeeze(self, x):
+        return 1 + 0 * super().squeeze(x)  # (N, C)
 
 
 class ChannelGate(nn.Module):
@@ -111,6 +125,7 @@ class CBAM(nn.Module):
 ATTENTION = {
     "se": SE,
     "cbam": CBAM,
+    "se_static": StaticSE,
 }
 
 # --- ResNet-18 (He, Zhang, Ren, Sun, CVPR 2016, arXiv 1512.03385) for small images ----------------
@@ -189,6 +204,7 @@ MODELS = {
     "se": ("se", "blocks"),
     "cbam_blocks": ("cbam", "blocks"),
     "cbam_classifier": ("cbam", "classifier"),
+    "se_static": ("se_static", "blocks"),  # a control
 }
 
 

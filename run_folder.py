@@ -1,7 +1,8 @@
 """A run's folder: is it this run's, and what is saved in it.
 
     RUNS/<dataset>/<recipe>/<model>/seed<k>/
-        config.json env.json metrics.jsonl best.pt last.pt test_predictions.npy result.json
+        config.json env.json metrics.jsonl best.pt last.pt test_predictions.npy test_labels.npy
+        result.json
 
 Every file is written by temporary file and rename, `result.json` last: its presence means that the
 run is complete. The .pt files are the business of checkpoint.py.
@@ -78,7 +79,7 @@ def metrics_text(history: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in history)
 
 
-def write_predictions(path: Path, predictions: torch.Tensor) -> None:
+def write_classes(path: Path, classes: torch.Tensor) -> None:
     buffer = io.BytesIO()
-    np.save(buffer, predictions.cpu().numpy().astype(np.uint8))
+    np.save(buffer, classes.cpu().numpy().astype(np.uint8))
     write_atomically(path, buffer.getbuffer())

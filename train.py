@@ -317,7 +317,8 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             save.wait()
             model.load_state_dict(checkpoint.load(folder / "best.pt"))
             _, predictions = evaluate(model, settings.precision, test_images, test_labels)
-        run_folder.write_predictions(folder / "test_predictions.npy", predictions)
+        run_folder.write_classes(folder / "test_predictions.npy", predictions)
+        run_folder.write_classes(folder / "test_labels.npy", test_labels)
         train_seconds = sum(row["seconds"] for row in history)
         result = {
             "model": settings.model,
@@ -332,6 +333,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             "epochs_run": len(history),
             "stopped_early": len(history) < settings.epochs,
             "test_images": len(test_labels),
+            "classes": dataset.classes,
             "params": count_parameters(model),
             "train_seconds": train_seconds,
             "images_per_second": len(history) * len(train_idx) / train_seconds,

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 import torchvision
 
-from models import ATTENTION, CBAM, MODELS, SE, build_model, count_parameters
+from models import ATTENTION, CBAM, MODELS, SE, StaticSE, build_model, count_parameters
 
 COUNTS = {
     "baseline": 11_172_810,
@@ -179,6 +179,17 @@ def test_modules_keep_the_shape_even_with_fewer_channels_than_the_reduction(name
     module = ATTENTION[name](6)
     assert module(images).shape == images.shape
     assert module.eval()(images[:1]).shape == (1, 6, *size)
+
+
+def test_the_static_gate_is_se_s_but_cannot_see_the_image():
+    static, se = StaticSE(32), SE(32)
+    se.load_state_dict(static.state_dict())  # the same parameters
+    a, b = torch.rand(2, 3, 32, 5, 5) + 1
+    gate = static(a) / a
+    torch.testing.assert_close(gate, static(b) / b)
+    torch.testing.assert_close(gate, gate[:1, :, :1, :1].expand_as(gate))
+    torch.testing.assert_close(static(a), a * se(torch.ones_like(a)))
+    assert count_parameters(build_model("se_static")) == count_parameters(build_model("se"))
 
 
 def test_cbam_s_spatial_gate_opens_at_one_half():

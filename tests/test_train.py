@@ -73,7 +73,7 @@ def test_run_folder_holds_what_it_should(finished_run):
     names = {path.name for path in finished_run.iterdir() if "tfevents" not in path.name}
     assert names == {
         "config.json", "env.json", "metrics.jsonl", "best.pt", "last.pt", "test_predictions.npy",
-        "result.json",
+        "test_labels.npy", "result.json",
     }  # fmt: skip
     rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2]
@@ -104,6 +104,8 @@ def test_best_weights_give_the_predictions_and_the_accuracy(finished_run, fashio
         expected = model.eval()(images).argmax(1)
     predictions = np.load(finished_run / "test_predictions.npy")
     assert predictions.dtype == np.uint8 and predictions.tolist() == expected.tolist()
+    labels = np.load(finished_run / "test_labels.npy")
+    assert labels.tolist() == fashion_mnist.test_labels[:100].tolist()
     hits = (expected == fashion_mnist.test_labels[:100]).sum().item()
     assert result_of(finished_run)["test_acc"] == pytest.approx(hits)
 

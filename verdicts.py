@@ -1,0 +1,154 @@
+"""Is a difference real? Statistics over paired seeds, and the verdicts that follow from them.
+
+One seed fixes split, order of images and the backbone's first weights of every model, so models are
+compared seed by seed. The test was chosen before any result was seen: the paired t test, Holm's
+correction over all comparisons with the baseline; verdicts follow from its interval alone. Welch's
+test, P(A > B) and the bootstrap stand beside it for those who would have chosen otherwise.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import optimize, stats
+
+LEVEL = 0.05  # of false alarms over all comparisons of a study together
+POWER = 0.8
+
+
+@dataclass
+class Comparison:
+    """A model against the baseline, over the seeds both have; accuracies in percent."""
+
+    seeds: list[int]
+    difference: float  # mean of the paired differences, model - baseline
+    sd: float  # their sample standard deviation (n - 1)
+    p: float  # paired t test, two-sided
+    p_welch: float
+    correlation: float | None  # of the pairs; None where one model's accuracies do not vary
+    prob_better: float  # P(model > baseline) = Mann-Whitney's U / (n m), ties count half
+    interval: tuple[float, float]  # 95 %, of this comparison alone
+    p_holm: float = float("nan")  # corrected over all comparisons of the study
+    corrected: tuple[float, float] = (float("nan"), float("nan"))  # the interval that goes with it
+    detectable: float = float("nan")  # what a study like this one finds with a power of 80 %
+
+    @property
+    def verdict(self) -> str:
+        if self.corrected[0] > 0:
+            return "better"
+        return "worse" if self.corrected[1] < 0 else "not distinguishable"
+
+
+def compare(model: dict[int, float], baseline: dict[int, float]) -> Comparison | None:
+    """{seed: accuracy} against {seed: accuracy}; None with less than two common seeds."""
+    seeds = sorted(model.keys() & baseline.keys())
+    if len(seeds) < 2:
+        return None
+    a, b = (np.array([values[seed] for seed in seeds]) for values in (model, baseline))
+    differences = a - b
+    mean, sd = float(differences.mean()), float(differences.std(ddof=1))
+    varied = a.std() > 0 and b.std() > 0
+    u = stats.mannwhitneyu(a, b).statistic
+    return Comparison(
+        seeds=seeds,
+        difference=mean,
+        sd=sd,
+        p=paired_p(mean, sd, len(seeds)),
+        p_welch=float(stats.ttest_ind(a, b, equal_var=False).pvalue) if varied else float("nan"),
+        correlation=float(np.corrcoef(a, b)[0, 1]) if varied else None,
+        prob_better=float(u) / len(seeds) ** 2,
+        interval=t_interval(mean, sd, len(seeds), LEVEL),
+    )
+
+
+def paired_p(mean: float, sd: float, n: int) -> float:
+    """Two-sided p of Student's t test that a mean of n differences is 0."""
+    if sd == 0:
+        return 1.0 if mean == 0 else 0.0
+    return float(2 * stats.t.sf(abs(mean) / (sd / n**0.5), n - 1))
+
+
+def t_interval(mean: float, sd: float, n: int, level: float) -> tuple[float, float]:
+    """Where the true mean lies with a confidence of 1 - level."""
+    half = float(stats.t.isf(level / 2, n - 1)) * sd / n**0.5
+    return mean - half, mean + half
+
+
+def holm(p_values: list[float]) -> list[float]:
+    """Holm's (1979) adjusted p: the i-th smallest times (k - i + 1), never below one before it."""
+    adjusted, running = [0.0] * len(p_values), 0.0
+    for rank, i in enumerate(np.argsort(p_values, kind="stable")):
+        running = max(running, min(1.0, (len(p_values) - rank) * p_values[i]))
+        adjusted[i] = running
+    return adjusted
+
+
+def correct(comparisons: list[Comparison]) -> None:
+    """Fills in what depends on how many comparisons there are.
+
+    The interval of the i-th smallest p has the level at which Holm tests it, LEVEL / (k - i + 1);
+    from the first that is not significant on, that one's. So it excludes 0 exactly where Holm's
+    adjusted p is below LEVEL.
+    """
+    adjusted = holm([comparison.p for comparison in comparisons])
+    significant = True  # until the first that is not
+    for rank, i in enumerate(np.argsort([c.p for c in comparisons], kind="stable")):
+        c, n = comparisons[i], len(comparisons[i].seeds)
+        if significant:
+            level = LEVEL / (len(comparisons) - rank)
+            significant = adjusted[i] < LEVEL
+        c.p_holm = adjusted[i]
+        c.corrected = t_interval(c.difference, c.sd, n, level)
+        c.detectable = detectable_difference(c.sd, n, LEVEL / len(comparisons))
+
+
+def power(difference: float, sd: float, n: int, level: float = LEVEL) -> float:
+    """Of the paired t test with n pairs whose differences have this standard deviation."""
+    if sd == 0:
+        return 1.0
+    critical = stats.t.isf(level / 2, n - 1)
+    shift = abs(difference) * n**0.5 / sd
+    found = stats.nct.sf(critical, n - 1, shift)  # in the right direction
+    lost = stats.nct.cdf(-critical, n - 1, shift)  # significant in the wrong one
+    return float(np.nan_to_num(found, nan=1.0) + np.nan_to_num(lost, nan=0.0))  # nan: far out
+
+
+def detectable_difference(sd: float, n: int, level: float = LEVEL) -> float:
+    """The difference that n pairs find with a power of 80 %."""
+    return sd * detectable_effect(n, level)
+
+
+@functools.cache
+def detectable_effect(n: int, level: float) -> float:
+    """The same in standard deviations of the differences."""
+    most = 1.0
+    while power(most, 1.0, n, level) < POWER:
+        most *= 2
+    return float(optimize.brentq(lambda effect: power(effect, 1.0, n, level) - POWER, 0, most))
+
+
+def seeds_needed(difference: float, sd: float, level: float = LEVEL) -> int:
+    """How many pairs find this difference with a power of 80 %; `sd` is that of differences."""
+    n = 2
+    while power(difference, sd, n, level) < POWER:
+        n += 1
+    return n
+
+
+def bootstrap(
+    model: np.ndarray, baseline: np.ndarray, draws: int = 4000, seed: int = 0
+) -> tuple[float, float]:
+    """95 % interval of the mean paired difference in points, over other seeds and other images.
+
+    model, baseline: bool (seeds, images), whether each image was classified correctly, the seeds
+    paired. Each draw takes seeds and images anew, with replacement, the same for both.
+    """
+    generator = np.random.default_rng(seed)
+    gains = model.astype(np.float32) - baseline.astype(np.float32)  # (seeds, images)
+    n_seeds, n_images = gains.shape
+    image_weights = generator.multinomial(n_images, [1 / n_images] * n_images, size=draws)
+    by_seed = gains @ image_weights.T.astype(np.float32)  # (seeds, draws)
+    seed_weights = generator.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=draws)
+    means = (seed_weights.T * by_seed).sum(0) / (n_seeds * n_images)
+    low, high = np.percentile(100 * means, [2.5, 97.5])
+    return float(low), float(high)
