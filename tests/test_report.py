@@ -3,11 +3,13 @@ import json
 import shutil
 import statistics
 
+import numpy as np
 import pytest
 from conftest import copy_run, is_one_line, script
 from PIL import Image
 
 import report
+import verdicts
 from figures import FIGURES
 
 ROW = {
@@ -67,6 +69,52 @@ def test_published_table_with_our_figures_beside(study):
             assert min(image.size) > 400
     order = [text.index(f"\n| {model} ") for model in report.PUBLISHED]
     assert order == sorted(order)
+
+
+def test_verdicts_against_the_baseline(finished_run, tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    accuracies = {
+        "baseline": [93.0, 93.1, 93.2, 93.3, 93.4],
+        "se": [92.0, 92.1, 92.21, 92.3, 92.39],
+        "cbam_blocks": [93.2, 93.0, 93.3, 93.1, 93.4],
+        "cbam_classifier": [93.9],
+    }
+    for model, values in accuracies.items():
+        for seed, value in enumerate(values):
+            copy_run(finished_run, runs, model, seed, test_acc=value, **FULL)
+    out.mkdir()
+    rows = [ROW | {"model": "baseline"}, ROW | {"model": "se", "ms_per_image": 0.3}]
+    (out / "benchmark.json").write_text(json.dumps(rows))
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    section = text[text.index("### Against the baseline") :]
+    expected = verdicts.compare(
+        dict(enumerate(accuracies["se"])), dict(enumerate(accuracies["baseline"]))
+    )
+    cells = row_of(section, "se")
+    assert cells[1:4] == ["5", "-1.00", report.as_interval(expected.interval)]
+    assert cells[8] == "+0.00 to +0.00"  # the copies share their predictions
+    assert cells[-1] == "worse" and row_of(section, "cbam_blocks")[-1] == "not distinguishable"
+    assert "- `se` is worse than the baseline: -1.00 points over 5 seeds" in section
+    assert "at 1.20 times its inference time" in section
+    assert "`cbam_blocks` is not distinguishable from the baseline" in section
+    assert "- `cbam_classifier`: no verdict, it has fewer than two seeds" in section
+    summary = json.loads((out / "summary.json").read_text())["studies"][0]
+    assert summary["against_baseline"]["se"]["verdict"] == "worse"
+
+
+def test_predictions_of_another_length_are_not_counted(finished_run, tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    copy_run(finished_run, runs, "baseline", 0, **FULL)
+    short = copy_run(finished_run, runs, "se", 0, **FULL)
+    np.save(short / "test_predictions.npy", np.zeros(99, np.uint8))
+    empty = copy_run(finished_run, runs, "se", 1, **FULL)
+    (empty / "test_labels.npy").write_bytes(b"")
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert "se/seed0 left out" in text and "99 predictions, 100 labels" in text
+    assert "se/seed1 left out" in text and "| se | 0 | missing |" in text
+    assert "No verdict" in text
 
 
 def test_inference_time_in_every_mode(study):
