@@ -2,9 +2,11 @@
 
     python report.py                                  # runs/ and results/benchmark.json -> results/
     python report.py --runs DIR --out DIR             # benchmark.json may lie in either
+    python report.py --power --sd 0.15 --difference 0.2    # how many seeds does that take?
 
 Reads files alone and needs no torch: copy the small files of a run folder to a laptop and it works
-there, in a few seconds. Writes report.md, results.csv, summary.json and five figures.
+there, in a few seconds. Every model is compared with the baseline, seed by seed, and gets a verdict
+(verdicts.py). Writes report.md, results.csv, summary.json and five figures.
 
 Runs are compared only within a study: one data set, one recipe, the same explicit settings. A study
 that is shorter or narrower than its recipe is marked as a quick run wherever its figures stand.
@@ -404,6 +406,21 @@ def make_report(runs_dir: Path, out: Path) -> None:
     write_atomically(out / "report.md", write_report(studies, costs, problems, list(figures)))
 
 
+def print_power(sd: float, difference: float, comparisons: int) -> None:
+    sd_of_differences = sd * 2**0.5  # if the accuracies of a pair do not correlate
+    alone, corrected = (
+        verdicts.seeds_needed(difference, sd_of_differences, verdicts.LEVEL / k)
+        for k in (1, comparisons)
+    )
+    print(
+        f"A difference of {difference:g} points is found 8 times in 10, at a level of 5 % and a "
+        f"standard deviation of {sd:g} over seeds, with\n"
+        f"{alone:6,} seeds a model in a single comparison with the baseline\n"
+        f"{corrected:6,} seeds a model in the first of {comparisons} comparisons (Holm)\n"
+        "(paired t test; fewer where seeds help or hurt all models alike)"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is then a single line
@@ -413,7 +430,18 @@ def main(argv: list[str] | None = None) -> int:
     add = parser.add_argument
     add("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: %(default)s")
     add("--out", type=Path, default=Path("results"), help="where to write; default: %(default)s")
+    add("--power", action="store_true", help="print the seeds that --difference takes, no report")
+    add("--sd", type=float, help="of one model's test accuracy over seeds, in points")
+    add("--difference", type=float, help="to be found, in points")
+    add("--comparisons", type=int, default=3, help="with the baseline; default: %(default)s")
     args = parser.parse_args(argv)
+    if args.power:
+        if not (args.sd and args.difference and args.sd > 0 and args.difference > 0):
+            parser.error("--power takes --sd and --difference, both greater than 0")
+        if not (args.comparisons >= 1 and 1e-3 <= args.difference / args.sd <= 1e3):
+            parser.error("--comparisons is at least 1, --difference from 0.001 to 1,000 times --sd")
+        print_power(args.sd, args.difference, args.comparisons)
+        return 0
     try:
         make_report(args.runs, args.out)
     except (ReportError, OSError) as error:

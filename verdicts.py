@@ -6,6 +6,7 @@ correction over all comparisons with the baseline; verdicts follow from its inte
 test, P(A > B) and the bootstrap stand beside it for those who would have chosen otherwise.
 """
 
+import bisect
 import functools
 from dataclasses import dataclass
 
@@ -129,10 +130,12 @@ def detectable_effect(n: int, level: float) -> float:
 
 def seeds_needed(difference: float, sd: float, level: float = LEVEL) -> int:
     """How many pairs find this difference with a power of 80 %; `sd` is that of differences."""
-    n = 2
-    while power(difference, sd, n, level) < POWER:
-        n += 1
-    return n
+    enough = 2
+    while power(difference, sd, enough, level) < POWER:
+        enough *= 2
+    return 2 + bisect.bisect_left(
+        range(2, enough), POWER, key=lambda n: power(difference, sd, n, level)
+    )
 
 
 def bootstrap(

@@ -103,6 +103,20 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
     assert summary["against_baseline"]["se"]["verdict"] == "worse"
 
 
+def test_planning(capsys):
+    assert report.main(["--power", "--sd", "0.15", "--difference", "0.2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    alone, corrected = (int(line.split()[0]) for line in lines[1:3])
+    sd = 0.15 * 2**0.5
+    for n, level in ((alone, 0.05), (corrected, 0.05 / 3)):
+        assert verdicts.power(0.2, sd, n, level) >= 0.8 > verdicts.power(0.2, sd, n - 1, level)
+    for flags in ([], ["--sd", "0.1"], ["--sd", "-1", "--difference", "1"],
+                  ["--sd", "1", "--difference", "1e-9"]):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            report.main(["--power", *flags])
+        assert stopped.value.code == 2 and is_one_line(capsys.readouterr().err)
+
+
 def test_predictions_of_another_length_are_not_counted(finished_run, tmp_path):
     runs, out = tmp_path / "runs", tmp_path / "out"
     copy_run(finished_run, runs, "baseline", 0, **FULL)
