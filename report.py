@@ -16,7 +16,6 @@ import argparse
 import csv
 import io
 import json
-import math
 import signal
 import sys
 from collections import Counter
@@ -137,11 +136,12 @@ def write_report(
 
 
 def study_section(study: Study, costs: dict[str, dict]) -> list[str]:
+    """The lines on one study: the published table with ours beside it, then the verdicts."""
     lines = [f"## {study.title}", ""]
     if study.mark:
         lines += [
             f"**{study.mark.capitalize()}.** It shows that everything works; its accuracies say "
-            "nothing about the models.",
+            "nothing about the models at full size and length.",
             "",
         ]
     lines += [
@@ -212,9 +212,15 @@ def verdict_section(study: Study, costs: dict[str, dict]) -> list[str]:
     if "baseline" not in study.runs or len(study.runs) == 1:
         return ["No verdict: there is nothing to compare with the baseline.", ""]
     comparisons = comparisons_of(study)
-    lines = [
-        f"### Against the baseline: {study.title}",
-        "",
+    lines = [f"### Against the baseline: {study.title}", ""]
+    unpaired = [model for model in study.runs if model not in comparisons and model != "baseline"]
+    for model in unpaired:
+        lines.append(f"- `{model}`: no verdict, it has fewer than two seeds in common with the "
+                     "baseline, so nothing is known of how seeds vary.")  # fmt: skip
+    if not comparisons:
+        return [*lines, ""]
+    lines += [
+        *([""] if unpaired else []),
         "| model | pairs | difference | 95 % interval | corrected | p, Holm | p, Welch | P(better) "
         "| seeds and images | correlation | verdict |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -228,7 +234,7 @@ def verdict_section(study: Study, costs: dict[str, dict]) -> list[str]:
             as_interval(c.interval),
             as_interval(c.corrected),
             f"{c.p_holm:.3f}",
-            "-" if math.isnan(c.p_welch) else f"{c.p_welch:.3f}",
+            "-" if c.p_welch is None else f"{c.p_welch:.3f}",
             f"{c.prob_better:.2f}",
             as_interval(resampled) if resampled else "-",
             "-" if c.correlation is None else f"{c.correlation:+.2f}",
@@ -236,9 +242,6 @@ def verdict_section(study: Study, costs: dict[str, dict]) -> list[str]:
         ]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", *(sentence(study, model, c, costs) for model, c in comparisons.items())]
-    for model in study.runs.keys() - comparisons.keys() - {"baseline"}:
-        lines.append(f"- `{model}`: no verdict, it has fewer than two seeds in common with the "
-                     "baseline, so nothing is known of how seeds vary.")  # fmt: skip
     return [
         *lines,
         "",
@@ -255,6 +258,7 @@ def as_interval(interval: tuple[float, float]) -> str:
 
 
 def sentence(study: Study, model: str, c: Comparison, costs: dict[str, dict]) -> str:
+    """The verdict on one model in words that can be quoted; differences in points."""
     cost = ""
     if {model, "baseline"} <= costs.keys():
         ratio = costs[model]["ms_per_image"] / costs["baseline"]["ms_per_image"]
@@ -362,6 +366,7 @@ def results_csv(studies: list[Study]) -> str:
 
 
 def summary_json(studies: list[Study], costs: list[dict]) -> str:
+    """Every figure of the report, for programs to read."""
     summaries = [
         {
             "dataset": study.dataset,
@@ -407,6 +412,7 @@ def make_report(runs_dir: Path, out: Path) -> None:
 
 
 def print_power(sd: float, difference: float, comparisons: int) -> None:
+    """Prints the seeds that `difference` takes; it and `sd` in points of test accuracy."""
     sd_of_differences = sd * 2**0.5  # if the accuracies of a pair do not correlate
     alone, corrected = (
         verdicts.seeds_needed(difference, sd_of_differences, verdicts.LEVEL / k)

@@ -177,6 +177,7 @@ def read_job(path: Path, command: list[str], made_with: dict) -> dict | None:
 
 
 def medians_of(found: dict[str, dict]) -> dict[str, float]:
+    """{figure: its median over the rounds}, and the fastest mode and the sum made of them."""
     values = {}
     for job in found.values():
         for name, value in job["figures"].items():
@@ -196,6 +197,7 @@ def medians_of(found: dict[str, dict]) -> dict[str, float]:
 
 
 def check_targets(medians: dict[str, float], targets: list[tuple], fast: str) -> list[dict]:
+    """A row a target; `figure` and `met` are None where something was not measured."""
     rows = []
     for what, over, under, least, most in targets:
         over, under = over.format(fast=fast), under and under.format(fast=fast)
@@ -211,14 +213,12 @@ def check_targets(medians: dict[str, float], targets: list[tuple], fast: str) ->
 
 
 def as_markdown(rows: list[dict], medians: dict, rounds: int, environment: dict) -> str:
+    """speed.md: the targets, all medians, and where they were measured."""
+
     def number(value):
-        return (
-            "not measured"
-            if value is None
-            else f"{value:,.0f}"
-            if value >= 1000
-            else f"{value:.3g}"
-        )
+        if value is None:
+            return "not measured"
+        return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
     words = {None: "", True: "met", False: "**missed**"}
     lines = ["| ratio | measured | target | |", "|---|---|---|---|"]
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--peers", type=Path, help="folder of the yardsticks; default: none are measured")
+    add("--peers", type=Path, help="folder of the reference scripts; default: none are measured")
     add("--data-dir", type=Path, default=Path("data"), help="default: %(default)s")
     add("--rounds", type=int, default=3, help="default: %(default)s")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu or cuda")

@@ -25,8 +25,8 @@ class Comparison:
     difference: float  # mean of the paired differences, model - baseline
     sd: float  # their sample standard deviation (n - 1)
     p: float  # paired t test, two-sided
-    p_welch: float
-    correlation: float | None  # of the pairs; None where one model's accuracies do not vary
+    p_welch: float | None  # Welch's test; None where one model's accuracies do not vary
+    correlation: float | None  # of the pairs; None likewise
     prob_better: float  # P(model > baseline) = Mann-Whitney's U / (n m), ties count half
     interval: tuple[float, float]  # 95 %, of this comparison alone
     p_holm: float = float("nan")  # corrected over all comparisons of the study
@@ -55,7 +55,7 @@ def compare(model: dict[int, float], baseline: dict[int, float]) -> Comparison |
         difference=mean,
         sd=sd,
         p=paired_p(mean, sd, len(seeds)),
-        p_welch=float(stats.ttest_ind(a, b, equal_var=False).pvalue) if varied else float("nan"),
+        p_welch=float(stats.ttest_ind(a, b, equal_var=False).pvalue) if varied else None,
         correlation=float(np.corrcoef(a, b)[0, 1]) if varied else None,
         prob_better=float(u) / len(seeds) ** 2,
         interval=t_interval(mean, sd, len(seeds), LEVEL),
