@@ -2,6 +2,7 @@
 
 import hashlib
 import platform
+import resource
 import subprocess
 from pathlib import Path
 
@@ -48,6 +49,16 @@ def device_name(device: torch.device) -> str:
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
     return f"CPU {cpu}, {torch.get_num_threads()} threads"
+
+
+def peak_memory_mb(device: torch.device) -> float:
+    """The most memory that this process has held so far, in MB (10^6 bytes).
+
+    On a GPU what PyTorch's allocator gave out; on a CPU all that was resident, PyTorch included.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

@@ -38,6 +38,7 @@ from environment import (
     describe_environment,
     device_name,
     is_out_of_memory,
+    peak_memory_mb,
     source_hashes,
 )
 from models import MODELS, build_model, count_parameters
@@ -337,6 +338,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             "params": count_parameters(model),
             "train_seconds": train_seconds,
             "images_per_second": len(history) * len(train_idx) / train_seconds,
+            "peak_memory_mb": peak_memory_mb(device),
             "precision": settings.precision,
             "mode": mode,
             "set_up_seconds": set_up_seconds,  # of compiling or capturing, not in train_seconds
