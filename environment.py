@@ -4,6 +4,7 @@ import hashlib
 import platform
 import resource
 import subprocess
+import time
 from pathlib import Path
 
 import torch
@@ -69,6 +70,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 def describe_environment(device: torch.device) -> dict:
     """Everything outside the settings that a result may depend on; None where it cannot be had."""
     return {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,

@@ -69,8 +69,12 @@ class ChannelGate(nn.Module):
             nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels)
         )
 
+    def squeeze(self, x):
+        return x.mean((2, 3)), x.amax((2, 3))  # (N, C) both
+
     def forward(self, x):
-        gate = torch.sigmoid(self.mlp(x.mean((2, 3))) + self.mlp(x.amax((2, 3))))  # (N, C)
+        average, maximum = self.squeeze(x)
+        gate = torch.sigmoid(self.mlp(average) + self.mlp(maximum))  # (N, C)
         return x * gate[:, :, None, None]
 
 
@@ -88,9 +92,11 @@ class SpatialGate(nn.Module):
         nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
         nn.init.zeros_(self.bn.weight)
 
+    def squeeze(self, x):
+        return torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)  # (N, 2, H, W)
+
     def forward(self, x):
-        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)
-        gate = torch.sigmoid(batch_norm(self.bn, self.conv(pooled)))  # (N, 1, H, W)
+        gate = torch.sigmoid(batch_norm(self.bn, self.conv(self.squeeze(x))))  # (N, 1, H, W)
         return x * gate
 
 
@@ -113,19 +119,42 @@ class CBAM(nn.Module):
     BatchNorm weight of 1.
     """
 
+    channel_gate, spatial_gate = ChannelGate, SpatialGate
+
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
-        self.channel = ChannelGate(channels, reduction)
-        self.spatial = SpatialGate()
+        self.channel = self.channel_gate(channels, reduction)
+        self.spatial = self.spatial_gate()
 
     def forward(self, x):
         return self.spatial(self.channel(x))
+
+
+class StaticChannelGate(ChannelGate):
+    def squeeze(self, x):
+        return [1 + 0 * pooled for pooled in super().squeeze(x)]
+
+
+class StaticSpatialGate(SpatialGate):
+    def squeeze(self, x):
+        return 1 + 0 * super().squeeze(x)
+
+
+class StaticCBAM(CBAM):
+    """A control: CBAM whose gates cannot see the image, all they pool is 1 (see StaticSE).
+
+    A learned constant a channel, and one a position: the convolution's padding tells its spatial
+    gate how far the border is, and nothing else.
+    """
+
+    channel_gate, spatial_gate = StaticChannelGate, StaticSpatialGate
 
 
 ATTENTION = {
     "se": SE,
     "cbam": CBAM,
     "se_static": StaticSE,
+    "cbam_static": StaticCBAM,
 }
 
 # --- ResNet-18 (He, Zhang, Ren, Sun, CVPR 2016, arXiv 1512.03385) for small images ----------------
@@ -204,7 +233,9 @@ MODELS = {
     "se": ("se", "blocks"),
     "cbam_blocks": ("cbam", "blocks"),
     "cbam_classifier": ("cbam", "classifier"),
-    "se_static": ("se_static", "blocks"),  # a control
+    # Controls: as many parameters and operations as the model they are named after, blind gates.
+    "se_static": ("se_static", "blocks"),
+    "cbam_blocks_static": ("cbam_static", "blocks"),
 }
 
 
@@ -246,7 +277,7 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args(argv)
     for name in MODELS:
-        print(f"{name:16s} {count_parameters(build_model(name)):>12,}")
+        print(f"{name:18s} {count_parameters(build_model(name)):>12,}")
     return 0
 
 

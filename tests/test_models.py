@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn as nn
 import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
-from models import ATTENTION, CBAM, MODELS, SE, StaticSE, build_model, count_parameters
+from models import ATTENTION, CBAM, MODELS, SE, build_model, count_parameters
 
 COUNTS = {
     "baseline": 11_172_810,
@@ -181,15 +182,28 @@ def test_modules_keep_the_shape_even_with_fewer_channels_than_the_reduction(name
     assert module.eval()(images[:1]).shape == (1, 6, *size)
 
 
-def test_the_static_gate_is_se_s_but_cannot_see_the_image():
-    static, se = StaticSE(32), SE(32)
-    se.load_state_dict(static.state_dict())  # the same parameters
-    a, b = torch.rand(2, 3, 32, 5, 5) + 1
-    gate = static(a) / a
-    torch.testing.assert_close(gate, static(b) / b)
-    torch.testing.assert_close(gate, gate[:1, :, :1, :1].expand_as(gate))
-    torch.testing.assert_close(static(a), a * se(torch.ones_like(a)))
-    assert count_parameters(build_model("se_static")) == count_parameters(build_model("se"))
+@pytest.mark.parametrize(("model", "module"), [("se", "se"), ("cbam_blocks", "cbam")])
+def test_a_control_has_the_same_parameters_and_cannot_see_the_image(model, module):
+    real, static = ATTENTION[module](32), ATTENTION[f"{module}_static"](32)
+    for parameter in static.parameters():
+        nn.init.normal_(parameter)  # CBAM's spatial gate starts shut to everything
+    real.load_state_dict(static.state_dict())  # the same parameters
+    a, b = torch.rand(2, 3, 32, 9, 9) + 1
+    torch.testing.assert_close(static(a) / a, (static(b) / b)[[2, 0, 1]])
+    assert (real(a) / a - real(b) / b).abs().max() > 0.01
+    flops = []
+    for name in (model, f"{model}_static"):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            build_model(name).eval()(torch.zeros(1, 1, 28, 28))
+        flops.append((counter.get_total_flops(), count_parameters(build_model(name))))
+    assert flops[0] == flops[1]
+
+
+def test_the_gates_of_a_control_are_those_of_an_image_of_ones():
+    static, se = ATTENTION["se_static"](32), SE(32)
+    se.load_state_dict(static.state_dict())
+    images = torch.rand(3, 32, 5, 5) + 1
+    torch.testing.assert_close(static(images), images * se(torch.ones_like(images)))
 
 
 def test_cbam_s_spatial_gate_opens_at_one_half():
