@@ -1,4 +1,4 @@
-"""The five figures of a report: PNG, in colours that colour-blind readers tell apart."""
+"""The figures of a report: PNG, in colours that colour-blind readers tell apart."""
 
 import io
 import textwrap
@@ -14,20 +14,23 @@ FIGURES = (
     "accuracy_vs_params.png",
     "accuracy_vs_latency.png",
     "learning_curves.png",
+    "differences.png",
 )
-# Okabe and Ito's palette, by the order of the models in the table.
-COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"]
+# Okabe and Ito's palette (olive for its yellow, which is lost in print) and a mark each, by the
+# order of the models in the table.
+COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#000000"]
+MARKS = "os^vPX<>"
 
 
-def draw_figures(study, summaries: dict, costs: dict, fastest: dict) -> dict[str, bytes]:
-    """{file name: PNG} of one study; the figures of inference time only where it was measured.
-
-    summaries, costs, fastest: {model: ...} as report.py has them; the last two are rows of
-    benchmark.json, measured the published way and in the fastest mode.
-    """
-    # The published models first, run or not: a model keeps its colour from report to report.
+def draw_figures(found) -> dict[str, bytes]:
+    """{file name: PNG} of one study's findings; a figure without data is not among them."""
+    study, summaries, costs = found.study, found.models, found.costs
+    # The published models first, run or not: a model keeps its style from report to report.
     models = list(dict.fromkeys([*study.published, *summaries, *costs]))
-    colors = {model: COLORS[i % len(COLORS)] for i, model in enumerate(models)}
+    styles = {
+        model: {"color": COLORS[i % len(COLORS)], "marker": MARKS[i % len(MARKS)]}
+        for i, model in enumerate(models)
+    }
     # Beside a quick run, on one axis with it, the published figures would only mislead.
     published = {} if study.quick else study.published
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
@@ -35,40 +38,67 @@ def draw_figures(study, summaries: dict, costs: dict, fastest: dict) -> dict[str
     params = {model: summary["params"] / 1e6 for model, summary in summaries.items()}
     published_points = {m: (row["params_m"], row["test_acc"]) for m, row in published.items()}
     timed = {m: costs[m] for m in summaries if m in costs}
-    figures = {"test_accuracy.png": draw_accuracy(study, summaries, colors, published)}
+    figures = {"test_accuracy.png": draw_accuracy(study, summaries, styles, published)}
+    if found.against:
+        figures["differences.png"] = draw_differences(found, styles)
     if costs:
-        figures["inference_time.png"] = draw_time(costs, fastest, colors)
+        figures["inference_time.png"] = draw_time(costs, found.fastest, styles)
     figures["accuracy_vs_params.png"] = draw_against(
-        study, summaries, colors, params, "parameters (millions)", published_points
+        study, summaries, styles, params, "parameters (millions)", published_points
     )
     if timed:
         label = f"inference time (ms/image), p10 to p90, {next(iter(timed.values()))['device']}"
         times = {model: row["ms_per_image"] for model, row in timed.items()}
         spread = {model: spread_of(row) for model, row in timed.items()}
         figures["accuracy_vs_latency.png"] = draw_against(
-            study, summaries, colors, times, label, {}, spread
+            study, summaries, styles, times, label, {}, spread, found.front
         )
-    figures["learning_curves.png"] = draw_curves(study, colors)
+    figures["learning_curves.png"] = draw_curves(study, styles)
     return {name: as_png(figure) for name, figure in figures.items()}
 
 
-def draw_accuracy(study, summaries, colors, published) -> plt.Figure:
+def draw_differences(found, styles) -> plt.Figure:
+    """Differences from the baseline: pairs as dots, and the interval the verdict rests on."""
+    figure, axes = plt.subplots(figsize=(7, 1.6 + 0.6 * len(found.against)), layout="constrained")
+    axes.axvline(0, color="0.6", lw=1)
+    for y, (model, c) in enumerate(found.against.items()):
+        low, high = c.corrected
+        axes.errorbar(
+            c.difference, y, xerr=[[c.difference - low], [high - c.difference]], ls="none",
+            capsize=4, **styles[model],
+        )  # fmt: skip
+        mine, base = (found.study.by_seed(name) for name in (model, "baseline"))
+        pairs = [mine[s].result["test_acc"] - base[s].result["test_acc"] for s in c.seeds]
+        axes.plot(pairs, [y + 0.25] * len(pairs), ".", color="0.5")
+        axes.annotate(c.verdict, (c.difference, y), (0, 7), textcoords="offset points",
+                      ha="center", fontsize=9)  # fmt: skip
+    axes.set_yticks(range(len(found.against)), found.against)
+    axes.set_ylim(len(found.against) - 0.4, -0.6)
+    axes.set_xlabel(
+        "difference from the baseline (points of test accuracy):\n"
+        "mean, interval after Holm's correction, pairs of seeds as dots"
+    )
+    axes.set_title(title_of(found.study), fontsize=10)
+    return figure
+
+
+def draw_accuracy(study, summaries, styles, published) -> plt.Figure:
     """Mean with standard deviation, every seed a dot, the published figure a diamond."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     for y, (model, summary) in enumerate(summaries.items()):
         seeds = [run.result["test_acc"] for run in study.runs[model]]
         if len(seeds) > 1:
-            axes.plot(seeds, [y + 0.15] * len(seeds), ".", color="0.5")
+            axes.plot(seeds, [y + 0.25] * len(seeds), ".", color="0.5")
         axes.errorbar(
-            summary["test_acc_mean"], y, xerr=summary["test_acc_sd"], fmt="o", capsize=4,
-            color=colors[model],
+            summary["test_acc_mean"], y, xerr=summary["test_acc_sd"], ls="none", capsize=4,
+            **styles[model],
         )  # fmt: skip
         if model in published:
             axes.plot(published[model]["test_acc"], y, "D", mfc="none", color="black")
     explained = "test accuracy (%)"
     if any(summary["n"] > 1 for summary in summaries.values()):
-        explained += ": mean, standard deviation, seeds as dots"
-    explained += "; published: diamond" if published else ""
+        explained += "\nmean, standard deviation, seeds as dots"
+    explained += "\npublished: diamond" if published else ""
     axes.set_yticks(range(len(summaries)), summaries)
     axes.invert_yaxis()
     axes.margins(y=0.15)
@@ -77,29 +107,34 @@ def draw_accuracy(study, summaries, colors, published) -> plt.Figure:
     return figure
 
 
-def draw_against(study, summaries, colors, x, xlabel, published, xerr=None) -> plt.Figure:
-    """Test accuracy over `x`; hollow diamonds are the published figures."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+def draw_against(study, summaries, styles, x, xlabel, published, xerr=None, front=()) -> plt.Figure:
+    """Test accuracy over `x`; diamonds are the published figures, rings the Pareto front."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for model in x:
         summary = summaries[model]
         axes.errorbar(
             x[model], summary["test_acc_mean"], yerr=summary["test_acc_sd"],
-            xerr=xerr[model] if xerr else None, fmt="o", capsize=4, color=colors[model],
-            label=model,
+            xerr=xerr[model] if xerr else None, ls="none", capsize=4, label=model,
+            **styles[model],
         )  # fmt: skip
+        if model in front:
+            axes.plot(x[model], summary["test_acc_mean"], "o", ms=14, mfc="none", mec="black")
     for model in published.keys() & x.keys():
-        axes.plot(*published[model], "D", mfc="none", color=colors[model])
+        axes.plot(*published[model], "D", mfc="none", color=styles[model]["color"])
     axes.set(xlabel=xlabel, ylabel="test accuracy (%)")
     axes.set_title(title_of(study), fontsize=10)
     axes.margins(0.15)
-    axes.legend(fontsize=9, title="diamonds: published" if published else None)
+    explained = "diamonds: published" if published else "rings: Pareto front" if front else None
+    axes.legend(
+        fontsize=9, title=explained, title_fontsize=9, loc="upper left", bbox_to_anchor=(1, 1)
+    )
     return figure
 
 
-def draw_time(costs, fastest, colors) -> plt.Figure:
+def draw_time(costs, fastest, styles) -> plt.Figure:
     """A bar a model, measured the published way, and a paler one in the fastest mode."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    models = [model for model in colors if model in costs]
+    models = [model for model in styles if model in costs]
     first = costs[models[0]]
     kinds = [costs, fastest] if fastest and fastest != costs else [costs]
     height = 0.8 / len(kinds)
@@ -109,7 +144,7 @@ def draw_time(costs, fastest, colors) -> plt.Figure:
                 row = rows[model]
                 axes.barh(
                     y + (i - (len(kinds) - 1) / 2) * height, row["ms_per_image"], height=height,
-                    xerr=spread_of(row), capsize=3, color=colors[model], alpha=1 - 0.5 * i,
+                    xerr=spread_of(row), capsize=3, color=styles[model]["color"], alpha=1 - 0.5 * i,
                     label=f"{row['mode']}, {row['precision']}" if y == 0 else None,
                 )  # fmt: skip
     axes.set_yticks(range(len(models)), models)
@@ -128,13 +163,13 @@ def spread_of(row: dict) -> list[list[float]]:
     return [[middle - row["ms_per_image_p10"]], [row["ms_per_image_p90"] - middle]]
 
 
-def draw_curves(study, colors) -> plt.Figure:
+def draw_curves(study, styles) -> plt.Figure:
     """Validation accuracy and training loss by epoch; a thin line a seed."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
     for model, runs in study.runs.items():
         for i, run in enumerate(runs):
             epochs = [row["epoch"] for row in run.metrics]
-            style = dict(color=colors[model], lw=1, label=model if i == 0 else None)
+            style = dict(color=styles[model]["color"], lw=1, label=model if i == 0 else None)
             style["marker"] = "o" if len(epochs) == 1 else None
             left.plot(epochs, [row["val_acc"] for row in run.metrics], **style)
             right.plot(epochs, [row["train_loss"] for row in run.metrics], **style)
@@ -144,7 +179,7 @@ def draw_curves(study, colors) -> plt.Figure:
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlim(0, longest + 1)
-    left.legend(fontsize=9)
+    right.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
     figure.suptitle(title_of(study), fontsize=10)
     return figure
 

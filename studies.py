@@ -18,23 +18,23 @@ PUBLISHED = {
     "cbam_blocks": dict(test_acc=92.59, params_m=11.26, flops_g=0.92, ms_per_image=0.09),
     "cbam_classifier": dict(test_acc=93.18, params_m=11.21, flops_g=0.92, ms_per_image=0.07),
 }
+# What a run's files must hold. Everything else is used where it is there.
 RUN_COLUMNS = (
-    "dataset", "recipe", "overrides", "quick", "model", "seed", "width", "test_acc",
-    "test_acc_last", "val_acc", "best_epoch", "epochs_run", "stopped_early", "test_images",
-    "params", "train_seconds", "images_per_second", "precision", "mode", "device",
+    "dataset", "recipe", "quick", "model", "seed", "width", "test_acc", "test_acc_last", "val_acc",
+    "best_epoch", "epochs_run", "stopped_early", "params", "train_seconds", "images_per_second",
+    "precision", "mode", "device",
 )  # fmt: skip
-
-
-NUMBERS = (
-    "test_acc", "test_acc_last", "val_acc", "epochs_run", "params", "train_seconds",
-    "images_per_second", "test_images", "width",
-)  # fmt: skip
-CONFIG_COLUMNS = ("epochs", "limit_train", "limit_test", "width", "command")
-ENV_COLUMNS = ("device", "torch", "cuda", "driver", "python", "git_commit", "git_dirty")
+PERCENT = {"test_acc", "test_acc_last", "val_acc"}
+POSITIVE = {"epochs_run", "params", "train_seconds", "images_per_second", "width", "epoch"}
+NUMBERS = PERCENT | POSITIVE | {"train_loss"}
 METRIC_COLUMNS = ("epoch", "val_acc", "train_loss")
+# Runs are compared only where these are the same in config.json.
+SETTINGS = (
+    "epochs", "batch_size", "lr", "patience", "limit_train", "limit_test", "width", "precision",
+)  # fmt: skip
 COST_WORDS = ("model", "precision", "mode", "device", "torch")
 COST_NUMBERS = (
-    "params", "flops", "batch_size", "width", "ms_per_image", "ms_per_image_p10",
+    "params", "flops", "flops_aten", "batch_size", "width", "ms_per_image", "ms_per_image_p10",
     "ms_per_image_p90", "ms_per_image_p99", "tflops", "share_of_ceiling",
 )  # fmt: skip
 
@@ -46,7 +46,12 @@ class Run:
     config: dict  # config.json
     env: dict  # env.json
     metrics: list[dict]  # metrics.jsonl
-    correct: np.ndarray | None  # bool (test images,); None where test_labels.npy is not there
+    labels: np.ndarray | None  # (test images,), test_labels.npy; None where that is not there
+    correct: np.ndarray | None  # bool (test images,), whether best.pt is right; None likewise
+
+    @property
+    def seed(self) -> int:
+        return self.result["seed"]
 
 
 @dataclass
@@ -82,16 +87,25 @@ class Study:
         if not self.quick:
             return ""
         config = self.any_run.config
-        parts = [f"{config['epochs']} epoch" + "s" * (config["epochs"] != 1)]
+        epochs, width = config.get("epochs", "?"), self.width
+        parts = [f"{epochs} epoch" + "s" * (epochs != 1)]
         for key, what in (("limit_train", "training images"), ("limit_test", "test images")):
-            if config[key]:
+            if config.get(key):
                 parts.append(f"{config[key]:,} {what}")
-        if config["width"] != 64:
-            parts.append(f"width {config['width']} instead of 64")
+        if width != 64:
+            parts.append(f"width {width} instead of 64")
         return f"quick run: {', '.join(parts)}"
 
+    @property
+    def width(self) -> int:
+        return self.any_run.result["width"]
+
+    @property
     def seeds(self) -> list[int]:
-        return sorted({run.result["seed"] for runs in self.runs.values() for run in runs})
+        return sorted({run.seed for runs in self.runs.values() for run in runs})
+
+    def by_seed(self, model: str) -> dict[int, Run]:
+        return {run.seed: run for run in self.runs.get(model, [])}
 
 
 class ReportError(RuntimeError):
@@ -100,7 +114,7 @@ class ReportError(RuntimeError):
 
 def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
     """All studies below `runs_dir`, full ones first, and the problems met on the way, in words."""
-    studies, problems = {}, []
+    found, problems = {}, []
     for folder in sorted(runs_dir.glob("*/*/*/seed*"), key=by_seed):
         try:
             if not (folder / "result.json").exists():
@@ -109,17 +123,38 @@ def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
                 problems.append(f"begun, not finished: {folder}, {epochs} epochs done")
                 continue
             run = read_run(folder)
-            key = (run.result["dataset"], run.result["recipe"], json.dumps(run.result["overrides"]))
         except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
             reason = f"{type(error).__name__}: {error}"
             problems.append(f"{folder} left out, its files are damaged or not readable ({reason})")
             continue
-        study = studies.setdefault(key, Study(*key[:2], run.result["overrides"], {}))
-        study.runs.setdefault(run.result["model"], []).append(run)
-    for study in studies.values():
-        study.runs = {model: study.runs[model] for model in in_table_order(study.runs)}
-    ordered = sorted(studies.values(), key=lambda s: (s.quick, len(s.overrides), s.title))
-    return ordered, problems
+        result = run.result
+        overrides = json.dumps(result["overrides"], sort_keys=True)
+        key = (result["dataset"], result["recipe"], overrides, result["quick"])
+        found.setdefault(key, []).append(run)
+    studies = []
+    for (dataset, recipe, _, _), runs in found.items():
+        runs, others = with_the_same_settings(runs)
+        problems += others
+        models = in_table_order({run.result["model"] for run in runs})
+        by_model = {model: [r for r in runs if r.result["model"] == model] for model in models}
+        studies.append(Study(dataset, recipe, runs[0].result["overrides"], by_model))
+    return sorted(studies, key=lambda s: (s.quick, len(s.overrides), s.title)), problems
+
+
+def with_the_same_settings(runs: list[Run]) -> tuple[list[Run], list[str]]:
+    """The runs with the settings that most of them have, and the others, in words."""
+    settings = [
+        {key: run.config.get(key) for key in SETTINGS}
+        | {"test_images": run.result.get("test_images")}
+        for run in runs
+    ]
+    usual = max(settings, key=settings.count)
+    others = []
+    for run, own in zip(runs, settings, strict=True):
+        different = [f"{k} {own[k]} instead of {usual[k]}" for k in usual if own[k] != usual[k]]
+        if different:
+            others.append(f"{run.folder} left out, it has other settings: {', '.join(different)}")
+    return [run for run, own in zip(runs, settings, strict=True) if own == usual], others
 
 
 def read_run(folder: Path) -> Run:
@@ -127,30 +162,53 @@ def read_run(folder: Path) -> Run:
     result, config, env = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config", "env")
     )
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    correct = None
-    if (folder / "test_labels.npy").exists():
-        predictions, labels = (np.load(folder / f"test_{x}.npy") for x in ("predictions", "labels"))
-        if not predictions.shape == labels.shape == (result["test_images"],):
-            raise ValueError(f"{len(predictions):,} predictions, {len(labels):,} labels")
-        correct = predictions == labels
-    run = Run(folder, result, config, env, [json.loads(line) for line in lines], correct)
-    needed = [(result, RUN_COLUMNS), (config, CONFIG_COLUMNS), (env, ENV_COLUMNS)]
-    for content, columns in needed + [(row, METRIC_COLUMNS) for row in run.metrics]:
+    if not all(isinstance(content, dict) for content in (result, config, env)):
+        raise ValueError("a JSON file that is no object")
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    result = {"overrides": {}} | result
+    for content, columns in [(result, RUN_COLUMNS), *((row, METRIC_COLUMNS) for row in metrics)]:
         for column in columns:
             content[column]  # a KeyError names what is not there
-    numbers = [result[column] for column in NUMBERS]
-    numbers += [row[column] for row in run.metrics for column in METRIC_COLUMNS]
-    if not (run.metrics and isinstance(result["overrides"], dict) and all(map(is_finite, numbers))):
-        raise ValueError("no epochs, or something else where a number should be")
+    for content in (result, *metrics):
+        for column in NUMBERS & content.keys():
+            check_number(column, content[column])
+    if not metrics:
+        raise ValueError("metrics.jsonl has no epochs")
+    if not isinstance(result["overrides"], dict) or type(result["seed"]) is not int:
+        raise ValueError("overrides or seed of another type")
     named = [str(result[key]) for key in ("dataset", "recipe", "model")] + [f"seed{result['seed']}"]
     if list(folder.parts[-4:]) != named:  # a copied folder would count as one more run
         raise ValueError(f"result.json is that of {result['model']} seed {result['seed']}")
-    return run
+    return Run(folder, result, config, env, metrics, *read_classes(folder, result))
+
+
+def read_classes(folder: Path, result: dict) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The labels of the test images and whether the model was right; None without the files.
+
+    Sets result["test_images"] where train.py has not. Raises ValueError where lengths differ.
+    """
+    found = {}
+    for name in ("predictions", "labels"):
+        path = folder / f"test_{name}.npy"
+        if path.exists():
+            found[name] = np.load(path)
+            n_images = result.setdefault("test_images", found[name].size)
+            if found[name].shape != (n_images,):
+                raise ValueError(f"{found[name].size:,} {name} for {n_images:,} test images")
+    if len(found) < 2:
+        return None, None
+    return found["labels"], found["predictions"] == found["labels"]
+
+
+def check_number(column: str, value) -> None:
+    """Raises ValueError: NaN, say, or an accuracy of 930 %."""
+    bad = not is_finite(value) or (column in POSITIVE and value <= 0)
+    if bad or (column in PERCENT and not 0 <= value <= 100):
+        raise ValueError(f"{column} is {value}")
 
 
 def is_finite(value) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def by_seed(folder: Path) -> tuple:
@@ -185,7 +243,7 @@ def read_costs(paths: list[Path]) -> list[dict]:
 
 def costs_of(study: Study, rows: list[dict], mode="eager", precision="fp32") -> dict[str, dict]:
     """{model: its row} at this study's width and batch 64, or else the largest measured."""
-    wanted = {"mode": mode, "precision": precision, "width": study.any_run.result["width"]}
+    wanted = {"mode": mode, "precision": precision, "width": study.width}
     rows = [row for row in rows if wanted.items() <= row.items()]
     sizes = {row["batch_size"] for row in rows}
     size = 64 if 64 in sizes else max(sizes, default=64)

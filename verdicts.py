@@ -19,15 +19,17 @@ POWER = 0.8
 
 @dataclass
 class Comparison:
-    """A model against the baseline, over the seeds both have; accuracies in percent."""
+    """A model against a reference, the baseline say, over the seeds both have; in percent."""
 
     seeds: list[int]
-    difference: float  # mean of the paired differences, model - baseline
+    accuracy: float  # the model's mean over those seeds
+    reference: float  # that of what it is compared with
+    difference: float  # mean of the paired differences, model - reference
     sd: float  # their sample standard deviation (n - 1)
     p: float  # paired t test, two-sided
     p_welch: float | None  # Welch's test; None where one model's accuracies do not vary
     correlation: float | None  # of the pairs; None likewise
-    prob_better: float  # P(model > baseline) = Mann-Whitney's U / (n m), ties count half
+    prob_better: float  # P(model > reference) = Mann-Whitney's U / (n m), ties count half
     interval: tuple[float, float]  # 95 %, of this comparison alone
     p_holm: float = float("nan")  # corrected over all comparisons of the study
     corrected: tuple[float, float] = (float("nan"), float("nan"))  # the interval that goes with it
@@ -35,23 +37,26 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
+        """From the corrected interval alone."""
         if self.corrected[0] > 0:
             return "better"
         return "worse" if self.corrected[1] < 0 else "not distinguishable"
 
 
-def compare(model: dict[int, float], baseline: dict[int, float]) -> Comparison | None:
+def compare(model: dict[int, float], reference: dict[int, float]) -> Comparison | None:
     """{seed: accuracy} against {seed: accuracy}; None with less than two common seeds."""
-    seeds = sorted(model.keys() & baseline.keys())
+    seeds = sorted(model.keys() & reference.keys())
     if len(seeds) < 2:
         return None
-    a, b = (np.array([values[seed] for seed in seeds]) for values in (model, baseline))
+    a, b = (np.array([values[seed] for seed in seeds]) for values in (model, reference))
     differences = a - b
     mean, sd = float(differences.mean()), float(differences.std(ddof=1))
     varied = a.std() > 0 and b.std() > 0
     u = stats.mannwhitneyu(a, b).statistic
     return Comparison(
         seeds=seeds,
+        accuracy=float(a.mean()),
+        reference=float(b.mean()),
         difference=mean,
         sd=sd,
         p=paired_p(mean, sd, len(seeds)),
@@ -139,19 +144,28 @@ def seeds_needed(difference: float, sd: float, level: float = LEVEL) -> int:
 
 
 def bootstrap(
-    model: np.ndarray, baseline: np.ndarray, draws: int = 4000, seed: int = 0
+    model: np.ndarray, reference: np.ndarray, draws: int = 4000, seed: int = 0
 ) -> tuple[float, float]:
     """95 % interval of the mean paired difference in points, over other seeds and other images.
 
-    model, baseline: bool (seeds, images), whether each image was classified correctly, the seeds
+    model, reference: bool (seeds, images), whether each image was classified correctly, the seeds
     paired. Each draw takes seeds and images anew, with replacement, the same for both.
     """
-    generator = np.random.default_rng(seed)
-    gains = model.astype(np.float32) - baseline.astype(np.float32)  # (seeds, images)
+    gains = model.astype(np.float32) - reference.astype(np.float32)  # (seeds, images)
     n_seeds, n_images = gains.shape
-    image_weights = generator.multinomial(n_images, [1 / n_images] * n_images, size=draws)
-    by_seed = gains @ image_weights.T.astype(np.float32)  # (seeds, draws)
-    seed_weights = generator.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=draws)
-    means = (seed_weights.T * by_seed).sum(0) / (n_seeds * n_images)
+    by_seed = gains @ image_counts(n_images, draws, seed)  # (seeds, draws)
+    generator = np.random.default_rng([seed, 1])
+    seed_counts = generator.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=draws)
+    means = (seed_counts.T * by_seed).sum(0) / (n_seeds * n_images)
     low, high = np.percentile(100 * means, [2.5, 97.5])
     return float(low), float(high)
+
+
+@functools.lru_cache(maxsize=1)  # all comparisons of a study draw the same images
+def image_counts(n_images: int, draws: int, seed: int) -> np.ndarray:
+    """How often each image is in each draw with replacement: float32 (images, draws)."""
+    generator = np.random.default_rng([seed, 0])
+    counts = np.empty((draws, n_images), np.float32)
+    for row in counts:
+        row[:] = np.bincount(generator.integers(n_images, size=n_images), minlength=n_images)
+    return counts.T

@@ -11,6 +11,9 @@ from PIL import Image
 import report
 import verdicts
 from figures import FIGURES
+from findings import find
+from sections import interval
+from studies import read_studies
 
 ROW = {
     "params": 177_890, "flops": 915_000_000, "flops_aten": 911_000_000, "batch_size": 64,
@@ -22,6 +25,13 @@ ROW = {
 FULL = {"quick": False, "overrides": {}, "width": 64}
 
 
+def make_runs(finished_run, runs, accuracies, **changes):
+    """Run folders {model: [accuracy of seed 0, of seed 1, ...]}."""
+    for model, values in accuracies.items():
+        for seed, value in enumerate(values):
+            copy_run(finished_run, runs, model, seed, **(FULL | {"test_acc": value} | changes))
+
+
 @pytest.fixture
 def study(finished_run, tmp_path):
     """A study of two models with three seeds and one with two, and a benchmark of all four."""
@@ -31,9 +41,7 @@ def study(finished_run, tmp_path):
         "se": [92.9, 93.4, 93.0],
         "cbam_blocks": [92.5, 92.7],
     }
-    for model, values in accuracies.items():
-        for seed, value in enumerate(values):
-            copy_run(finished_run, runs, model, seed, test_acc=value, **FULL)
+    make_runs(finished_run, runs, accuracies)
     out.mkdir()
     rows = [ROW | {"model": model} for model in report.PUBLISHED]
     (out / "benchmark.json").write_text(json.dumps(rows))
@@ -63,6 +71,7 @@ def test_published_table_with_our_figures_beside(study):
     )
     assert "quick" not in text.lower()
     assert "sample standard deviation (n - 1)" in text and "python train.py --model" in text
+    assert text.index("What was found") < text.index("| model |")
     for figure in FIGURES:
         assert f"({figure})" in text
         with Image.open(out / figure) as image:
@@ -78,10 +87,9 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
         "se": [92.0, 92.1, 92.21, 92.3, 92.39],
         "cbam_blocks": [93.2, 93.0, 93.3, 93.1, 93.4],
         "cbam_classifier": [93.9],
+        "se_static": [92.3, 92.1, 92.2, 92.5, 92.4],
     }
-    for model, values in accuracies.items():
-        for seed, value in enumerate(values):
-            copy_run(finished_run, runs, model, seed, test_acc=value, **FULL)
+    make_runs(finished_run, runs, accuracies)
     out.mkdir()
     rows = [ROW | {"model": "baseline"}, ROW | {"model": "se", "ms_per_image": 0.3}]
     (out / "benchmark.json").write_text(json.dumps(rows))
@@ -92,15 +100,65 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
         dict(enumerate(accuracies["se"])), dict(enumerate(accuracies["baseline"]))
     )
     cells = row_of(section, "se")
-    assert cells[1:4] == ["5", "-1.00", report.as_interval(expected.interval)]
+    assert cells[1:3] == ["5", "-1.00"] and cells[4] == "worse"
+    assert cells[7] == interval(expected.interval)
     assert cells[8] == "+0.00 to +0.00"  # the copies share their predictions
-    assert cells[-1] == "worse" and row_of(section, "cbam_blocks")[-1] == "not distinguishable"
-    assert "- `se` is worse than the baseline: -1.00 points over 5 seeds" in section
-    assert "at 1.20 times its inference time" in section
-    assert "`cbam_blocks` is not distinguishable from the baseline" in section
-    assert "- `cbam_classifier`: no verdict, it has fewer than two seeds" in section
+    assert row_of(section, "cbam_blocks")[4] == "not distinguishable"
+    assert "**Against the baseline, over 5 seeds: worse `se`, `se_static`; not" in text
+    assert "- `se` is worse than the baseline: 92.20 % against 93.20 %, -1.00 points over 5" in text
+    assert "at 1.20 times its inference time and 1.00 times its training time" in text
+    assert "`cbam_blocks` is not distinguishable from the baseline" in text
+    assert "- `cbam_classifier`: no verdict, it has fewer than two seeds" in text
+    assert "- `se` against its control `se_static`" in text
     summary = json.loads((out / "summary.json").read_text())["studies"][0]
     assert summary["against_baseline"]["se"]["verdict"] == "worse"
+    assert summary["against_control"]["se"]["verdict"] == "not distinguishable"
+
+
+def test_one_seed_is_no_verdict(finished_run, tmp_path):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    make_runs(finished_run, runs, {"baseline": [93.1], "se": [95.0]})
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert "**No verdict.** No model has two seeds in common with the baseline." in text
+    assert "`se`: no verdict, it has fewer than two seeds" in text and "better" not in text
+    assert not (out / "differences.png").exists()
+
+
+def test_beside_other_runs(study, finished_run, tmp_path, capsys):
+    runs, out = study
+    there = tmp_path / "there"
+    make_runs(finished_run, there, {"baseline": [93.0, 93.3], "se": [92.0, 92.5, 92.1]})
+    args = ["--runs", str(runs), "--out", str(out), "--compare"]
+    assert report.main([*args, str(there)]) == 0
+    text = (out / "report.md").read_text()
+    section = text[text.index(f"## Beside {there}") :]
+    assert row_of(section, "baseline")[1:7] == ["3", "93.20", "2", "93.15", "2", "+0.05"]
+    assert row_of(section, "se")[5:7] == ["3", "+0.90"] and row_of(section, "se")[8] == "better"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stopped:
+        report.main([*args, str(tmp_path / "nowhere")])
+    assert stopped.value.code == 2 and is_one_line(capsys.readouterr().err)
+    (tmp_path / "empty").mkdir()
+    assert report.main([*args, str(tmp_path / "empty")]) == 0
+    assert f"--compare {tmp_path / 'empty'}: no finished run" in (out / "report.md").read_text()
+
+
+def test_the_readme_s_block(study, tmp_path, capsys):
+    runs, out = study
+    readme = tmp_path / "README.md"
+    args = ["--runs", str(runs), "--out", str(out), "--readme", str(readme)]
+    markers = "<!-- report.py: out -->\nold\n<!-- end of out -->"
+    readme.write_text(f"# Mine\n\n{markers.replace('out', 'other')}\n")
+    assert report.main(args) == 1
+    assert is_one_line(capsys.readouterr().err) and not (out / "report.md").exists()
+    readme.write_text(f"# Mine\n\n{markers}\n\nThe rest.\n")
+    assert report.main(args) == 0
+    text = readme.read_text()
+    assert text.startswith("# Mine\n\n<!-- report.py: out -->\n") and "old" not in text
+    assert text.endswith("<!-- end of out -->\n\nThe rest.\n")
+    assert row_of(text, "`se`")[1] == "3" and "](out/report.md)" in text
+    assert report.main(args) == 0 and readme.read_text() == text
 
 
 def test_planning(capsys):
@@ -126,7 +184,7 @@ def test_predictions_of_another_length_are_not_counted(finished_run, tmp_path):
     (empty / "test_labels.npy").write_bytes(b"")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert "se/seed0 left out" in text and "99 predictions, 100 labels" in text
+    assert "se/seed0 left out" in text and "99 predictions for 100 test images" in text
     assert "se/seed1 left out" in text and "| se | 0 | missing |" in text
     assert "No verdict" in text
 
@@ -148,7 +206,7 @@ def test_inference_time_in_every_mode(study):
         "| 64 | 64 | fp32 | compile | 0.100 | 0.150 (1.50x) | 3.60 (60 %) |",
         "| 64 | 1 | fp32 | eager | - | 0.250 / 0.300 / 0.400 | - |",
     ]
-    fastest = report.fastest_costs_of(report.read_studies(runs)[0][0], rows)
+    fastest = find(read_studies(runs)[0][0], rows).fastest
     assert {model: row["mode"] for model, row in fastest.items()} == {
         "baseline": "compile",
         "se": "compile",
@@ -207,7 +265,7 @@ def test_quick_runs_are_marked_and_kept_apart(study, finished_run):
     assert row_of(text, "cbam_blocks (quick)")[1] == "1"
     section = text.split("## fashion_mnist, recipe published, epochs = 2")[1]
     assert "2 epochs, 160 training images, 100 test images, width 8 instead of 64" in section
-    assert "One seed only of cbam_blocks" in section
+    assert "No verdict" in section and "no finished run of the baseline" in section
     with open(out / "results.csv") as file:
         quick = {line["seed"]: line["quick"] for line in csv.DictReader(file)}
     assert quick["7"] == "True" and quick["0"] == "False"
@@ -230,11 +288,79 @@ def test_unfinished_and_damaged_runs_are_named(study):
 @pytest.mark.parametrize("name", ["config.json", "env.json", "result.json", "metrics.jsonl"])
 @pytest.mark.parametrize("content", [b"null", b"[]", b"{}", b"3", b"", b"\xff\xfe"])
 def test_one_damaged_run_does_not_take_the_others_along(study, name, content):
-    runs, out = study
+    runs, _ = study
     (runs / "fashion_mnist" / "published" / "se" / "seed1" / name).write_bytes(content)
+    (found,), problems = read_studies(runs)
+    seeds = [run.seed for run in found.runs["se"]]
+    if (name, content) == ("env.json", b"{}"):  # the machine is unknown, the result is not
+        assert seeds == [0, 1, 2] and not problems
+    else:
+        assert seeds == [0, 2] and len(problems) == 1 and "se/seed1 left out" in problems[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"test_acc": float("nan")}, "test_acc is nan"),
+        ({"test_acc": 930.0}, "test_acc is 930"),
+        ({"val_acc": None}, "val_acc is None"),
+        ({"train_seconds": 0}, "train_seconds is 0"),
+        ({"params": "many"}, "params is many"),
+    ],
+)
+def test_a_result_that_cannot_be_is_named_and_left_out(study, changes, reason):
+    runs, out = study
+    path = runs / "fashion_mnist/published/se/seed1/result.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert row_of(text, "se")[1] == "2" and "se/seed1 left out" in text
+    assert row_of(text, "se")[1] == "2"
+    assert any("se/seed1 left out" in line and reason in line for line in text.splitlines())
+
+
+def test_other_settings_in_the_same_folder_are_named_and_left_out(study):
+    runs, out = study
+    path = runs / "fashion_mnist/published/se/seed1/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"lr": 0.5}))
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert row_of(text, "se")[1] == "2"
+    assert "se/seed1 left out, it has other settings: lr 0.5 instead of 0.001" in text
+
+
+def test_seeds_missing_for_one_model_are_named_and_the_rest_is_paired(study):
+    runs, out = study
+    shutil.rmtree(runs / "fashion_mnist/published/baseline/seed1")
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    section = text[text.index("### Against the baseline") :]
+    assert row_of(section, "se")[1:3] == ["2", "-0.20"]  # seeds 0 and 2
+    assert "`cbam_blocks`: no verdict, it has fewer than two seeds" in text
+    assert "no run of baseline seed 1" in text
+
+
+def test_only_damaged_runs_make_no_table(study, capsys):
+    runs, out = study
+    for path in runs.glob("*/*/*/*/result.json"):
+        path.write_text("{")
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 1
+    assert is_one_line(capsys.readouterr().err) and not (out / "report.md").exists()
+
+
+def test_fields_that_only_we_write_may_be_missing(study):
+    runs, out = study
+    for path in runs.glob("*/*/*/*/result.json"):
+        result = json.loads(path.read_text())
+        for key in ("overrides", "test_images", "classes", "peak_memory_mb", "fallback"):
+            result.pop(key, None)
+        path.write_text(json.dumps(result))
+        (path.parent / "test_labels.npy").unlink()
+    short = runs / "fashion_mnist/published/se/seed1/test_predictions.npy"
+    np.save(short, np.zeros(99, np.uint8))
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert row_of(text, "se")[1:3] == ["2", "92.95 ± 0.07"]
+    assert "se/seed1 left out, it has other settings: test_images 99 instead of 100" in text
 
 
 @pytest.mark.parametrize("content", ["null", "3", "[{}]", "{", '[{"model": "se"}]'])

@@ -1,0 +1,544 @@
+"""The report's sections: findings.py's numbers in words and tables, as lines of Markdown."""
+
+from collections import Counter
+
+from findings import CONTROL, Cost, Findings
+from studies import Run, Study, in_table_order
+from verdicts import Comparison
+
+Lines = list[str]
+
+
+def write_report(
+    found: list[Findings], cost_rows: list[dict], problems: Lines, figures: Lines, beside: Lines
+) -> str:
+    """report.md. figures: of the first study, file names; beside: the section of --compare."""
+    lines = ["# Does attention earn its keep in ResNet-18?", ""]
+    for i, f in enumerate(found):
+        lines += study_section(f, figures if i == 0 else [])
+    lines += beside
+    lines += mode_section(cost_rows)
+    lines += missing_section(found, problems)
+    lines += method_section([f.study for f in found], cost_rows)
+    return "\n".join(lines) + "\n"
+
+
+def study_section(f: Findings, figures: Lines) -> Lines:
+    """One study: what was found, then what it rests on."""
+    study = f.study
+    lines = [f"## {study.title}", ""]
+    if study.mark:
+        lines += [
+            f"**{study.mark.capitalize()}.** What is found here holds for runs this short or this "
+            "narrow, and says nothing about the models at full size and length.",
+            "",
+        ]
+    sections = [
+        ("What was found", finding(f), []),
+        ("The published table, with ours beside it", published_table(f), ["test_accuracy.png"]),
+        ("Over seeds", seeds_table(f), []),
+        ("Against the baseline", baseline_table(f), ["differences.png"]),
+        ("What it costs", cost_table(f), ["accuracy_vs_latency.png", "inference_time.png",
+                                          "accuracy_vs_params.png"]),
+        ("Class by class", class_table(f), []),
+        ("Learning", [], ["learning_curves.png"]),
+    ]  # fmt: skip
+    for heading, content, pictures in sections:
+        shown = [picture for name in pictures if name in figures for picture in [image(name), ""]]
+        if content or shown:
+            lines += [f"### {heading}", "", *content, *([""] if content else []), *shown]
+    return lines
+
+
+def image(name: str) -> str:
+    caption = name.removesuffix(".png").replace("_", " ").replace(" vs ", " against ")
+    return f"![{caption}]({name})"
+
+
+def table(header: Lines, rows: list[Lines]) -> Lines:
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(cells)} |" for cells in lines]
+
+
+def label(study: Study, model: str) -> str:
+    return f"{model} (quick)" if study.quick else model
+
+
+def interval(bounds: tuple[float, float] | None) -> str:
+    return "-" if bounds is None else f"{bounds[0]:+.2f} to {bounds[1]:+.2f}"
+
+
+def number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+# --- What was found -------------------------------------------------------------------------------
+
+
+def finding(f: Findings) -> Lines:
+    """The verdicts in sentences that can be quoted."""
+    if "baseline" not in f.models:
+        return ["**No verdict:** there is no finished run of the baseline to compare with."]
+    if len(f.models) == 1:
+        return ["**No verdict:** only the baseline was trained."]
+    lines = [headline(f), ""]
+    lines += [f"- {sentence(f, model, c)}" for model, c in f.against.items()]
+    for model in f.models:
+        if model not in f.against and model != "baseline":
+            lines.append(
+                f"- `{model}`: no verdict, it has fewer than two seeds in common with the "
+                "baseline. One pair of runs cannot tell the model's doing from the seed's."
+            )
+    lines += [f"- {control_sentence(f, model, c)}" for model, c in f.controlled.items()]
+    if f.front:
+        row = f.costs[f.front[0]]
+        lines.append(
+            f"- Accuracy against inference time ({row['mode']}, {row['precision']}), ties counted "
+            f"as ties: {names(f.front)} {'is' if len(f.front) == 1 else 'are'} beaten by no other "
+            "model (Pareto front)."
+        )
+    return lines
+
+
+def headline(f: Findings) -> str:
+    if not f.against:
+        return "**No verdict.** No model has two seeds in common with the baseline."
+    n = [len(c.seeds) for c in f.against.values()]
+    seeds = f"{n[0]}" if min(n) == max(n) else f"{min(n)} to {max(n)}"
+    groups = {}
+    for model, c in f.against.items():
+        groups.setdefault(c.verdict, []).append(model)
+    words = [f"{w} {names(groups[w])}" for w in ("better", "worse", "not distinguishable")
+             if w in groups]  # fmt: skip
+    against = "In this quick run, against" if f.study.quick else "Against"
+    return f"**{against} the baseline, over {seeds} seeds: {'; '.join(words)}.**"
+
+
+def names(models: Lines) -> str:
+    return ", ".join(f"`{model}`" for model in models)
+
+
+def sentence(f: Findings, model: str, c: Comparison) -> str:
+    """The verdict on one model; differences in points of test accuracy."""
+    words = {
+        "better": "is better than the baseline",
+        "worse": "is worse than the baseline",
+        "not distinguishable": "is not distinguishable from the baseline",
+    }
+    quick = " in this quick run" if f.study.quick else ""
+    limit = ""
+    if c.verdict == "not distinguishable":
+        limit = f"; {c.detectable:.2f} points would have been found 8 times in 10"
+    return (
+        f"`{model}` {words[c.verdict]}{quick}: {c.accuracy:.2f} % against {c.reference:.2f} %, "
+        f"{c.difference:+.2f} points over {len(c.seeds)} seeds ({interval(c.corrected)} after "
+        f"correction){price(f.relative[model])}{limit}."
+    )
+
+
+def price(cost: Cost) -> str:
+    """What a model costs beside the baseline, as the end of a sentence."""
+    words = {"eager": "inference time", "training": "training time"}
+    parts = [f"{cost.ratios[name]:.2f} times its {what}" for name, what in words.items()
+             if cost.ratios[name]]  # fmt: skip
+    return f", at {' and '.join(parts)}" if parts else ""
+
+
+def control_sentence(f: Findings, model: str, c: Comparison) -> str:
+    """Whether what a module does comes from seeing the image."""
+    so = {
+        "better": "seeing the image helps",
+        "worse": "seeing the image does harm",
+        "not distinguishable": "nothing here is shown to come from seeing the image",
+    }
+    quick = " in this quick run" if f.study.quick else ""
+    return (
+        f"`{model}` against its control `{model}{CONTROL}` (the same parameters and operations, "
+        f"gates that cannot see the image){quick}: {c.accuracy:.2f} % against {c.reference:.2f} %, "
+        f"{c.difference:+.2f} points over {len(c.seeds)} seeds ({interval(c.corrected)}): "
+        f"{so[c.verdict]}."
+    )
+
+
+# --- Tables of accuracy ---------------------------------------------------------------------------
+
+
+def published_table(f: Findings) -> Lines:
+    study = f.study
+    header = ["model", "seeds", "test accuracy %", "published", "parameters M", "published"]
+    header += ["FLOPs G", "published", "ms/image", "published"]
+    rows = []
+    for model in in_table_order(study.published.keys() | f.models.keys()):
+        summary, cost, published = (x.get(model) for x in (f.models, f.costs, study.published))
+        accuracy = "missing"
+        if summary:
+            spread = f" ± {summary['test_acc_sd']:.2f}" if summary["n"] > 1 else ""
+            accuracy = f"{summary['test_acc_mean']:.2f}{spread}"
+        params = summary["params"] if summary else cost["params"] if cost else None
+        rows.append([
+            label(study, model),
+            str(summary["n"]) if summary else "0",
+            accuracy,
+            f"{published['test_acc']:.2f}" if published else "-",
+            f"{params / 1e6:.2f}" if params else "-",
+            f"{published['params_m']:.2f}" if published else "-",
+            f"{cost['flops'] / 1e9:.2f}" if cost else "-",
+            f"{published['flops_g']:.2f}" if published else "-",
+            f"{cost['ms_per_image']:#.3g}" if cost else "-",
+            f"{published['ms_per_image']:.2f}" if published else "-",
+        ])  # fmt: skip
+    several = any(summary["n"] > 1 for summary in f.models.values())
+    n_images = study.any_run.result.get("test_images")
+    lines = [
+        *table(header, rows),
+        "",
+        "Test accuracy: with the weights of the best validation epoch"
+        + (", mean ± sample standard deviation (n - 1) over seeds" if several else "")
+        + (f", on {n_images:,} test images" if n_images else "")
+        + ". Published: one run per model, 50 epochs, 10,000 test images; inference on an NVIDIA "
+        "RTX 4070.",
+    ]
+    if f.costs:
+        row = next(iter(f.costs.values()))
+        lines.append(
+            f"ms/image: median inference time at batch {row['batch_size']}, {row['precision']}, "
+            f"{row['mode']}, on {row['device']}. FLOPs: 2 x the MACs that thop counts."
+        )
+    return lines
+
+
+def seeds_table(f: Findings) -> Lines:
+    """Every model's spread over seeds."""
+    header = ["model", "n", "mean %", "SD", "95 % interval", "lowest", "highest"]
+    header += ["with the last weights", "epochs run", "training s", "images/s"]
+    rows = []
+    for model, s in f.models.items():
+        bounds = s["test_acc_interval"]
+        rows.append([
+            label(f.study, model),
+            str(s["n"]),
+            f"{s['test_acc_mean']:.2f}",
+            number(s["test_acc_sd"], ".3f"),
+            f"{bounds[0]:.2f} to {bounds[1]:.2f}" if bounds else "-",
+            f"{s['test_acc_min']:.2f}",
+            f"{s['test_acc_max']:.2f}",
+            f"{s['test_acc_last_mean']:.2f}",
+            f"{s['epochs_run_mean']:.1f}",
+            f"{s['train_seconds_mean']:.0f}",
+            f"{s['images_per_second_mean']:,.0f}",
+        ])  # fmt: skip
+    return [
+        *table(header, rows),
+        "",
+        "SD: sample standard deviation (n - 1). Interval: Student's t, for the mean over seeds.",
+    ]
+
+
+def baseline_table(f: Findings) -> Lines:
+    """Every comparison with the baseline, and the tests that others would have chosen."""
+    if not f.against:
+        return []
+    header = ["model", "pairs", "difference", "corrected interval", "verdict", "p, Holm"]
+    header += ["found 8 in 10", "95 % interval", "seeds and images", "p, paired", "p, Welch"]
+    header += ["P(better)", "correlation"]
+    rows = [
+        [
+            label(f.study, model),
+            str(len(c.seeds)),
+            f"{c.difference:+.2f}",
+            interval(c.corrected),
+            c.verdict,
+            f"{c.p_holm:.3f}",
+            f"{c.detectable:.2f}",
+            interval(c.interval),
+            interval(f.resampled[model]),
+            f"{c.p:.3f}",
+            number(c.p_welch, ".3f"),
+            f"{c.prob_better:.2f}",
+            number(c.correlation, "+.2f"),
+        ]
+        for model, c in f.against.items()
+    ]
+    return [
+        *table(header, rows),
+        "",
+        "Differences in points of test accuracy, seed by seed. Verdict: the paired t test with "
+        "Holm's correction over the comparisons of this table at 5 %, chosen before any result; "
+        "the corrected interval excludes 0 exactly then. Found 8 in 10: the smallest difference "
+        "that a study with this many seeds and this spread finds with a power of 80 %. Beside it, "
+        "uncorrected: a bootstrap over seeds and test images (4,000 draws, 95 %), the paired test, "
+        "Welch's, P(better) (Mann-Whitney's U / n², ties half), and the correlation of the pairs: "
+        "where it is positive, the paired test gains by it.",
+    ]
+
+
+def class_table(f: Findings) -> Lines:
+    if f.by_class is None:
+        return []
+    models = list(f.by_class.against)
+    rows = []
+    for i, name in enumerate(f.by_class.classes):
+        cells = [name, f"{f.by_class.baseline[i]:.2f}"]
+        for model in models:
+            c = f.by_class.against[model][i]
+            text = f"{c.difference:+.2f}"
+            cells.append(text if c.verdict == "not distinguishable" else f"**{text}**")
+        rows.append(cells)
+    return [
+        *table(["class", "baseline %", *(label(f.study, model) for model in models)], rows),
+        "",
+        "Mean paired difference from the baseline, in points of the accuracy on the test images of "
+        f"one class. Bold: holds after Holm's correction over all {len(rows) * len(models)} of "
+        "this table at 5 %.",
+    ]
+
+
+# --- Cost -----------------------------------------------------------------------------------------
+
+
+def cost_table(f: Findings) -> Lines:
+    """What was measured, each model beside the baseline."""
+    timed = next(iter(f.costs.values()), None)
+    fast = next(iter(f.fastest.values()), None)
+    columns = {
+        "params": ("parameters", ",.0f", ""),
+        "flops": ("FLOPs", ",.0f", ""),
+        "eager": (f"inference, {how(timed)}", "#.3g", " ms/image"),
+        "fast": (f"inference, {how(fast)}", "#.3g", " ms/image"),
+        "training": ("training", ".1f", " s an epoch"),
+        "memory": ("memory", ",.0f", " MB"),
+    }
+    measured = {
+        name: column
+        for name, column in columns.items()
+        if any(cost.values[name] is not None for cost in f.relative.values())
+    }
+    rows = []
+    for model, cost in f.relative.items():
+        cells = [label(f.study, model)]
+        for name, (_, form, unit) in measured.items():
+            value, ratio = cost.values[name], cost.ratios[name]
+            if ratio is None or model == "baseline":
+                cell = "-" if value is None else f"{value:{form}}{unit}"
+            elif name in ("params", "flops"):
+                cell = f"{100 * (ratio - 1):+.2f} %"
+            else:
+                cell = f"{ratio:.2f}x"
+                if name == "training" and cost.training_spread[0] < cost.training_spread[1]:
+                    cell += " ({:.2f} to {:.2f})".format(*cost.training_spread)
+            cells.append(cell)
+        rows.append(cells)
+    lines = [*table(["model", *(column[0] for column in measured.values())], rows), ""]
+    lines += [
+        "The baseline as measured, every other model beside it. FLOPs: of convolutions and matrix "
+        "products (FlopCounterMode); they leave out what gates mostly do, which is to read and "
+        "write memory and to launch kernels. Training: median over seeds of the time of an epoch "
+        "over that of the baseline's run with the same seed (lowest to highest), with whatever "
+        "else the machine was doing. Memory: the most that the training process held; on a CPU "
+        "that counts PyTorch itself.",
+    ]
+    sayings = [saying for model in f.relative if (saying := illusion(f, model))]
+    return [*lines, *(["", *sayings] if sayings else [])]
+
+
+def how(row: dict | None) -> str:
+    return f"{row['mode']} {row['precision']}" if row else ""
+
+
+def illusion(f: Findings, model: str) -> str:
+    """FLOPs beside measured time, in words; empty for a model that was not timed."""
+    cost = f.relative[model]
+    if model == "baseline" or not (cost.ratios["flops"] and cost.ratios["eager"]):
+        return ""
+    words = {"eager": f"inference time ({how(f.costs[model])})"}
+    if model in f.fastest:
+        words["fast"] = f"({how(f.fastest[model])})"
+    words["training"] = "training time"
+    times = [f"{100 * (cost.ratios[name] - 1):+.0f} % {what}" for name, what in words.items()
+             if cost.ratios[name]]  # fmt: skip
+    flops = 100 * (cost.ratios["flops"] - 1)
+    return f"- `{model}`: {flops:+.2f} % FLOPs; measured {', '.join(times)}."
+
+
+def mode_section(rows: list[dict]) -> Lines:
+    """Inference time of every model in every mode that was measured."""
+    if not rows:
+        return []
+    models = in_table_order({row["model"] for row in rows})
+    keys = ("width", "batch_size", "precision", "mode")
+    variants = {}  # (width, batch size, precision, mode) -> model -> row
+    for row in rows:
+        variants.setdefault(tuple(row[key] for key in keys), {})[row["model"]] = row
+    cells = []
+    for variant, by_model in variants.items():
+        base = by_model.get("baseline")
+        share = f"{base['tflops']:#.3g} ({100 * base['share_of_ceiling']:.0f} %)" if base else "-"
+        cells.append(
+            [*map(str, variant), *(time_cell(by_model.get(m), base) for m in models), share]
+        )
+    return [
+        "## Inference time in every mode",
+        "",
+        *table(["width", "batch", "precision", "mode", *models, "baseline's TFLOP/s"], cells),
+        "",
+        "ms/image, median over batches, and how many times that of the baseline; of single images "
+        "the latency: p50 / p90 / p99. TFLOP/s beside what one large matrix product or convolution "
+        "reaches on the same device. Modes: see modes.py; `eager` in fp32 is the published way.",
+        "",
+    ]
+
+
+def time_cell(row: dict | None, base: dict | None) -> str:
+    if row is None:
+        return "-"
+    if row["batch_size"] == 1:
+        return " / ".join(f"{row[f'ms_per_image{p}']:#.3g}" for p in ("", "_p90", "_p99"))
+    ratio = f" ({row['ms_per_image'] / base['ms_per_image']:.2f}x)" if base else ""
+    return f"{row['ms_per_image']:#.3g}" + ("" if row is base else ratio)
+
+
+# --- Beside other runs ----------------------------------------------------------------------------
+
+
+def beside_section(
+    here: Findings, there: Findings, folder: str, comparisons: dict[str, Comparison]
+) -> Lines:
+    """The same models in two sets of runs. comparisons: here against there, by model."""
+    header = ["model", "n here", "here %", "n there", "there %", "common seeds", "difference"]
+    header += ["corrected", "verdict", "s an epoch here", "there"]
+    rows = []
+    for model in in_table_order(here.models.keys() & there.models.keys()):
+        a, b, c = here.models[model], there.models[model], comparisons.get(model)
+        rows.append([
+            label(here.study, model),
+            str(a["n"]),
+            f"{a['test_acc_mean']:.2f}",
+            str(b["n"]),
+            f"{b['test_acc_mean']:.2f}",
+            str(len(set(a["seeds"]) & set(b["seeds"]))),
+            f"{c.difference:+.2f}" if c else "-",
+            interval(c.corrected) if c else "-",
+            c.verdict if c else "none: fewer than two common seeds",
+            f"{here.relative[model].values['training']:.1f}",
+            f"{there.relative[model].values['training']:.1f}",
+        ])  # fmt: skip
+    lines = [f"## Beside {folder}: {there.study.title}", ""]
+    if there.study.mark:
+        lines += [f"**There: {there.study.mark}.**", ""]
+    if not rows:
+        return [*lines, "No model has finished runs in both.", ""]
+    devices = [
+        sorted({f"{r.result['device']}, {r.result['precision']}, {r.result['mode']}"
+                for runs in f.study.runs.values() for r in runs})
+        for f in (here, there)
+    ]  # fmt: skip
+    lines += [
+        *table(header, rows),
+        "",
+        "Here against there, paired by seed, which fixes split, order and the backbone's first "
+        "weights; Holm's correction over the models of this table. Here: "
+        f"{here.study.title}; {'; '.join(devices[0])}. There: {there.study.title}; "
+        f"{'; '.join(devices[1])}.",
+        "",
+    ]
+    return lines
+
+
+# --- In the README --------------------------------------------------------------------------------
+
+
+def readme_block(f: Findings, folder: str) -> Lines:
+    """The first study in brief, as it stands in the README between its markers."""
+    header = ["model", "seeds", "test accuracy %", "against the baseline", "verdict", "parameters"]
+    header += ["inference", "training"]
+    rows = []
+    for model, s in f.models.items():
+        c, cost = f.against.get(model), f.relative[model]
+        times = [cost.ratios["eager"], cost.ratios["training"]]
+        rows.append([
+            label(f.study, f"`{model}`"),
+            str(s["n"]),
+            f"{s['test_acc_mean']:.2f}" + (f" ± {s['test_acc_sd']:.2f}" if s["n"] > 1 else ""),
+            f"{c.difference:+.2f} ({interval(c.corrected)})" if c else "-",
+            c.verdict if c else "-",
+            f"{s['params']:,}",
+            *("-" if ratio is None else f"{ratio:.2f}x" for ratio in times),
+        ])  # fmt: skip
+    run = f.study.any_run
+    mark = f"{f.study.mark.capitalize()}. " if f.study.mark else ""
+    return [
+        f"{mark}{f.study.title}; {run.result['device']}, {run.result['precision']}, "
+        f"torch {run.env.get('torch', 'unknown')}.",
+        "",
+        *table(header, rows),
+        "",
+        *finding(f),
+        "",
+        "Accuracy: mean ± sample standard deviation over seeds. Against the baseline: points, with "
+        "the interval after Holm's correction. Inference (eager, fp32, batch 64) and training time "
+        f"beside the baseline's. All of it: [{folder}/report.md]({folder}/report.md).",
+    ]
+
+
+# --- What is missing, and how it was measured -----------------------------------------------------
+
+
+def missing_section(found: list[Findings], problems: Lines) -> Lines:
+    lines = list(problems)
+    for f in found:
+        if f.missing:
+            lines.append(f"{f.study.title}: no run of {', '.join(f.missing)}")
+        if not f.costs:
+            lines.append(
+                f"{f.study.title}: no FLOPs and no inference time: run `python benchmark.py "
+                f"--width {f.study.width} --out` with the folder of this report"
+            )
+    if all(f.study.quick for f in found):
+        lines.append("every full run: `./run_all.sh full`")
+    lines = lines or ["Nothing: every run of the table is there."]
+    return ["## What is missing", "", *(f"- {line}" for line in lines), ""]
+
+
+def method_section(studies: list[Study], cost_rows: list[dict]) -> Lines:
+    """Environment and commands, from env.json and config.json."""
+    runs = [run for study in studies for runs in study.runs.values() for run in runs]
+    lines = ["## How it was measured", ""]
+    for words, count in Counter(environment(run) for run in runs).items():
+        lines.append(f"- {count} run{'s' * (count > 1)}: {words}")
+    for run in runs:
+        if run.result.get("fallback"):
+            lines.append(f"- {run.folder}: {run.result['fallback']}")
+    for device, torch in sorted({(row["device"], row["torch"]) for row in cost_rows}):
+        lines.append(f"- inference: {device}; torch {torch}")
+    lines += [
+        "- One seed fixes split, order and the backbone's first weights for all models alike, so "
+        "models are compared seed by seed.",
+        "- The epoch is chosen on validation images; the test images are used once, at the end.",
+        "",
+        "### Limits",
+        "",
+        "- Seeds stand for training again on the same images with the same recipe. Other data, "
+        "recipes or sizes may give other answers.",
+        "- Not distinguishable does not mean equal: it means that this many seeds could not tell.",
+        "- At the start CBAM's two gates damp a residual branch about fourfold, SE's gate twofold.",
+        "- cbam_classifier, as published, gates a 1x1 map: average and maximum coincide there.",
+        "",
+        "### Commands",
+        "",
+        "```sh",
+        *(run.config["command"] for run in runs if "command" in run.config),
+        "```",
+    ]
+    return lines
+
+
+def environment(run: Run) -> str:
+    def known(key, otherwise="unknown"):
+        return run.env.get(key) or otherwise
+
+    return (
+        f"{run.result['device']}, {run.result['precision']}, {run.result['mode']}; torch "
+        f"{known('torch')}, CUDA {known('cuda')}, driver {known('driver', 'none')}, Python "
+        f"{known('python')}; commit {str(known('git_commit'))[:12]}"
+        + (" with uncommitted changes" if run.env.get("git_dirty") else "")
+    )

@@ -1,0 +1,133 @@
+"""A study's numbers against slow, obvious ways to get them."""
+
+import json
+
+import numpy as np
+import pytest
+from conftest import copy_run
+from scipy import stats
+
+import verdicts
+from findings import find
+from studies import read_studies
+
+CLASSES = 10
+
+
+@pytest.fixture
+def make_study(finished_run, tmp_path):
+    """{model: [accuracy of seed 0, ...]} -> its only study; results changed by `changes`."""
+
+    def make(accuracies, **changes):
+        for model, values in accuracies.items():
+            for seed, value in enumerate(values):
+                own = {key: value[model][seed] for key, value in changes.items()}
+                copy_run(finished_run, tmp_path, model, seed, test_acc=value, **own)
+        (study,), problems = read_studies(tmp_path)
+        assert not problems
+        return study
+
+    return make
+
+
+def row(model, ms, spread=0.01):
+    """A row of benchmark.json whose p10 and p90 lie `spread` beside the median."""
+    return {
+        "model": model, "params": 700_000, "flops": 9e8, "flops_aten": 9e8, "batch_size": 64,
+        "precision": "fp32", "mode": "eager", "width": 8, "ms_per_image": ms,
+        "ms_per_image_p10": ms * (1 - spread), "ms_per_image_p90": ms * (1 + spread),
+    }  # fmt: skip
+
+
+BASE = [93.0, 93.1, 93.2, 93.3, 93.4]
+MORE = [94.0, 94.12, 94.19, 94.3, 94.4]  # a point more, seed by seed
+SAME = [93.1, 93.0, 93.2, 93.4, 93.3]
+LESS = [92.0, 92.12, 92.19, 92.3, 92.4]
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "ms", "front"),
+    [
+        ({"se": SAME}, {"se": 2.0}, ["baseline"]),  # slower, a tie in accuracy
+        ({"se": MORE}, {"se": 2.0}, ["baseline", "se"]),  # slower but better
+        ({"se": SAME}, {"se": 1.01}, ["baseline", "se"]),  # a tie in both
+        ({"se": MORE}, {"se": 1.01}, ["se"]),  # better at the same time
+        ({"se": LESS}, {"se": 1.01}, ["baseline"]),
+        ({"se": LESS}, {"se": 0.5}, ["baseline", "se"]),  # worse but faster
+        ({"se": MORE, "eca": MORE}, {"se": 2.0, "eca": 3.0}, ["baseline", "se"]),
+        ({"se": SAME, "eca": MORE}, {"se": 2.0, "eca": 3.0}, ["baseline", "eca"]),
+    ],
+)
+def test_pareto_front_counts_ties_as_ties(make_study, accuracies, ms, front):
+    study = make_study({"baseline": BASE, **accuracies})
+    rows = [row("baseline", 1.0), *(row(model, time) for model, time in ms.items())]
+    assert find(study, rows).front == front
+
+
+def test_no_front_without_verdicts_or_times(make_study):
+    study = make_study({"baseline": BASE, "se": [93.0]})
+    assert find(study, [row("baseline", 1.0), row("se", 2.0)]).front == []
+    assert find(study, []).front == []
+
+
+def test_interval_of_a_mean_is_scipy_s(make_study):
+    found = find(make_study({"baseline": BASE}), [])
+    expected = stats.t.interval(0.95, 4, loc=np.mean(BASE), scale=stats.sem(BASE))
+    assert found.models["baseline"]["test_acc_interval"] == pytest.approx(expected)
+
+
+def test_a_control_is_compared_with_its_own_module(make_study):
+    found = find(make_study({"baseline": BASE, "se": MORE, "se_static": SAME}), [])
+    c = found.controlled["se"]
+    assert c.difference == pytest.approx(np.mean(MORE) - np.mean(SAME))
+    assert c.p_holm == pytest.approx(stats.ttest_rel(MORE, SAME).pvalue)
+    assert c.verdict == "better" and list(found.controlled) == ["se"]
+
+
+def test_costs_are_paired_by_seed(make_study):
+    seconds = {"baseline": [100, 200, 100], "se": [150, 220, 130]}
+    memory = {"baseline": [1000.0] * 3, "se": [1100.0, 1200.0, 1300.0]}
+    accuracies = {model: BASE[:3] for model in seconds}
+    study = make_study(accuracies, train_seconds=seconds, peak_memory_mb=memory)
+    rows = [row("baseline", 1.0), row("se", 1.5) | {"flops_aten": 9.9e8}]
+    cost = find(study, rows).relative["se"]
+    assert cost.ratios["training"] == pytest.approx(1.3)  # the median of 1.5, 1.1, 1.3
+    assert cost.training_spread == pytest.approx((1.1, 1.5))
+    assert cost.ratios["memory"] == pytest.approx(1.2)
+    assert cost.ratios["eager"] == pytest.approx(1.5) and cost.ratios["fast"] is None
+    assert cost.ratios["flops"] == pytest.approx(1.1)
+    for run in study.runs["se"]:
+        run.result["device"] = "another"
+    cost = find(study, rows).relative["se"]
+    assert cost.ratios["training"] is None and cost.ratios["memory"] is None
+
+
+def test_class_by_class_as_counted_one_by_one(make_study):
+    study = make_study({"baseline": BASE[:3], "se": BASE[:3]})
+    generator = np.random.default_rng(0)
+    labels = generator.permutation(np.repeat(np.arange(CLASSES), 10))
+    for runs in study.runs.values():
+        for run in runs:
+            run.labels, run.correct = labels, generator.random(100) < 0.8
+    found = find(study, []).by_class
+    p_values = []
+    for i, name in enumerate(found.classes):
+        accuracy = {"baseline": [], "se": []}
+        for model, runs in study.runs.items():
+            for run in runs:
+                right = [run.correct[k] for k in range(100) if labels[k] == i]
+                accuracy[model].append(100 * sum(right) / len(right))
+        assert name == study.any_run.result["classes"][i]
+        assert found.baseline[i] == pytest.approx(np.mean(accuracy["baseline"]))
+        c = found.against["se"][i]
+        assert c.difference == pytest.approx(np.mean(accuracy["se"]) - found.baseline[i])
+        p_values.append(c.p)
+    assert [c.p_holm for c in found.against["se"]] == pytest.approx(verdicts.holm(p_values))
+
+
+def test_without_labels_there_are_no_classes(make_study):
+    study = make_study({"baseline": BASE, "se": SAME})
+    study.runs["se"][0].labels = study.runs["se"][0].correct = None
+    found = find(study, [])
+    assert found.by_class is None and found.resampled["se"] is None
+    assert json.dumps(found.models)  # plain numbers
