@@ -72,6 +72,10 @@ def number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def p_value(p: float | None) -> str:
+    return "< 0.001" if p is not None and p < 0.001 else number(p, ".3f")
+
+
 # --- What was found -------------------------------------------------------------------------------
 
 
@@ -248,12 +252,12 @@ def baseline_table(f: Findings) -> Lines:
             f"{c.difference:+.2f}",
             interval(c.corrected),
             c.verdict,
-            f"{c.p_holm:.3f}",
+            p_value(c.p_holm),
             f"{c.detectable:.2f}",
             interval(c.interval),
             interval(f.resampled[model]),
-            f"{c.p:.3f}",
-            number(c.p_welch, ".3f"),
+            p_value(c.p),
+            p_value(c.p_welch),
             f"{c.prob_better:.2f}",
             number(c.correlation, "+.2f"),
         ]

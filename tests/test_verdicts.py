@@ -52,6 +52,16 @@ def test_holm_on_a_textbook_example():
     assert verdicts.holm([]) == []
 
 
+def test_values_of_statsmodels():
+    p_values = [0.0004, 0.0121, 0.0095, 0.2, 0.0121, 0.64]
+    # statsmodels 0.15.0: multipletests(p_values, method="holm"), TTestPower().power, .solve_power
+    assert verdicts.holm(p_values) == pytest.approx([0.0024, 0.0484, 0.0475, 0.4, 0.0484, 0.64])
+    assert verdicts.power(0.9428, 1, 10) == pytest.approx(0.7560511184)
+    assert verdicts.power(1.5, 1, 5, 0.05 / 3) == pytest.approx(0.4271613863)
+    assert verdicts.power(-0.5, 1, 20, 0.0125) == pytest.approx(0.3288738627)
+    assert verdicts.detectable_difference(1, 5, 0.05 / 4) == pytest.approx(2.47679, abs=1e-5)
+
+
 def study(generator, n_seeds, effects, sd=0.15):
     """Comparisons of len(effects) models with a baseline, all accuracies independent."""
     baseline = dict(enumerate(generator.normal(93, sd, n_seeds)))
