@@ -1,71 +1,134 @@
-"""Checkpoints: best.pt, the weights of the best epoch, and last.pt, all that is needed to go on.
+"""Checkpoints: last.pt, all that is needed to go on, and best.pt, the weights of the best epoch.
 
-last.pt holds the state of model, optimizer, scheduler and random generators, the settings, and the
-history of the run. Everything is a plain type or a tensor, loaded with `weights_only=True`, which
-cannot run code, and on the CPU, from where each load_state_dict moves its part.
+last.pt holds the state of model, optimizer, scheduler and random generators, the best weights, the
+settings, the history of the run, and where in an epoch it was stopped. It is one file, so that
+whenever the process is killed nothing in it can be of two moments; best.pt and metrics.jsonl are
+written from it. The last.pt before it is kept as prev.pt until the run is complete.
+
+Everything in it is a plain type or a tensor, loaded with `weights_only=True`, which cannot run
+code, and on the CPU, from where each load_state_dict moves its part.
 """
 
 import io
-import pickle
+import os
+import sys
+import warnings
+import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import run_folder
+from environment import is_out_of_memory
 from files import write_atomically
-from run_folder import RunError
 from training_step import load_adam
 
-WRONG_CONTENT = (LookupError, ValueError, TypeError, AttributeError)
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    history: list[dict] = field(default_factory=list)  # a row of metrics.jsonl each epoch
+    best: dict | None = None  # weights of the best epoch
+    # Of an epoch that was stopped: step, losses (steps,), correct, seconds. None between epochs.
+    begun: dict | None = None
 
 
-def state_of(model, optimizer, scheduler, device: torch.device, history, config) -> dict:
-    """What last.pt holds after an epoch."""
+def state_of(model, optimizer, scheduler, device, progress: Progress, config: dict) -> dict:
+    """What last.pt holds."""
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "rng": torch.get_rng_state(),
         "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
-        "history": history,
+        "progress": vars(progress),
         "config": config,
+        "torch": str(torch.__version__),
     }
 
 
-def take_up(folder: Path, model, optimizer, scheduler, device: torch.device, config) -> list[dict]:
-    """Puts the state in the folder's last.pt back; returns the history, empty if there is none.
+def take_up(folder: Path, model, optimizer, scheduler, device, config: dict) -> Progress:
+    """Puts the state in the folder's last.pt back, or else that in prev.pt; says how far it is.
 
-    Raises RunError if the checkpoint is that of another run, of another model, or damaged.
+    A file that is damaged, or not this run's, is set aside as .corrupt and named on stderr; without
+    a good one the run starts anew. best.pt and metrics.jsonl are written again from the state.
     """
-    path = folder / "last.pt"
-    if not path.exists():
-        return []
-    state = load(path)
-    try:
-        run_folder.check_same_run(folder, config, state["config"])
-        model.load_state_dict(state["model"])
-        load_adam(optimizer, state["optimizer"])
-        scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["rng"])
-        if device.type == "cuda" and state["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(state["cuda_rng"], device)
-        return state["history"]
-    except RunError:
-        raise
-    except (*WRONG_CONTENT, RuntimeError) as error:
-        raise RunError(
-            f"{path} does not fit this model (was models.py edited?): use --overwrite to start anew"
-        ) from error
+    parts = (model, optimizer, scheduler, device)
+    as_built = copied(state_of(*parts, Progress(), config), torch.device("cpu"))
+    for path in (folder / "last.pt", folder / "prev.pt"):
+        if not path.exists():
+            continue
+        try:
+            state = load(path)
+            progress = put_back(state, *parts, config)
+        except Exception as error:  # damaged files raise what they like
+            if isinstance(error, OSError) or is_out_of_memory(error):
+                raise
+            put_back(as_built, *parts, config)
+            aside = path.with_name(f"{path.name}.corrupt")
+            os.replace(path, aside)
+            reason = str(error).split("\n")[0] or type(error).__name__
+            print(f"note: {path} is set aside as {aside.name}: {reason}", file=sys.stderr)
+            continue
+        # It may be that the next thing to do is to validate: the steps were another process's.
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+        if state["torch"] != str(torch.__version__):
+            print(
+                f"note: {path} was written by PyTorch {state['torch']}, this is "
+                f"{torch.__version__}: from here on the last digits may differ",
+                file=sys.stderr,
+            )
+        if progress.best is not None:
+            write_atomically(folder / "best.pt", serialized(progress.best))
+        metrics = run_folder.metrics_text(progress.history)
+        write_atomically(folder / "metrics.jsonl", metrics)
+        return progress
+    return Progress()
+
+
+def put_back(state: dict, model, optimizer, scheduler, device, config: dict) -> Progress:
+    """Loads the states into their objects. Raises some exception if they do not fit."""
+    for key in sorted(config.keys() - run_folder.MAY_DIFFER):
+        if state["config"].get(key) != config[key]:
+            raise ValueError(f"it is of a run with {key} = {state['config'].get(key)}")
+    progress = Progress(**state["progress"])
+    if [row["epoch"] for row in progress.history] != list(range(1, len(progress.history) + 1)):
+        raise ValueError("its epochs are not in order")
+    if progress.begun and len(progress.begun["losses"]) != progress.begun["step"]:
+        raise ValueError("it does not say how far its epoch is")
+    if progress.best is not None:
+        model.load_state_dict(progress.best)  # do they fit?
+    model.load_state_dict(state["model"])
+    load_adam(optimizer, state["optimizer"])
+    begun = progress.history or (progress.begun and progress.begun["step"])
+    for parameter in model.parameters() if begun else ():
+        moments = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
+        if any(moment.shape != parameter.shape for moment in moments):
+            raise ValueError("Adam's state has other shapes than the weights")
+    scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(state["rng"])
+    if device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], device)
+    return progress
 
 
 def load(path: Path) -> dict:
-    """What was saved in `path`, on the CPU. Raises RunError."""
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (*WRONG_CONTENT, RuntimeError, EOFError, pickle.UnpicklingError, OSError) as error:
-        name = type(error).__name__
-        raise RunError(f"{path} is no readable checkpoint ({name}): use --overwrite") from error
+    """What was saved in `path`, on the CPU. Raises some exception if it is not as it was saved."""
+    body = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(body)) as file:  # torch.load does not look at the checksums
+        if bad := file.testzip():
+            raise ValueError(f"the checksum of {bad} in it is wrong")
+    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+
+
+def serialized(state: dict) -> memoryview:
+    """The bytes of a .pt file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getbuffer()
 
 
 class Saver:
@@ -73,6 +136,8 @@ class Saver:
 
     with Saver(device) as save:
         save({path: state or text, ...})    # written in this order, by temporary file and rename
+
+    The last.pt that is there is kept as prev.pt.
 
     A save first waits for the one before, and leaving the block waits for the last. What went wrong
     in writing, such as a full disk, is raised by the wait.
@@ -100,12 +165,9 @@ class Saver:
             with torch.cuda.stream(stream):
                 files = copied(files, torch.device("cpu"))
         for path, content in files.items():
-            if isinstance(content, str):
-                write_atomically(path, content)
-            else:
-                buffer = io.BytesIO()
-                torch.save(content, buffer)
-                write_atomically(path, buffer.getbuffer())
+            body = content if isinstance(content, str) else serialized(content)
+            previous = path.with_name("prev.pt") if path.name == "last.pt" else None
+            write_atomically(path, body, previous)
 
     def wait(self) -> None:
         pending, self.pending = self.pending, None

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).resolve().parent
+SOURCES = ("models.py", "data.py", "settings.py", "train.py", "training_step.py", "modes.py")
 
 
 def choose_device(name: str) -> torch.device:
@@ -87,10 +88,7 @@ def describe_environment(device: torch.device) -> dict:
 
 def source_hashes() -> dict[str, str]:
     """sha256 of the files that a result depends on most."""
-    return {
-        name: hashlib.sha256((HERE / name).read_bytes()).hexdigest()
-        for name in ("models.py", "data.py", "train.py", "training_step.py", "modes.py")
-    }
+    return {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in SOURCES}
 
 
 def output_of(*command) -> str | None:

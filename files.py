@@ -10,11 +10,12 @@ import tempfile
 from pathlib import Path
 
 
-def write_atomically(path: Path | str, body: bytes | str) -> None:
+def write_atomically(path: Path | str, body: bytes | str, previous: Path | None = None) -> None:
     """Write `body` (text as UTF-8) to `path` by temporary file, fsync and rename.
 
-    Missing folders are made. Raises OSError (disk full, no permission, ...); the previous content
-    of `path` is then untouched and no temporary file is left.
+    previous: where the content that `path` had is kept. Missing folders are made. Raises OSError
+    (disk full, no permission, ...); the content of `path` is then untouched and no temporary file
+    is left.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -27,7 +28,19 @@ def write_atomically(path: Path | str, body: bytes | str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp gives 0600: results are for others to read too
+        if previous and path.exists():
+            os.replace(path, previous)
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def sync_folder(folder: Path) -> None:
+    """Names of files, too, are on disk only after an fsync: that of their folder."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -9,6 +9,9 @@
 #
 # Environment: MODELS, SEEDS, RECIPE, DATASET, RUNS (run folders), OUT (benchmark and report), and
 # PYTHON (python3). Where that Python lacks a pinned requirement, .venv is made and used instead.
+#   JOBS=n      n runs at a time, each on a GPU of its own while there are enough; logs in RUNS/logs
+#   SHARD=i/n   every n-th run from the i-th on, counted from 0, for an array of workers that share
+#               RUNS; no benchmark and no report, which a last call without SHARD makes
 # Exit code: 0 all done, 1 something failed (the rest was still tried), 2 wrong usage,
 # 130 / 143 stopped by SIGINT / SIGTERM after the run at work has saved.
 set -euo pipefail
@@ -72,36 +75,65 @@ default_mode() {
   if has_gpu; then echo full; else echo quick; fi
 }
 
-# --- Children: a signal is passed on to the one at work, which saves before it leaves ------------
+# --- Children: a signal is passed on to those at work, which save before they leave --------------
 
-child=
+declare -A children=()  # process id -> what it does
 stopped=0
-trap 'stopped=130; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' INT
-trap 'stopped=143; [[ -z $child ]] || kill -TERM "$child" 2>/dev/null || true' TERM
+trap 'stopped=130; pass_on' INT
+trap 'stopped=143; pass_on' TERM
+
+pass_on() {
+  ((${#children[@]} == 0)) || kill -TERM "${!children[@]}" 2>/dev/null || true
+}
 
 leave_if_stopped() {
   ((stopped == 0)) || exit "$stopped"
 }
 
-run() {  # COMMAND ...: its exit code
-  local code=0
-  leave_if_stopped
+start() {  # COMMAND ...: in the background
   "$@" &
-  child=$!
-  wait "$child" || code=$?
-  while kill -0 "$child" 2>/dev/null; do  # a trapped signal ends `wait` before the child ends
-    code=0
-    wait "$child" || code=$?
+  children[$!]=$(print_command "$@")
+}
+
+reap() {  # waits until a child has ended: sets `ended`, its command, and `code`
+  local pid
+  while true; do
+    for pid in "${!children[@]}"; do
+      if ! kill -0 "$pid" 2>/dev/null; then
+        code=0
+        wait "$pid" || code=$?
+        ended=${children[$pid]}
+        unset "children[$pid]"
+        return
+      fi
+    done
+    wait -n || true  # until one ends, or a signal arrives
   done
-  child=
+}
+
+run() {  # COMMAND ...: in the foreground; its exit code
+  leave_if_stopped
+  start "$@"
+  reap
   leave_if_stopped
   return "$code"
+}
+
+print_command() {
+  local line
+  printf -v line '%q ' "$@"
+  echo "${line% }"
 }
 
 # --- The work --------------------------------------------------------------------------------------
 
 set_defaults() {  # quick | full
-  [[ -z ${JOBS:-}${SHARD:-} ]] || die 2 "JOBS and SHARD are not supported yet: unset them"
+  JOBS=${JOBS:-1}
+  [[ $JOBS =~ ^[1-9][0-9]{0,2}$ ]] || die 2 "JOBS: '$JOBS' is not a number from 1 to 999"
+  SHARD=${SHARD:-0/1}
+  if [[ ! $SHARD =~ ^[0-9]{1,4}/[0-9]{1,4}$ ]] || ((10#${SHARD%/*} >= 10#${SHARD#*/})); then
+    die 2 "SHARD: '$SHARD' is not i/n with i from 0 to n-1"
+  fi
   MODELS=${MODELS:-baseline se cbam_blocks cbam_classifier}
   DATASET=${DATASET:-fashion_mnist}
   RUNS=${RUNS:-runs}
@@ -131,20 +163,22 @@ is_done() {  # MODEL SEED: a result that keeps to its recipe
   grep -qs '"overrides": {}' "$RUNS/$DATASET/$RECIPE/$1/seed$2/result.json"
 }
 
-print_command() {
-  local line
-  printf -v line '%q ' "$@"
-  echo "${line% }"
+list_runs() {  # "MODEL SEED" of every run of this shard, a line each
+  local model seed number=0
+  for seed in "${seeds[@]}"; do
+    for model in "${models[@]}"; do
+      ((number++ % 10#${SHARD#*/} == 10#${SHARD%/*})) && echo "$model $seed"
+    done
+  done
 }
 
 print_plan() {
   local model seed
-  for seed in "${seeds[@]}"; do
-    for model in "${models[@]}"; do
-      set_command "$model" "$seed"
-      echo "$(print_command "${command[@]}")$(is_done "$model" "$seed" && echo '  # done')"
-    done
-  done
+  while read -r model seed; do
+    set_command "$model" "$seed"
+    echo "$(print_command "${command[@]}")$(is_done "$model" "$seed" && echo '  # done')"
+  done < <(list_runs)
+  [[ $SHARD == 0/1 ]] || return 0
   print_command "${benchmark[@]}"
   print_command "${report[@]}"
 }
@@ -168,25 +202,69 @@ check_writable() {  # FOLDER
     die 1 "$1 cannot be written: choose another RUNS or OUT (docker run: --user \"\$(id -u):\$(id -g)\")"
 }
 
+train_all() {  # every run of this shard that is not done, JOBS at a time; fills `failed`
+  local model seed usage=0
+  local -A slot_of=()  # command -> the slot it runs in
+  local -a free gpus
+  IFS=$', \n' read -rd '' -a gpus <<<"${CUDA_VISIBLE_DEVICES-$(list_gpus)}" || true
+  mapfile -t free < <(seq 0 $((JOBS - 1)))
+  while read -r model seed; do
+    is_done "$model" "$seed" && continue
+    ((${#free[@]})) || settle
+    ((stopped || usage)) && break
+    set_command "$model" "$seed"
+    if ((JOBS == 1)); then
+      start "${command[@]}"
+    else
+      start_in_slot "${free[0]}" "$RUNS/logs/$DATASET.$RECIPE.$model.seed$seed.log"
+    fi
+    slot_of[$(print_command "${command[@]}")]=${free[0]}
+    free=("${free[@]:1}")
+  done < <(list_runs)
+  while ((${#children[@]})); do settle; done
+  leave_if_stopped
+  ((usage == 0)) || exit 2
+}
+
+settle() {  # waits for a run to end and takes note of how
+  reap
+  free+=("${slot_of[$ended]}")
+  if ((stopped)); then return; fi
+  if ((code == 2)); then usage=1; fi
+  if ((code)); then failed+=("$ended"); fi
+  if ((JOBS > 1)); then
+    if ((code)); then echo "failed: $ended"; else echo "done: $ended"; fi
+  fi
+}
+
+list_gpus() {
+  if nvidia-smi -L >/dev/null 2>&1; then seq 0 $(($(nvidia-smi -L | grep -c '^GPU') - 1)); fi
+}
+
+start_in_slot() {  # SLOT LOG: `command` on the slot's GPU, or on its share of the CPU's cores
+  local threads=$(($(nproc) / JOBS))
+  mkdir -p "${2%/*}"
+  echo "started: $(print_command "${command[@]}"), log: $2"
+  if ((${#gpus[@]})); then
+    CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]} start "${command[@]}" >>"$2" 2>&1
+  else
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((threads ? threads : 1))} \
+      start "${command[@]}" >>"$2" 2>&1
+  fi
+}
+
 work() {
-  local model seed code failed=()
+  local failed=()
   check_names
   run "$PYTHON" data.py --dataset "$DATASET" || exit $?
   check_writable "$RUNS"
   check_writable "$OUT"
   print_plan
-  for seed in "${seeds[@]}"; do
-    for model in "${models[@]}"; do
-      is_done "$model" "$seed" && continue
-      set_command "$model" "$seed"
-      code=0
-      run "${command[@]}" || code=$?
-      ((code != 2)) || exit 2
-      ((code == 0)) || failed+=("$(print_command "${command[@]}")")
-    done
-  done
-  run "${benchmark[@]}" || failed+=("$(print_command "${benchmark[@]}")")
-  run "${report[@]}" || failed+=("$(print_command "${report[@]}")")
+  train_all
+  if [[ $SHARD == 0/1 ]]; then
+    run "${benchmark[@]}" || failed+=("$(print_command "${benchmark[@]}")")
+    run "${report[@]}" || failed+=("$(print_command "${report[@]}")")
+  fi
   if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2
     exit 1

@@ -1,15 +1,19 @@
 """A run's folder: is it this run's, and what is saved in it.
 
     RUNS/<dataset>/<recipe>/<model>/seed<k>/
-        config.json env.json metrics.jsonl best.pt last.pt test_predictions.npy test_labels.npy
-        result.json
+        config.json env.json metrics.jsonl best.pt test_predictions.npy test_labels.npy result.json
+        last.pt prev.pt .lock                   while it runs
 
 Every file is written by temporary file and rename, `result.json` last: its presence means that the
 run is complete. The .pt files are the business of checkpoint.py.
 """
 
+import contextlib
+import fcntl
 import io
 import json
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -19,13 +23,46 @@ from files import write_atomically
 
 # These settings may differ when a run is taken up again; any other makes it another run.
 MAY_DIFFER = {
-    "command", "data_dir", "runs", "device", "target_acc", "overwrite", "dry_run",
+    "command", "data_dir", "runs", "device", "target_acc", "overwrite", "keep_last", "dry_run",
     "self_check",
 }  # fmt: skip
 
 
 class RunError(RuntimeError):
     """The run cannot go on. The message says in one line why and what to do."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path):
+    """Within the block no other process gets to be at work in `folder`; it is made if need be.
+
+    The lock is the system's, on the file .lock: it ends with the process, whatever ends that.
+    Folders made for it go again if nothing was put in. Raises RunError if another process has it.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / ".lock"
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                raise BlockingIOError  # its holder has just left and taken the file along
+        except BlockingIOError:
+            file.seek(0)
+            raise RunError(
+                f"another process is at work in {folder} ({file.read() or 'just now'}): wait for "
+                "it, or use another --runs folder"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # until one that is not empty
+                for empty in made:
+                    empty.rmdir()
 
 
 def check_same_run(folder: Path, config: dict, there: dict) -> None:
@@ -46,8 +83,9 @@ def note_on_edits(folder: Path, sha256: dict[str, str]) -> str:
 
 
 def remove_strays(folder: Path) -> None:
-    """Deletes what a killed process left behind of a file it was writing."""
-    for path in folder.glob(".*.tmp"):
+    """Deletes what a killed process left behind of a file it was writing, and its curves, which
+    may lack the last epochs: they are drawn anew from the history."""
+    for path in [*folder.glob(".*.tmp"), *folder.glob("events.out.tfevents.*")]:
         path.unlink()
 
 
@@ -55,8 +93,15 @@ def clear(folder: Path) -> None:
     """Deletes the files in `folder`, if it exists; the mark of completion goes first."""
     (folder / "result.json").unlink(missing_ok=True)
     for path in folder.glob("*"):
-        if not path.is_dir():  # a folder there is not a run's
+        if not path.is_dir() and path.name != ".lock":  # a folder there is not a run's
             path.unlink()
+
+
+def discard_states(folder: Path, keep_last: bool) -> None:
+    """Deletes what only an unfinished run needs."""
+    (folder / "prev.pt").unlink(missing_ok=True)
+    if not keep_last:
+        (folder / "last.pt").unlink(missing_ok=True)
 
 
 def read_json(path: Path, *keys: str) -> dict:

@@ -3,6 +3,9 @@
 tensorboard --logdir runs
 """
 
+import threading
+from pathlib import Path
+
 import matplotlib
 import numpy as np
 import torch
@@ -13,6 +16,21 @@ matplotlib.use("Agg")  # the figures never go to a window
 import matplotlib.pyplot as plt
 
 HPARAMS = ("model", "dataset", "recipe", "seed", "width", "epochs", "batch_size", "lr", "precision")
+
+
+def open_writer(folder: Path) -> SummaryWriter:
+    """The run's events file. A full disk is an OSError of the next call, or of closing it.
+
+    The library's own thread raises it once more, which Python would print with a traceback.
+    """
+    others = threading.excepthook
+
+    def excepthook(raised):
+        if not isinstance(raised.exc_value, OSError):
+            others(raised)
+
+    threading.excepthook = excepthook
+    return SummaryWriter(folder)
 
 
 def log_epoch(writer: SummaryWriter, row: dict) -> None:

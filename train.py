@@ -7,15 +7,14 @@
     python train.py --self-check                  # do all modes do the same step?
     tensorboard --logdir runs
 
-The folder is RUNS/<dataset>/<recipe>/<model>/seed<k>/. The same command again goes on after the
-last finished epoch, or says that the run is complete. Each epoch prints a line; * marks the best
-validation accuracy so far. Two otherwise idle CPU cores train about 100 images/s: `quick` takes
-half a minute, an epoch of the published recipe ten.
+The folder is RUNS/<dataset>/<recipe>/<model>/seed<k>/. Ctrl-C and SIGTERM stop a run between two
+steps; the same command again goes on from there, or says that the run is complete. Each epoch
+prints a line; * marks the best validation accuracy so far. Two otherwise idle CPU cores train about
+100 images/s: `quick` takes half a minute, an epoch of the published recipe ten.
 """
 
 import argparse
 import math
-import shlex
 import signal
 import sys
 import tempfile
@@ -27,14 +26,12 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 import checkpoint
 import data
 import run_folder
 from environment import (
-    choose_device,
     describe_environment,
     device_name,
     is_out_of_memory,
@@ -42,137 +39,15 @@ from environment import (
     source_hashes,
 )
 from models import MODELS, build_model, count_parameters
-from modes import MODES, PRECISIONS, set_up_torch, why_not
+from modes import set_up_torch
 from run_folder import RunError
 from self_check import self_check
+from settings import RECIPES, as_config, parse_settings  # noqa: F401 (train.RECIPES is for all)
 from stop_signals import Stopped, watch_signals
-from tensorboard_log import log_epoch, log_test
-from training_step import adam, choose_mode, choose_precision, logits_of, make_step
+from tensorboard_log import log_epoch, log_test, open_writer
+from training_step import adam, choose_mode, logits_of, make_step
 
-# --- Settings -------------------------------------------------------------------------------------
-
-PUBLISHED = dict(
-    epochs=50,  # also the length of the cosine schedule of the learning rate
-    batch_size=64,  # the last partial batch is kept
-    lr=1e-3,  # Adam's; there is no weight decay
-    patience=10,  # stop when validation accuracy has not improved for so many epochs
-    limit_train=None,  # images taken of the training split, None: all. Validation then takes a
-    # ninth of that number, or a batch if that is more
-    limit_test=None,  # images taken of the test set; None: all
-)
-RECIPES = {
-    "published": PUBLISHED,
-    "quick": PUBLISHED | dict(epochs=1, limit_train=1920, limit_test=1000),
-}
-WIDTH = 64  # channels of the first stage, as published
 EVAL_BATCH = 1000  # a matter of speed and memory, not of figures
-
-
-def parse_settings(argv: list[str] | None) -> argparse.Namespace:
-    """All settings, resolved: explicit flags win over the recipe. Exits with 2 on wrong usage."""
-
-    def within(least, most, kind):
-        def parse(text):
-            value = kind(text)
-            if not least <= value <= most:
-                raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
-            return value
-
-        parse.__name__ = kind.__name__  # argparse then says "invalid int value"
-        return parse
-
-    def of_recipe(key):
-        values = (f"{name}: {recipe[key] or 'all'}" for name, recipe in RECIPES.items())
-        return f"default: the recipe's ({', '.join(values)})"
-
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # an error is then a single line
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add, default = parser.add_argument, "default: %(default)s"
-    count = within(1, 10**9, int)
-    add("--model", choices=MODELS)
-    add("--dataset", default="fashion_mnist", choices=data.DATASETS, help=default)
-    add("--data-dir", type=Path, default=Path("data"), help=default)
-    add("--recipe", default="published", choices=RECIPES, help=default)
-    add("--epochs", type=count, help=of_recipe("epochs"))
-    add("--batch-size", type=count, help=of_recipe("batch_size"))
-    add("--lr", type=within(1e-9, 1e9, float), help=of_recipe("lr"))
-    add("--patience", type=count, help=of_recipe("patience"))
-    add("--limit-train", type=count, help=of_recipe("limit_train"))
-    add("--limit-test", type=count, help=of_recipe("limit_test"))
-    add("--seed", type=within(0, 10**9, int), default=0, help=f"split, order, weights; {default}")
-    add("--width", type=count, default=WIDTH, help=f"channels of stage 1; {default}")
-    add(
-        "--precision",
-        default="auto",
-        choices=["auto", *PRECISIONS],
-        help="auto: bf16 on a GPU of compute capability 8.0 or more, else fp32",
-    )
-    add(
-        "--mode",
-        default="auto",
-        choices=["auto", *MODES],
-        help="how a training step is run (modes.py); auto: by device and length of the run",
-    )
-    add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
-    add("--runs", type=Path, default=Path("runs"), help=f"folder of all runs; {default}")
-    add(
-        "--target-acc",
-        type=within(0, 100, float),
-        help="exit 1 if test accuracy (percent) is below this",
-    )
-    add("--overwrite", action="store_true", help="discard what the run's folder holds")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="one batch each of training, validation and test; keeps nothing",
-    )
-    add(
-        "--self-check",
-        action="store_true",
-        help="compare every mode with eager mode, train nothing",
-    )
-    settings = parser.parse_args(argv)
-    if not (settings.model or settings.self_check):
-        parser.error("--model is missing: choose from " + ", ".join(MODELS))
-
-    recipe = RECIPES[settings.recipe]
-    for key, value in recipe.items():
-        if getattr(settings, key) is None:
-            setattr(settings, key, value)
-    if settings.dry_run:
-        settings.epochs = 1
-        settings.limit_train = settings.limit_test = settings.batch_size
-    try:
-        settings.device = choose_device(settings.device)
-    except ValueError as error:
-        parser.error(str(error))
-    if impossible := why_not(settings.mode, settings.precision, settings.device):
-        parser.error(impossible)
-    settings.precision = choose_precision(settings.precision, settings.device)
-    # What differs from the recipe: the report keeps such runs apart.
-    own = recipe | dict(width=WIDTH, precision=choose_precision("auto", settings.device))
-    chosen = {key: getattr(settings, key) for key in own}
-    settings.overrides = {key: value for key, value in chosen.items() if value != own[key]}
-    # Whether it is a look rather than a result: the report says so wherever it shows its figures.
-    settings.quick = bool(
-        settings.limit_train
-        or settings.limit_test
-        or settings.epochs < PUBLISHED["epochs"]
-        or settings.patience < PUBLISHED["patience"]
-        or settings.width != WIDTH
-    )
-    settings.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
-    return settings
-
-
-def as_config(settings: argparse.Namespace) -> dict:
-    """The settings as they stand in config.json."""
-    special = (Path, torch.device)
-    return {k: str(v) if isinstance(v, special) else v for k, v in vars(settings).items()}
-
 
 # --- Training -------------------------------------------------------------------------------------
 
@@ -215,15 +90,19 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         mode = "eager"  # the other modes are for full batches
     config = as_config(settings) | {"mode": mode}
 
-    # Go on after the last finished epoch, if there is one.
+    # Go on where the run was stopped, if it has begun.
     if settings.overwrite:
         run_folder.clear(folder)  # only now that data and model are there
+    elif (folder / "config.json").exists():
+        there = run_folder.read_json(folder / "config.json", "model")
+        run_folder.check_same_run(folder, config, there)
     run_folder.remove_strays(folder)
-    # One object an epoch, as in metrics.jsonl.
-    history = checkpoint.take_up(folder, model, optimizer, scheduler, device, config)
-    if history:
+    progress = checkpoint.take_up(folder, model, optimizer, scheduler, device, config)
+    history = progress.history  # one object an epoch, as in metrics.jsonl
+    if history or progress.begun:
+        where = f" and {progress.begun['step']:,} steps" if progress.begun else ""
         edits = run_folder.note_on_edits(folder, source_hashes())
-        print(f"going on after epoch {len(history)}{edits}")
+        print(f"going on after epoch {len(history)}{where}{edits}")
 
     # Compiled or captured before the clock of the epochs starts.
     if "compile" in mode:
@@ -238,8 +117,15 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
 
     run_folder.write_json(folder / "config.json", config)
     run_folder.write_json(folder / "env.json", describe_environment(device))
-    summaries = SummaryWriter(folder, purge_step=len(history) + 1)
+    summaries = open_writer(folder)
     with watch_signals() as leave_if_stopped, summaries as writer, checkpoint.Saver(device) as save:
+
+        def save_state(files=None):
+            state = checkpoint.state_of(model, optimizer, scheduler, device, progress, config)
+            save({folder / "last.pt": state} | (files or {}))
+
+        for row in history:
+            log_epoch(writer, row)
         print(
             f"{settings.model}, {settings.dataset}, recipe {settings.recipe}, seed "
             f"{settings.seed} -> {folder}\n"
@@ -253,20 +139,40 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             if history and epoch - 1 - best_epoch_of(history) >= settings.patience:
                 break  # early stopping
 
-            start = time.perf_counter()
             model.train()
             batches = data.shuffled(train_idx, settings.seed, epoch).to(device)
             batches = batches.split(settings.batch_size)
             losses = torch.zeros(len(batches), device=device)  # read once an epoch: reading waits
             correct = torch.zeros((), dtype=torch.int64, device=device)
-            progress = tqdm(batches, f"epoch {epoch}/{settings.epochs}", leave=False, disable=None)
-            for step, idx in enumerate(progress):
-                leave_if_stopped()
-                losses[step], hits = train_step(idx)  # forward, loss, backward, Adam
-                correct += hits
+            first, spent = 0, 0.0
+            if progress.begun:  # this epoch, when it was stopped
+                first, spent = progress.begun["step"], progress.begun["seconds"]
+                losses[:first] = progress.begun["losses"]
+                correct += progress.begun["correct"]
+                progress.begun = None
+            start = time.perf_counter() - spent
+            try:
+                for step in tqdm(
+                    range(first, len(batches)), f"epoch {epoch}/{settings.epochs}", leave=False,
+                    initial=first, total=len(batches), disable=None,
+                ):  # fmt: skip
+                    leave_if_stopped()
+                    losses[step], hits = train_step(batches[step])  # forward, loss, backward, Adam
+                    correct += hits
+                step = len(batches)
+                losses = losses.double().cpu()
+                seconds = time.perf_counter() - start
+                val_loss, val_predictions = evaluate(
+                    model, settings.precision, val_images, val_labels, leave_if_stopped
+                )
+            except Stopped:
+                spent = seconds if step == len(batches) else time.perf_counter() - start
+                progress.begun = dict(
+                    step=step, losses=losses[:step], correct=correct, seconds=spent
+                )
+                save_state()
+                raise
 
-            losses = losses.double().cpu()
-            seconds = time.perf_counter() - start
             if not losses.isfinite().all():
                 step = (~losses.isfinite()).nonzero()[0].item()
                 raise RunError(
@@ -274,8 +180,6 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
                     f"{len(losses)}, with --lr {settings.lr:g}: try a lower one"
                 )
             sizes = torch.tensor([len(idx) for idx in batches], dtype=torch.float64)
-            leave_if_stopped()
-            val_loss, val_predictions = evaluate(model, settings.precision, val_images, val_labels)
             if not math.isfinite(val_loss):
                 raise RunError(
                     f"the validation loss is {val_loss:g} after epoch {epoch}, with --lr "
@@ -294,12 +198,11 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             history.append(row)
             scheduler.step()
 
-            # best.pt before last.pt: killed in between, this epoch is trained and written again.
-            is_best = best_epoch_of(history) == epoch
-            files = {folder / "best.pt": model.state_dict()} if is_best else {}
-            state = checkpoint.state_of(model, optimizer, scheduler, device, history, config)
-            files |= {folder / "last.pt": state}
-            save(files | {folder / "metrics.jsonl": run_folder.metrics_text(history)})
+            files = {}
+            if is_best := best_epoch_of(history) == epoch:
+                progress.best = checkpoint.copied(model.state_dict(), device)
+                files = {folder / "best.pt": progress.best}
+            save_state(files | {folder / "metrics.jsonl": run_folder.metrics_text(history)})
             log_epoch(writer, row)
             print(
                 f"epoch {epoch:2d}/{settings.epochs}  lr {row['lr']:.2e}  "
@@ -310,14 +213,13 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             )
 
         # The test set is used only here: with the last weights, and with the best.
-        leave_if_stopped()
+        test = (settings.precision, test_images, test_labels, leave_if_stopped)
         best_epoch = best_epoch_of(history)
-        _, predictions = evaluate(model, settings.precision, test_images, test_labels)
+        _, predictions = evaluate(model, *test)
         test_acc_last = accuracy(predictions, test_labels)
         if best_epoch != len(history):
-            save.wait()
-            model.load_state_dict(checkpoint.load(folder / "best.pt"))
-            _, predictions = evaluate(model, settings.precision, test_images, test_labels)
+            model.load_state_dict(progress.best)
+            _, predictions = evaluate(model, *test)
         run_folder.write_classes(folder / "test_predictions.npy", predictions)
         run_folder.write_classes(folder / "test_labels.npy", test_labels)
         train_seconds = sum(row["seconds"] for row in history)
@@ -349,6 +251,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         }
         log_test(writer, config, result, test_images, test_labels, predictions, dataset.classes)
     run_folder.write_json(folder / "result.json", result)  # last: it means that all is there
+    run_folder.discard_states(folder, settings.keep_last)
     return result
 
 
@@ -358,11 +261,12 @@ def best_epoch_of(history: list[dict]) -> int:
 
 
 @torch.inference_mode()
-def evaluate(model, precision, images, labels) -> tuple[float, torch.Tensor]:
+def evaluate(model, precision, images, labels, leave_if_stopped) -> tuple[float, torch.Tensor]:
     """(mean cross-entropy, predicted classes int64 (N,)) of `images` in evaluation mode."""
     model.eval()
     loss, predictions = 0.0, []
     for batch, batch_labels in zip(images.split(EVAL_BATCH), labels.split(EVAL_BATCH), strict=True):
+        leave_if_stopped()
         logits = logits_of(model, batch, precision)
         loss += F.cross_entropy(logits, batch_labels, reduction="sum").item()
         predictions.append(logits.argmax(1))
@@ -393,14 +297,11 @@ def run(settings: argparse.Namespace, runs: Path) -> int:
     """One run in its folder below `runs`: skipped, taken up again or started. The exit code."""
     folder = runs / settings.dataset / settings.recipe / settings.model / f"seed{settings.seed}"
     try:
-        if (folder / "result.json").exists() and not settings.overwrite:
-            there = run_folder.read_json(folder / "config.json", "model")
-            config = as_config(settings) | {"mode": there.get("mode")}  # it is done, anyhow
-            run_folder.check_same_run(folder, config, there)
-            print(f"already complete: {folder}{run_folder.note_on_edits(folder, source_hashes())}")
-            result = run_folder.read_json(folder / "result.json", *SUMMARY)
-        else:
-            result = train(settings, folder)
+        result = finished(settings, folder)
+        if result is None:
+            with run_folder.locked(folder):
+                # Another process may have finished it while this one waited for the lock.
+                result = finished(settings, folder) or train(settings, folder)
     except (data.DataError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -417,10 +318,9 @@ def run(settings: argparse.Namespace, runs: Path) -> int:
         if settings.dry_run:
             return 128 + stopped.signal
         print(
-            f"stopped by {stopped.signal.name}: finished epochs are kept in "
-            f"{folder}, and the same command"
+            f"stopped by {stopped.signal.name}: all is kept in {folder}, and the same command"
             + (" without --overwrite" if settings.overwrite else "")
-            + " goes on after them",
+            + " goes on from there",
             file=sys.stderr,
         )
         return 128 + stopped.signal
@@ -444,8 +344,19 @@ def run(settings: argparse.Namespace, runs: Path) -> int:
     return 0
 
 
+def finished(settings: argparse.Namespace, folder: Path) -> dict | None:
+    """The result of the run if it is complete and not to be overwritten."""
+    if settings.overwrite or not (folder / "result.json").exists():
+        return None
+    there = run_folder.read_json(folder / "config.json", "model")
+    config = as_config(settings) | {"mode": there.get("mode")}  # it is done, in whatever mode
+    run_folder.check_same_run(folder, config, there)
+    print(f"already complete: {folder}{run_folder.note_on_edits(folder, source_hashes())}")
+    return run_folder.read_json(folder / "result.json", *SUMMARY)
+
+
 def main(argv: list[str] | None = None) -> int:
-    settings = parse_settings(argv)
+    settings = parse_settings(argv, __doc__)
     if settings.self_check:
         models = [settings.model] if settings.model else list(MODELS)
         return 0 if self_check(models, settings.device, settings.width) else 1

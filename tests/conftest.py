@@ -23,7 +23,7 @@ def fashion_mnist():
 def finished_run(tmp_path_factory):
     """The folder of a small finished run of cbam_blocks, two epochs; not to be changed."""
     runs = tmp_path_factory.mktemp("finished")
-    assert train_small("cbam_blocks", runs, "--epochs", "2") == 0
+    assert train_small("cbam_blocks", runs, "--epochs", "2", "--keep-last") == 0
     return runs / "fashion_mnist/published/cbam_blocks/seed0"
 
 

@@ -15,6 +15,7 @@ import data
 import report
 import speed
 import train
+from settings import parse_settings
 
 README = (REPO / "README.md").read_text()
 COMMANDS = [
@@ -49,7 +50,7 @@ def test_plan_prints_runnable_commands_and_runs_nothing(finished_run, tmp_path):
     for line, (model, seed) in zip(lines, expected):
         assert line.endswith("# done") == ((model, seed) == ("se", 1))
         command = shlex.split(line, comments=True)
-        settings = train.parse_settings(command[2:])
+        settings = parse_settings(command[2:])
         assert command[1] == "train.py" and (settings.model, settings.seed) == (model, seed)
         assert settings.recipe == "published" and settings.runs == runs
     assert "benchmark.py" in lines[4] and "report.py" in lines[5]
@@ -59,9 +60,18 @@ def test_plan_prints_runnable_commands_and_runs_nothing(finished_run, tmp_path):
 def test_full_is_the_published_table_by_default():
     lines = run_all("plan", "full").stdout.splitlines()
     assert len(lines) == 4 * 5 + 2
-    found = [train.parse_settings(shlex.split(line, comments=True)[2:]) for line in lines[:-2]]
+    found = [parse_settings(shlex.split(line, comments=True)[2:]) for line in lines[:-2]]
     models = ["baseline", "se", "cbam_blocks", "cbam_classifier"]
     assert [(s.seed, s.model) for s in found] == [(k, model) for k in range(5) for model in models]
+
+
+def test_shards_are_parts_of_the_plan():
+    whole = run_all("plan", "full", SEEDS="0 1").stdout.splitlines()[:-2]
+    parts = [
+        run_all("plan", "full", SEEDS="0 1", SHARD=f"{i}/3").stdout.splitlines() for i in range(3)
+    ]
+    assert [len(part) for part in parts] == [3, 3, 2]
+    assert sorted(line for part in parts for line in part) == sorted(whole)
 
 
 @pytest.mark.parametrize(
@@ -76,6 +86,8 @@ def test_full_is_the_published_table_by_default():
         (["quick"], {"RECIPE": "published"}, "RECIPE"),
         (["plan", "full"], {"MODELS": "resnet"}, "resnet"),
         (["plan", "full", "quick"], {}, "too many"),
+        (["quick"], {"JOBS": "many"}, "JOBS"),
+        (["plan", "full"], {"SHARD": "4/4"}, "SHARD"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, environment, named, tmp_path):
@@ -93,8 +105,12 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(finished_run, tmp_pa
     before = (other / "result.json").read_bytes()
     environment = {"MODELS": "baseline se", "RUNS": runs, "OUT": out}
 
-    first = run_all("quick", **environment)
+    first = run_all("quick", JOBS=2, **environment)
     assert first.returncode == 1
+    logs = {path.name: path.read_text() for path in (runs / "logs").iterdir()}
+    assert "use --overwrite" in logs["fashion_mnist.quick.baseline.seed0.log"]
+    assert "test accuracy" in logs["fashion_mnist.quick.se.seed0.log"]
+    assert first.stdout.count("\nstarted: ") == 2 and "\ndone: " in first.stdout
     assert f"failed: {sys.executable} train.py --model baseline" in first.stderr
     assert (other / "result.json").read_bytes() == before
     result = json.loads((runs / "fashion_mnist/quick/se/seed0/result.json").read_text())
@@ -109,29 +125,36 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(finished_run, tmp_pa
     assert "# done" in second.stdout and "epoch  1/1" not in second.stdout
 
 
-@pytest.mark.parametrize(("signum", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_stops_the_children_too(tmp_path, signum, code):
-    process = subprocess.Popen(
-        ["./run_all.sh", "quick"],
-        cwd=REPO,
-        env=os.environ | {"PYTHON": sys.executable, "RUNS": str(tmp_path), "OUT": str(tmp_path)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # As from a terminal: a shell cannot trap a signal that was ignored when it started.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+@pytest.mark.parametrize(
+    ("signum", "code", "jobs"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2)]
+)
+def test_a_signal_stops_the_children_too(tmp_path, signum, code, jobs):
+    environment = {"PYTHON": sys.executable, "RUNS": str(tmp_path), "OUT": str(tmp_path)}
+    log = tmp_path / "log"
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            ["./run_all.sh", "quick"],
+            cwd=REPO,
+            env=os.environ | environment | {"JOBS": str(jobs)},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+            # As from a terminal: a shell cannot trap a signal that was ignored when it started.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )
+
+    def logs():
+        return "".join(path.read_text() for path in [log, *tmp_path.glob("logs/*")])
+
     try:
-        for line in process.stdout:
-            if "parameters;" in line:  # train.py is at work
-                break
+        while logs().count("parameters;") < jobs and process.poll() is None:
+            time.sleep(0.05)  # until that many train.py are at work
         os.kill(process.pid, signum)
-        _, error = process.communicate(timeout=120)
+        process.wait(120)
     except BaseException:
         os.killpg(process.pid, signal.SIGKILL)
         raise
-    assert process.returncode == code and "the same command goes on" in error
+    assert process.returncode == code and logs().count("the same command goes on") == jobs
     with pytest.raises(ProcessLookupError):  # nobody left in its process group
         os.killpg(process.pid, 0)
 
@@ -171,7 +194,7 @@ def test_readme_commands_exist(command, capsys):
         flags = [word for word in words[2:] if word.startswith("--")]
         assert all(re.search(rf"{flag}\b", known) for flag in flags)
         if words[1] == "train.py":
-            train.parse_settings(words[2:])
+            parse_settings(words[2:])
     elif words[0] == "docker":
         assert words[1] in ("build", "run") and (REPO / "Dockerfile").exists()
     else:

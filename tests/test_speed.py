@@ -9,7 +9,7 @@ import pytest
 from conftest import REPO, is_one_line
 
 import speed
-import train
+from settings import parse_settings
 
 
 def test_the_plan_is_of_runnable_commands(tmp_path, capsys):
@@ -22,7 +22,7 @@ def test_the_plan_is_of_runnable_commands(tmp_path, capsys):
     assert scripts == 2 * once and not (tmp_path / "out").exists()
     for command in commands:
         if command[1] == "train.py":
-            assert train.parse_settings(command[2:]).quick
+            assert parse_settings(command[2:]).quick
 
 
 def test_a_gpu_is_checked_first_and_timed_from_start_to_end(tmp_path):

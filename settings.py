@@ -1,0 +1,139 @@
+"""Recipes, and the settings of a run from the command line of train.py.
+
+To add a recipe: one line in RECIPES, with other values for the settings of PUBLISHED.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+import data
+from environment import choose_device
+from models import MODELS
+from modes import MODES, PRECISIONS, why_not
+from training_step import choose_precision
+
+PUBLISHED = dict(
+    epochs=50,  # also the length of the cosine schedule of the learning rate
+    batch_size=64,  # the last partial batch is kept
+    lr=1e-3,  # Adam's; there is no weight decay
+    patience=10,  # stop when validation accuracy has not improved for so many epochs
+    limit_train=None,  # images taken of the training split, None: all. Validation then takes a
+    # ninth of that number, or a batch if that is more
+    limit_test=None,  # images taken of the test set; None: all
+)
+RECIPES = {
+    "published": PUBLISHED,
+    "quick": PUBLISHED | dict(epochs=1, limit_train=1920, limit_test=1000),
+}
+WIDTH = 64  # channels of the first stage, as published
+
+
+def parse_settings(argv: list[str] | None, description: str = __doc__) -> argparse.Namespace:
+    """All settings, resolved: explicit flags win over the recipe. Exits with 2 on wrong usage."""
+
+    def within(least, most, kind):
+        def parse(text):
+            value = kind(text)
+            if not least <= value <= most:
+                raise argparse.ArgumentTypeError(f"{text} is not from {least:g} to {most:g}")
+            return value
+
+        parse.__name__ = kind.__name__  # argparse then says "invalid int value"
+        return parse
+
+    def of_recipe(key):
+        values = (f"{name}: {recipe[key] or 'all'}" for name, recipe in RECIPES.items())
+        return f"default: the recipe's ({', '.join(values)})"
+
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # an error is then a single line
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add, default = parser.add_argument, "default: %(default)s"
+    count = within(1, 10**9, int)
+    add("--model", choices=MODELS)
+    add("--dataset", default="fashion_mnist", choices=data.DATASETS, help=default)
+    add("--data-dir", type=Path, default=Path("data"), help=default)
+    add("--recipe", default="published", choices=RECIPES, help=default)
+    add("--epochs", type=count, help=of_recipe("epochs"))
+    add("--batch-size", type=count, help=of_recipe("batch_size"))
+    add("--lr", type=within(1e-9, 1e9, float), help=of_recipe("lr"))
+    add("--patience", type=count, help=of_recipe("patience"))
+    add("--limit-train", type=count, help=of_recipe("limit_train"))
+    add("--limit-test", type=count, help=of_recipe("limit_test"))
+    add("--seed", type=within(0, 10**9, int), default=0, help=f"split, order, weights; {default}")
+    add("--width", type=count, default=WIDTH, help=f"channels of stage 1; {default}")
+    add(
+        "--precision",
+        default="auto",
+        choices=["auto", *PRECISIONS],
+        help="auto: bf16 on a GPU of compute capability 8.0 or more, else fp32",
+    )
+    add(
+        "--mode",
+        default="auto",
+        choices=["auto", *MODES],
+        help="how a training step is run (modes.py); auto: by device and length of the run",
+    )
+    add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
+    add("--runs", type=Path, default=Path("runs"), help=f"folder of all runs; {default}")
+    add(
+        "--target-acc",
+        type=within(0, 100, float),
+        help="exit 1 if test accuracy (percent) is below this",
+    )
+    add("--overwrite", action="store_true", help="discard what the run's folder holds")
+    add("--keep-last", action="store_true", help="keep last.pt when the run is complete")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="one batch each of training, validation and test; keeps nothing",
+    )
+    add(
+        "--self-check",
+        action="store_true",
+        help="compare every mode with eager mode, train nothing",
+    )
+    settings = parser.parse_args(argv)
+    if not (settings.model or settings.self_check):
+        parser.error("--model is missing: choose from " + ", ".join(MODELS))
+
+    recipe = RECIPES[settings.recipe]
+    for key, value in recipe.items():
+        if getattr(settings, key) is None:
+            setattr(settings, key, value)
+    if settings.dry_run:
+        settings.epochs = 1
+        settings.limit_train = settings.limit_test = settings.batch_size
+    try:
+        settings.device = choose_device(settings.device)
+    except ValueError as error:
+        parser.error(str(error))
+    if impossible := why_not(settings.mode, settings.precision, settings.device):
+        parser.error(impossible)
+    settings.precision = choose_precision(settings.precision, settings.device)
+    # What differs from the recipe: the report keeps such runs apart.
+    own = recipe | dict(width=WIDTH, precision=choose_precision("auto", settings.device))
+    chosen = {key: getattr(settings, key) for key in own}
+    settings.overrides = {key: value for key, value in chosen.items() if value != own[key]}
+    # Whether it is a look rather than a result: the report says so wherever it shows its figures.
+    settings.quick = bool(
+        settings.limit_train
+        or settings.limit_test
+        or settings.epochs < PUBLISHED["epochs"]
+        or settings.patience < PUBLISHED["patience"]
+        or settings.width != WIDTH
+    )
+    settings.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    return settings
+
+
+def as_config(settings: argparse.Namespace) -> dict:
+    """The settings as they stand in config.json."""
+    special = (Path, torch.device)
+    return {k: str(v) if isinstance(v, special) else v for k, v in vars(settings).items()}

@@ -1,0 +1,442 @@
+"""Stopped, killed, damaged: a run that goes on ends as one that was never stopped, bit for bit."""
+
+import io
+import json
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, is_one_line, train_small
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import checkpoint
+import data
+import train
+from models import build_model
+from training_step import adam
+
+FOLDER = "fashion_mnist/published/se/seed0"
+FLAGS = ["--limit-train", "640", "--limit-test", "100", "--width", "8", "--device", "cpu"]
+FLAGS += ["--epochs", "3", "--data-dir", str(REPO / "data"), "--keep-last"]
+TIMES = {"seconds", "images_per_second"}
+# Children that have imported everything, but run nothing yet: each is there in an instant.
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["train", "tests.test_resume"])
+
+
+def in_a_child(runs, before=None):
+    """Starts `train.py --model se` in a process of its own; `before` is called in it first."""
+    process = processes.Process(target=child, args=(runs, before))
+    process.start()
+    return process
+
+
+def child(runs, before):
+    os.chdir(REPO)
+    with open(f"{runs}.log", "a") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    if before:
+        before()
+    sys.exit(train.main(["--model", "se", *FLAGS, "--runs", str(runs)]))
+
+
+def run_to_the_end(runs):
+    process = in_a_child(runs)
+    process.join(120)
+    assert process.exitcode == 0, (runs.parent / f"{runs.name}.log").read_text()
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that was never stopped, and the seconds it took."""
+    runs = tmp_path_factory.mktemp("whole") / "runs"
+    start = time.perf_counter()
+    run_to_the_end(runs)
+    return runs / FOLDER, time.perf_counter() - start
+
+
+def metrics_of(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def assert_same_end(folder, whole):
+    assert metrics_of(folder) == metrics_of(whole)
+    for name in ("best.pt", "last.pt"):
+        ends = [checkpoint.load(path / name) for path in (folder, whole)]
+        ends = [end.get("model", end) for end in ends]
+        assert ends[0].keys() == ends[1].keys()
+        assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    for name in ("test_predictions.npy", "test_labels.npy"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    scalars = [EventAccumulator(str(path)).Reload().Scalars("loss/val") for path in (folder, whole)]
+    steps = [[(event.step, event.value) for event in events] for events in scalars]
+    assert steps[0] == steps[1] and len(steps[0]) == 3
+    strays = {path.name for path in folder.iterdir()} - {path.name for path in whole.iterdir()}
+    assert all(name.startswith("events.out.tfevents") for name in strays)
+
+
+# --- Stopped and killed ---------------------------------------------------------------------------
+
+
+def test_stopped_between_two_steps_it_goes_on_to_the_same_end(whole, tmp_path):
+    """The real script, as it is used: SIGTERM in its second epoch, then the same command."""
+    flags = [*FLAGS, "--runs", str(tmp_path / "runs")]
+    command = [sys.executable, "-u", "train.py", "--model", "se", *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=REPO, **pipes)
+    for line in process.stdout:
+        if line.startswith("epoch  1/3"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, error = process.communicate(timeout=60)
+    folder = tmp_path / "runs" / FOLDER
+    assert process.returncode == 143 and is_one_line(error) and "SIGTERM" in error
+    assert len(metrics_of(folder)) == 1 and not (folder / "result.json").exists()
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on after epoch 1" in done.stdout
+    assert_same_end(folder, whole[0])
+
+
+class StopAt:
+    """In place of watch_signals: a signal when the run asks for one for the n-th time.
+
+    An epoch of these runs asks ten times before its steps, and once before it validates.
+    """
+
+    def __init__(self, n):
+        self.n = n
+
+    def __enter__(self):
+        return self.leave_if_stopped
+
+    def __exit__(self, *_):
+        pass
+
+    def leave_if_stopped(self):
+        self.n -= 1
+        if self.n == 0:
+            raise train.Stopped(signal.SIGINT)
+
+
+@pytest.mark.parametrize("n", [5, 11, 23])
+def test_what_there_is_of_an_epoch_is_kept(whole, tmp_path, monkeypatch, capsys, n):
+    flags = ["--model", "se", *FLAGS, "--runs", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "watch_signals", lambda: StopAt(n))
+        assert train.main(flags) == 130
+    assert is_one_line(capsys.readouterr().err)
+    progress = checkpoint.load(tmp_path / FOLDER / "last.pt")["progress"]
+    assert (len(progress["history"]), progress["begun"]["step"]) == divmod(n - 1, 11)
+    assert train.main(flags) == 0
+    assert_same_end(tmp_path / FOLDER, whole[0])
+
+
+def kill_at_random(runs, whole, kills, seed):
+    """SIGKILL at random moments of the time that a run takes, then to the end."""
+    generator = random.Random(seed)
+    for _ in range(kills):
+        process = in_a_child(runs)
+        process.join(generator.uniform(0, whole[1]))
+        process.kill()
+        process.join()
+        for path in (runs / FOLDER).glob("*.json"):
+            json.loads(path.read_text())  # whole, whatever there is
+    run_to_the_end(runs)
+    assert_same_end(runs / FOLDER, whole[0])
+    assert ".corrupt" not in (runs.parent / f"{runs.name}.log").read_text()
+
+
+def test_killed_at_random_moments(whole, tmp_path):
+    kill_at_random(tmp_path / "runs", whole, kills=5, seed=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(5))
+def test_killed_at_20_random_moments(whole, tmp_path, seed):
+    kill_at_random(tmp_path / "runs", whole, kills=20, seed=seed)
+
+
+class DieAt:
+    """In a child: SIGKILL itself before or after its n-th os.replace."""
+
+    def __init__(self, n, after):
+        self.n, self.after = n, after
+
+    def __call__(self):
+        replace, calls = os.replace, 0
+
+        def dying(*paths):
+            nonlocal calls
+            calls += 1
+            if calls == self.n and not self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replace(*paths)
+            if calls == self.n and self.after:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.replace = dying
+
+
+@pytest.mark.slow
+def test_killed_at_every_rename(whole, tmp_path):
+    """Every file that is written, before and after it gets its name."""
+    for n in range(1, 100):
+        for after in (False, True):
+            runs = tmp_path / f"{n}{after}"
+            process = in_a_child(runs, DieAt(n, after))
+            process.join(120)
+            if process.exitcode == 0:
+                assert n > 15  # all of them were tried
+                return
+            assert process.exitcode == -signal.SIGKILL
+            run_to_the_end(runs)
+            assert_same_end(runs / FOLDER, whole[0])
+            shutil.rmtree(runs)
+
+
+# --- Damaged --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The runs folder of a run stopped after two epochs, which are in last.pt and in prev.pt."""
+    runs = tmp_path_factory.mktemp("stopped") / "runs"
+    with pytest.MonkeyPatch().context() as patch:
+        patch.setattr(train, "watch_signals", lambda: StopAt(23))
+        assert train.main(["--model", "se", *FLAGS, "--runs", str(runs)]) == 130
+    return runs
+
+
+class Evil:
+    def __reduce__(self):
+        return os.mkdir, ("/tmp/a-checkpoint-ran-code",)
+
+
+def damages(folder):
+    """{what: the bytes of a last.pt that must not be used}."""
+    body = (folder / "last.pt").read_bytes()
+    state = checkpoint.load(folder / "last.pt")
+    flipped = bytearray(body)
+    flipped[len(body) // 2] ^= 1
+    return {
+        "truncated": body[: len(body) // 2],
+        "empty": b"",
+        "text": b"text",
+        "flipped": bytes(flipped),
+        "pickle": pickle.dumps(Evil()),
+        "evil": saved({"model": Evil()}),
+        "weights": saved(state["model"]),
+        "model": saved(state | {"model": build_model("cbam_blocks", width=8).state_dict()}),
+        "seed": saved(state | {"config": state["config"] | {"seed": 9}}),
+        "adam": saved(state | {"optimizer": adam(build_model("se"), 1.0).state_dict()}),
+        "history": saved(state | {"progress": state["progress"] | {"history": [{"epoch": 7}]}}),
+    }
+
+
+def saved(state):
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
+
+
+def take_up(folder):
+    """What train.py does with the checkpoints of `folder`: (progress, model, optimizer)."""
+    config = json.loads((folder / "config.json").read_text())
+    model = build_model("se", width=8, seed=0)
+    optimizer = adam(model, 1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
+    cpu = torch.device("cpu")
+    return checkpoint.take_up(folder, model, optimizer, scheduler, cpu, config), model, optimizer
+
+
+def same_weights(model, state):
+    return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+def test_bad_checkpoints_are_set_aside_and_the_one_before_is_used(stopped, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    shutil.copytree(stopped / FOLDER, folder)
+    before = checkpoint.load(folder / "prev.pt")
+    for what, bad in damages(folder).items():
+        (folder / "last.pt").write_bytes(bad)
+        progress, model, optimizer = take_up(folder)
+        error = capsys.readouterr().err
+        assert is_one_line(error) and "last.pt is set aside as last.pt.corrupt" in error, what
+        assert (folder / "last.pt.corrupt").read_bytes() == bad and (folder / "prev.pt").exists()
+        assert progress.history == before["progress"]["history"] and progress.begun is None
+        assert same_weights(model, before["model"]) and len(optimizer.state) > 0
+        assert not os.path.exists("/tmp/a-checkpoint-ran-code")
+
+
+def test_without_a_good_checkpoint_it_starts_anew(stopped, tmp_path, capsys):
+    folder = tmp_path / "folder"
+    shutil.copytree(stopped / FOLDER, folder)
+    fresh = build_model("se", width=8, seed=0).state_dict()
+    for what, bad in damages(stopped / FOLDER).items():
+        for name in ("last.pt", "prev.pt"):
+            (folder / name).write_bytes(bad)
+        progress, model, optimizer = take_up(folder)
+        assert len(capsys.readouterr().err.splitlines()) == 2, what
+        assert progress == checkpoint.Progress() and not optimizer.state
+        assert same_weights(model, fresh)
+        assert [path.name for path in folder.glob("*.pt")] == ["best.pt"]
+
+
+def test_a_run_with_a_bad_checkpoint_ends_as_it_should(stopped, whole, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    shutil.copytree(stopped, runs)
+    (runs / FOLDER / "last.pt").write_bytes(damages(stopped / FOLDER)["flipped"])
+    assert train.main(["--model", "se", *FLAGS, "--runs", str(runs)]) == 0
+    assert "going on after epoch 2" in capsys.readouterr().out
+    (runs / FOLDER / "last.pt.corrupt").unlink()
+    assert_same_end(runs / FOLDER, whole[0])
+
+
+def test_a_checkpoint_of_another_pytorch_is_used_and_said(stopped, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    shutil.copytree(stopped, runs)
+    state = checkpoint.load(runs / FOLDER / "last.pt")
+    (runs / FOLDER / "last.pt").write_bytes(saved(state | {"torch": "1.0"}))
+    assert train.main(["--model", "se", *FLAGS, "--runs", str(runs)]) == 0
+    out, error = capsys.readouterr()
+    assert is_one_line(error) and "written by PyTorch 1.0" in error and "going on" in out
+
+
+def test_other_settings_are_refused_and_nothing_is_touched(stopped, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    shutil.copytree(stopped, runs)
+    before = {path.name: path.read_bytes() for path in (runs / FOLDER).iterdir()}
+    assert train.main(["--model", "se", *FLAGS, "--lr", "0.5", "--runs", str(runs)]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "lr = 0.001" in error
+    assert "--overwrite" in error and "--runs" in error
+    assert {path.name: path.read_bytes() for path in (runs / FOLDER).iterdir()} == before
+
+
+# --- Fuzzing --------------------------------------------------------------------------------------
+
+
+def mutated(body, generator):
+    """One to three random changes: bytes overwritten, cut out, put in, or the end cut off."""
+    body = bytearray(body)
+    for _ in range(generator.randint(1, 3)):
+        at = generator.randrange(len(body) + 1)
+        some = generator.randbytes(generator.choice([1, 1, 2, 8, 100]))
+        match generator.randrange(4):
+            case 0:
+                body[at : at + len(some)] = some
+            case 1:
+                del body[at : at + len(some)]
+            case 2:
+                body[at:at] = some
+            case 3:
+                del body[at:]
+    return bytes(body)
+
+
+def test_mutated_checkpoints_are_whole_or_set_aside(stopped, tmp_path, capsys):
+    folder = stopped / FOLDER
+    body, good = (folder / "last.pt").read_bytes(), checkpoint.load(folder / "last.pt")
+    fresh = build_model("se", width=8, seed=0).state_dict()
+    generator, used = random.Random(0), 0
+    for i in range(150):
+        place = tmp_path / str(i)
+        place.mkdir()
+        (place / "last.pt").write_bytes(mutated(body, generator))
+        shutil.copy(folder / "config.json", place)
+        progress, model, optimizer = take_up(place)
+        if (place / "last.pt").exists():  # what was changed is nothing that counts
+            used += 1
+            assert progress.history == good["progress"]["history"]
+            assert same_weights(model, good["model"])
+        else:
+            assert is_one_line(capsys.readouterr().err) and not progress.history
+            assert (place / "last.pt.corrupt").exists() and not optimizer.state
+            assert same_weights(model, fresh)
+        shutil.rmtree(place)
+    assert used < 50
+
+
+@pytest.mark.parametrize("name", ["config.json", "result.json", "env.json"])
+def test_mutated_json_is_one_line_or_the_run_as_it_was(finished_run, tmp_path, capsys, name):
+    folder = tmp_path / "fashion_mnist/published/cbam_blocks/seed0"
+    shutil.copytree(finished_run, folder)
+    body = (folder / name).read_bytes()
+    generator = random.Random(name)
+    for _ in range(40):
+        (folder / name).write_bytes(mutated(body, generator))
+        code = train_small("cbam_blocks", tmp_path, "--epochs", "2")
+        out, error = capsys.readouterr()
+        assert code in (0, 1) and (code == 0 or is_one_line(error))
+        assert "already complete" in out or code == 1
+
+
+def test_mutated_data_is_never_taken_for_the_data(tmp_path):
+    source = REPO / "data/FashionMNIST/raw"
+    generator = random.Random(1)
+    for path in source.glob("*ubyte"):
+        shutil.copy(path, tmp_path)
+    body = (source / "t10k-labels-idx1-ubyte").read_bytes()
+    for _ in range(30):
+        (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(mutated(body, generator))
+        with pytest.raises(data.DataError) as raised:
+            data.load_dataset("fashion_mnist", tmp_path)
+        assert is_one_line(str(raised.value))
+
+
+# --- Surroundings ---------------------------------------------------------------------------------
+
+
+def test_two_processes_never_train_the_same_run(whole, tmp_path, capsys):
+    runs = tmp_path / "runs"
+    first = in_a_child(runs)
+    while not (runs / FOLDER / ".lock").exists():
+        time.sleep(0.01)
+    assert train.main(["--model", "se", *FLAGS, "--runs", str(runs)]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and f"process {first.pid} on" in error and "another --runs" in error
+    first.join(120)
+    assert first.exitcode == 0
+    assert_same_end(runs / FOLDER, whole[0])
+
+
+def limit_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    """Writes beyond 20,000 bytes fail, as on a full disk: checkpoints are larger than that."""
+    runs = tmp_path / "runs"
+    process = in_a_child(runs, limit_files)
+    process.join(120)
+    log = (tmp_path / "runs.log").read_text()
+    assert process.exitcode == 1 and "Traceback" not in log
+    assert [line for line in log.splitlines() if line.startswith("error: ")] == log.splitlines()[
+        -1:
+    ]
+    assert not list((runs / FOLDER).glob("*.pt")) and not list((runs / FOLDER).glob(".*.tmp"))
+    run_to_the_end(runs)
+
+
+def test_predictions_are_those_of_the_best_weights(whole):
+    folder, _ = whole
+    dataset = data.load_dataset("fashion_mnist", REPO / "data")
+    model = build_model("se", width=8)
+    model.load_state_dict(checkpoint.load(folder / "best.pt"))
+    images = data.normalize(dataset.test_images[:100], *map(torch.tensor, (0.5, 0.5)))
+    with torch.no_grad():
+        predictions = model.eval()(images).argmax(1).numpy()
+    assert np.array_equal(predictions, np.load(folder / "test_predictions.npy"))
