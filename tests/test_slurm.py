@@ -1,0 +1,123 @@
+"""On a real Slurm, started here on this one machine: an array of workers, one of them requeued.
+
+apt-get install slurm-wlm munge
+./run_all.sh test -m slow tests/test_slurm.py       # as root; 5 minutes
+"""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO
+
+DAEMONS = ("munged", "slurmctld", "slurmd")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not all(map(shutil.which, DAEMONS)) or os.geteuid() != 0,
+        reason="needs root, slurm-wlm and munge",
+    ),
+]
+CONFIGURATION = """
+ClusterName=check
+SlurmctldHost={host}(127.0.0.1)
+SlurmUser=root
+SlurmdUser=root
+AuthInfo=socket={place}/munge.socket
+StateSaveLocation={place}/state
+SlurmdSpoolDir={place}/spool
+SlurmctldPidFile={place}/slurmctld.pid
+SlurmdPidFile={place}/slurmd.pid
+SlurmctldPort={ports[0]}
+SlurmdPort={ports[1]}
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+ReturnToService=2
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus}
+PartitionName=all Nodes=ALL Default=YES State=UP
+"""
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+@pytest.fixture
+def slurm(tmp_path_factory):
+    """A cluster of this machine alone: a function that calls its commands, for their output."""
+    place = tmp_path_factory.mktemp("slurm")
+    (place / "state").mkdir()
+    (place / "spool").mkdir()
+    (place / "munge.key").write_bytes(os.urandom(128))
+    (place / "munge.key").chmod(0o400)
+    host = socket.gethostname()
+    configuration = CONFIGURATION.format(
+        host=host, place=place, ports=(free_port(), free_port()), cpus=os.cpu_count()
+    )
+    (place / "slurm.conf").write_text(configuration)
+    environment = os.environ | {"SLURM_CONF": str(place / "slurm.conf")}
+    munge = [f"--{name}-file={place}/munge.{name}" for name in ("key", "pid", "log", "seed")]
+    commands = [
+        ["munged", "--foreground", "--force", f"--socket={place}/munge.socket", *munge],
+        ["slurmctld", "-D", "-c"],
+        ["slurmd", "-D", "-N", host],
+    ]
+    daemons = []
+    with open(place / "daemons.log", "w") as log:
+        for command in commands:
+            daemons.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+            time.sleep(2)
+
+    def call(*command, **more):
+        done = subprocess.run(
+            command, env=environment | more, capture_output=True, text=True, cwd=REPO
+        )
+        assert done.returncode == 0, done.stderr + (place / "daemons.log").read_text()[-2000:]
+        return done.stdout
+
+    yield call
+    for daemon in reversed(daemons):
+        daemon.terminate()
+        daemon.wait(60)
+
+
+def test_an_array_of_workers_trains_every_run_once(slurm, tmp_path):
+    runs, logs = tmp_path / "runs", tmp_path / "logs"
+    logs.mkdir()
+    work = "SHARD=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT exec ./run_all.sh quick"
+    job = slurm(
+        "sbatch", "--parsable", "--array=0-3", "--requeue", "--open-mode=append",
+        f"--output={logs}/%a", f"--wrap={work}",
+        PYTHON=sys.executable, RUNS=str(runs), OUT=str(tmp_path / "out"),
+    ).strip()  # fmt: skip
+
+    def log(worker):
+        path = logs / str(worker)
+        return path.read_text() if path.exists() else ""
+
+    def wait_for(seconds, what):
+        end = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < end, slurm("squeue") + "".join(map(log, range(4)))
+            time.sleep(0.5)
+
+    wait_for(120, lambda: "parameters;" in log(0))  # worker 0 is at work
+    slurm("scontrol", "requeue", f"{job}_0")
+    wait_for(600, lambda: job not in slurm("squeue", "--noheader"))
+
+    for worker, model in enumerate(("baseline", "se", "cbam_blocks", "cbam_classifier")):
+        text = log(worker)
+        assert (runs / f"fashion_mnist/quick/{model}/seed0/result.json").exists(), text
+        assert len(re.findall("^test accuracy", text, re.MULTILINE)) == 1
+        assert "already complete" not in text and f" --model {model} " in text
+        assert text.count("parameters;") == (2 if worker == 0 else 1)
+    assert "stopped by SIGTERM" in log(0) and "going on after epoch 0 and" in log(0)
