@@ -152,7 +152,8 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
     found = compared(
         {(m, label): (of_class(m, label), baseline[label]) for m in models for label in labels}
     )
-    names = dict(enumerate(study.any_run.result.get("classes") or []))
+    names = study.any_run.result.get("classes")
+    names = dict(enumerate(names if isinstance(names, list) else ()))
     return ByClass(
         classes=[str(names.get(label, label)) for label in labels],
         baseline=[mean(baseline[label].values()) for label in labels],

@@ -87,12 +87,15 @@ def with_block(readme: Path, out: Path, found: Findings) -> str:
     """The text of `readme` with the block of this report replaced."""
     folder = Path(os.path.relpath(out, readme.parent)).as_posix()
     first, last = f"<!-- report.py: {folder} -->", f"<!-- end of {folder} -->"
-    before, begun, rest = readme.read_text().partition(f"{first}\n")
+    try:
+        before, begun, rest = readme.read_bytes().decode().partition(first)
+    except UnicodeDecodeError as error:
+        raise ReportError(f"{readme} is no text: {error}") from error
     _, ended, after = rest.partition(last)
     if not (begun and ended):
         raise ReportError(f"{readme} lacks the lines '{first}' and '{last}': put them in")
     block = "\n".join(sections.readme_block(found, folder))
-    return f"{before}{begun}{block}\n{ended}{after}"
+    return f"{before}{first}\n{block}\n{last}{after}"
 
 
 def results_csv(studies: list[Study]) -> str:

@@ -57,7 +57,7 @@ def image(name: str) -> str:
 
 def table(header: Lines, rows: list[Lines]) -> Lines:
     lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cells)} |" for cells in lines]
+    return [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines]
 
 
 def label(study: Study, model: str) -> str:
@@ -530,7 +530,7 @@ def method_section(studies: list[Study], cost_rows: list[dict]) -> Lines:
         "### Commands",
         "",
         "```sh",
-        *(run.config["command"] for run in runs if "command" in run.config),
+        *(str(run.config["command"]) for run in runs if "command" in run.config),
         "```",
     ]
     return lines

@@ -25,8 +25,11 @@ RUN_COLUMNS = (
     "precision", "mode", "device",
 )  # fmt: skip
 PERCENT = {"test_acc", "test_acc_last", "val_acc"}
-POSITIVE = {"epochs_run", "params", "train_seconds", "images_per_second", "width", "epoch"}
+POSITIVE = {
+    "epochs_run", "params", "train_seconds", "images_per_second", "width", "epoch", "test_images",
+}  # fmt: skip
 NUMBERS = PERCENT | POSITIVE | {"train_loss"}
+WORDS = ("dataset", "recipe", "model", "precision", "mode", "device")
 METRIC_COLUMNS = ("epoch", "val_acc", "train_loss")
 # Runs are compared only where these are the same in config.json.
 SETTINGS = (
@@ -108,6 +111,10 @@ class Study:
         return {run.seed: run for run in self.runs.get(model, [])}
 
 
+# What reading a damaged file may raise.
+DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, ArithmeticError, RecursionError)
+
+
 class ReportError(RuntimeError):
     """There is nothing to report. The message says in one line why and what to do."""
 
@@ -123,7 +130,7 @@ def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
                 problems.append(f"begun, not finished: {folder}, {epochs} epochs done")
                 continue
             run = read_run(folder)
-        except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        except DAMAGED as error:
             reason = f"{type(error).__name__}: {error}"
             problems.append(f"{folder} left out, its files are damaged or not readable ({reason})")
             continue
@@ -158,7 +165,7 @@ def with_the_same_settings(runs: list[Run]) -> tuple[list[Run], list[str]]:
 
 
 def read_run(folder: Path) -> Run:
-    """Raises OSError, EOFError, ValueError, KeyError or TypeError if one is damaged."""
+    """Raises one of DAMAGED."""
     result, config, env = (
         json.loads((folder / f"{name}.json").read_text()) for name in ("result", "config", "env")
     )
@@ -174,8 +181,13 @@ def read_run(folder: Path) -> Run:
             check_number(column, content[column])
     if not metrics:
         raise ValueError("metrics.jsonl has no epochs")
-    if not isinstance(result["overrides"], dict) or type(result["seed"]) is not int:
-        raise ValueError("overrides or seed of another type")
+    kinds = {"overrides": dict, "seed": int, "quick": bool} | dict.fromkeys(WORDS, str)
+    for column, kind in kinds.items():
+        if type(result[column]) is not kind:
+            raise ValueError(f"{column} is {result[column]}")
+    for key in ("epochs", "limit_train", "limit_test"):
+        if type(config.get(key)) not in (int, type(None)):
+            raise ValueError(f"{key} is {config[key]} in config.json")
     named = [str(result[key]) for key in ("dataset", "recipe", "model")] + [f"seed{result['seed']}"]
     if list(folder.parts[-4:]) != named:  # a copied folder would count as one more run
         raise ValueError(f"result.json is that of {result['model']} seed {result['seed']}")
@@ -192,6 +204,8 @@ def read_classes(folder: Path, result: dict) -> tuple[np.ndarray | None, np.ndar
         path = folder / f"test_{name}.npy"
         if path.exists():
             found[name] = np.load(path)
+            if found[name].dtype.kind not in "iu" or found[name].max(initial=0) > 999:
+                raise ValueError(f"{path.name} holds something else than classes")
             n_images = result.setdefault("test_images", found[name].size)
             if found[name].shape != (n_images,):
                 raise ValueError(f"{found[name].size:,} {name} for {n_images:,} test images")
@@ -234,7 +248,7 @@ def read_costs(paths: list[Path]) -> list[dict]:
                 raise ValueError("something else where a positive number should be")
             if not all(isinstance(word, str) for word in words):
                 raise ValueError("something else where a word should be")
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise ReportError(
             f"{path} is damaged ({type(error).__name__}: {error}): run python benchmark.py again"
         ) from error
