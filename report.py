@@ -46,7 +46,8 @@ def make_report(runs_dir: Path, out: Path, compare: Path | None, readme: Path | 
     if not studies:
         reasons = "; ".join(problems) or "run `python train.py --model baseline` first"
         raise ReportError(f"no finished run below {runs_dir}: {reasons}")
-    costs = read_costs([out / "benchmark.json", runs_dir / "benchmark.json"])
+    costs, damaged = read_costs([out / "benchmark.json", runs_dir / "benchmark.json"])
+    problems += damaged
     found = [find(study, costs) for study in studies]
     beside = compare_runs(found[0], compare, problems) if compare else []
     texts = {"results.csv": results_csv(studies), "summary.json": summary_json(found, costs)}
@@ -77,7 +78,7 @@ def compare_runs(here: Findings, folder: Path, problems: list[str]) -> list[str]
         return []
     # Its runs with the same recipe and settings, or else its first study.
     studies.sort(key=lambda study: study.title != here.study.title)
-    there = find(studies[0], read_costs([folder / "benchmark.json"]))
+    there = find(studies[0], [])  # its inference times are for a report of its own
     models = here.models.keys() & there.models.keys()
     pairs = {m: (accuracies(here.study, m), accuracies(there.study, m)) for m in sorted(models)}
     return sections.beside_section(here, there, str(folder), compared(pairs))

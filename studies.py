@@ -6,6 +6,7 @@ and left out, never guessed at.
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,6 +186,9 @@ def read_run(folder: Path) -> Run:
     for column, kind in kinds.items():
         if type(result[column]) is not kind:
             raise ValueError(f"{column} is {result[column]}")
+    for column in ("dataset", "recipe", "model"):
+        if not re.fullmatch(r"[\w.+-]+", result[column]):
+            raise ValueError(f"{column} is no name")
     for key in ("epochs", "limit_train", "limit_test"):
         if type(config.get(key)) not in (int, type(None)):
             raise ValueError(f"{key} is {config[key]} in config.json")
@@ -234,11 +238,11 @@ def in_table_order(models) -> list[str]:
     return [m for m in PUBLISHED if m in models] + sorted(set(models) - PUBLISHED.keys())
 
 
-def read_costs(paths: list[Path]) -> list[dict]:
-    """The rows of the first benchmark.json that exists; an empty list if there is none."""
+def read_costs(paths: list[Path]) -> tuple[list[dict], list[str]]:
+    """The rows of the first benchmark.json that exists, and what is wrong with it, in words."""
     path = next((path for path in paths if path.exists()), None)
     if path is None:
-        return []
+        return [], []
     try:
         rows = json.loads(path.read_text())
         for row in rows:
@@ -248,11 +252,12 @@ def read_costs(paths: list[Path]) -> list[dict]:
                 raise ValueError("something else where a positive number should be")
             if not all(isinstance(word, str) for word in words):
                 raise ValueError("something else where a word should be")
-    except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
-        raise ReportError(
-            f"{path} is damaged ({type(error).__name__}: {error}): run python benchmark.py again"
-        ) from error
-    return rows
+            if not row["ms_per_image_p10"] <= row["ms_per_image"] <= row["ms_per_image_p90"]:
+                raise ValueError("a median that is not between p10 and p90")
+    except DAMAGED as error:
+        reason = f"{type(error).__name__}: {error}"
+        return [], [f"{path} left out, it is damaged ({reason}): run python benchmark.py again"]
+    return rows, []
 
 
 def costs_of(study: Study, rows: list[dict], mode="eager", precision="fp32") -> dict[str, dict]:

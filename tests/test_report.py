@@ -13,7 +13,7 @@ import verdicts
 from figures import FIGURES
 from findings import find
 from sections import interval
-from studies import read_studies
+from studies import read_costs, read_studies
 
 ROW = {
     "params": 177_890, "flops": 915_000_000, "flops_aten": 911_000_000, "batch_size": 64,
@@ -213,17 +213,6 @@ def test_inference_time_in_every_mode(study):
     }
 
 
-@pytest.mark.parametrize(
-    "change", [{"ms_per_image": None}, {"ms_per_image": 0}, {"tflops": "x"}, {"model": ["se"]}]
-)
-def test_a_damaged_benchmark_is_one_line(study, capsys, change):
-    runs, out = study
-    (out / "benchmark.json").write_text(json.dumps([ROW | {"model": "se"} | change]))
-    assert report.main(["--runs", str(runs), "--out", str(out)]) == 1
-    error = capsys.readouterr().err
-    assert is_one_line(error) and "benchmark.json" in error
-
-
 def test_a_fallback_is_reported(finished_run, tmp_path):
     copy_run(finished_run, tmp_path / "runs", "se", 0, fallback="mode graph failed (X: no)", **FULL)
     assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
@@ -363,13 +352,29 @@ def test_fields_that_only_we_write_may_be_missing(study):
     assert "se/seed1 left out, it has other settings: test_images 99 instead of 100" in text
 
 
-@pytest.mark.parametrize("content", ["null", "3", "[{}]", "{", '[{"model": "se"}]'])
-def test_damaged_benchmark_is_one_line(study, content, capsys):
+@pytest.mark.parametrize(
+    "content",
+    ["null", "3", "[{}]", "{", '[{"model": "se"}]']
+    + [
+        json.dumps([ROW | {"model": "se"} | change])
+        for change in (
+            {"ms_per_image": None}, {"ms_per_image": 0}, {"ms_per_image": 9.0}, {"tflops": "x"},
+            {"model": ["se"]}, {"params": 10**400},
+        )
+    ],
+)  # fmt: skip
+def test_a_damaged_benchmark_is_named_and_left_out(tmp_path, content):
+    (tmp_path / "benchmark.json").write_text(content)
+    rows, (problem,) = read_costs([tmp_path / "nowhere.json", tmp_path / "benchmark.json"])
+    assert rows == [] and is_one_line(problem) and "benchmark.json left out" in problem
+
+
+def test_a_report_without_a_damaged_benchmark(study):
     runs, out = study
-    (out / "benchmark.json").write_text(content)
-    assert report.main(["--runs", str(runs), "--out", str(out)]) == 1
-    error = capsys.readouterr().err
-    assert is_one_line(error) and "benchmark.json" in error and not (out / "report.md").exists()
+    (out / "benchmark.json").write_text("{")
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert "benchmark.json left out, it is damaged" in text and row_of(text, "se")[1] == "3"
 
 
 def test_without_benchmark_it_says_so(study):
