@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+import parallel
+
 HERE = Path(__file__).resolve().parent
 SOURCES = ("models.py", "data.py", "settings.py", "train.py", "training_step.py", "modes.py")
 
@@ -31,26 +33,28 @@ def choose_device(name: str) -> torch.device:
             f"--device {name}: PyTorch {torch.__version__} sees no CUDA GPU (is the driver recent "
             "enough? in a container, was it started with --gpus all?); use --device cpu"
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+    needed = device.index if device.index is not None else parallel.LOCAL_RANK
+    if device.type == "cuda" and needed >= torch.cuda.device_count():
         raise ValueError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPU(s)"
         )
     if device.type == "cuda":
-        device = torch.device("cuda", device.index or 0)
+        device = torch.device("cuda", needed)
         torch.cuda.set_device(device)  # streams and graphs are made on the current one
     return device
 
 
 def device_name(device: torch.device) -> str:
     """What the hardware is called, for example "NVIDIA GeForce RTX 4070"."""
+    processes = f"{parallel.WORLD} x " if parallel.WORLD > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return processes + torch.cuda.get_device_name(device)
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    return f"CPU {cpu}, {torch.get_num_threads()} threads"
+    return f"{processes}CPU {cpu}, {torch.get_num_threads()} threads"
 
 
 def peak_memory_mb(device: torch.device) -> float:

@@ -106,7 +106,8 @@ def batch_norm(bn: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
     That has no variance, and PyTorch refuses it. The running statistics stand in, and stay as they
     are, so that a last batch of one image does not end the run.
     """
-    if bn.training and x.numel() == x.shape[1]:
+    alone = type(bn) is nn.BatchNorm2d  # not if other processes hold other parts of the batch
+    if alone and bn.training and x.numel() == x.shape[1]:
         return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
     return bn(x)
 

@@ -4,6 +4,8 @@ import contextlib
 import signal
 import threading
 
+import parallel
+
 
 class Stopped(Exception):
     """SIGINT or SIGTERM arrived; `signal` says which."""
@@ -21,8 +23,8 @@ def watch_signals():
     arrived = []
 
     def leave_if_stopped():
-        if arrived:
-            raise Stopped(arrived[0])
+        if parallel.any_of(bool(arrived)):
+            raise Stopped(arrived[0] if arrived else signal.SIGTERM)
 
     before = {}
     if threading.current_thread() is threading.main_thread():  # only there can handlers be set

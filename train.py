@@ -14,7 +14,9 @@ prints a line; * marks the best validation accuracy so far. Two otherwise idle C
 """
 
 import argparse
+import contextlib
 import math
+import os
 import signal
 import sys
 import tempfile
@@ -30,6 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import parallel
 import run_folder
 from environment import (
     describe_environment,
@@ -98,6 +101,11 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         run_folder.check_same_run(folder, config, there)
     run_folder.remove_strays(folder)
     progress = checkpoint.take_up(folder, model, optimizer, scheduler, device, config)
+    if parallel.WORLD > 1:
+        parts = (model, optimizer, scheduler, device)
+        state = checkpoint.state_of(*parts, progress, config)
+        state = parallel.of_the_first(checkpoint.copied(state, torch.device("cpu")))
+        progress = checkpoint.put_back(state, *parts, config)
     history = progress.history  # one object an epoch, as in metrics.jsonl
     if history or progress.begun:
         where = f" and {progress.begun['step']:,} steps" if progress.begun else ""
@@ -121,6 +129,8 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     with watch_signals() as leave_if_stopped, summaries as writer, checkpoint.Saver(device) as save:
 
         def save_state(files=None):
+            if parallel.RANK:
+                return  # the first process does
             state = checkpoint.state_of(model, optimizer, scheduler, device, progress, config)
             save({folder / "last.pt": state} | (files or {}))
 
@@ -148,27 +158,30 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             if progress.begun:  # this epoch, when it was stopped
                 first, spent = progress.begun["step"], progress.begun["seconds"]
                 losses[:first] = progress.begun["losses"]
-                correct += progress.begun["correct"]
+                correct += progress.begun["correct"] if parallel.RANK == 0 else 0
                 progress.begun = None
             start = time.perf_counter() - spent
             try:
                 for step in tqdm(
                     range(first, len(batches)), f"epoch {epoch}/{settings.epochs}", leave=False,
-                    initial=first, total=len(batches), disable=None,
+                    initial=first, total=len(batches), disable=True if parallel.RANK else None,
                 ):  # fmt: skip
                     leave_if_stopped()
                     losses[step], hits = train_step(batches[step])  # forward, loss, backward, Adam
                     correct += hits
                 step = len(batches)
+                losses, correct = parallel.over_all(losses, correct)
                 losses = losses.double().cpu()
                 seconds = time.perf_counter() - start
                 val_loss, val_predictions = evaluate(
                     model, settings.precision, val_images, val_labels, leave_if_stopped
                 )
             except Stopped:
-                spent = seconds if step == len(batches) else time.perf_counter() - start
+                if step < len(batches):
+                    seconds = time.perf_counter() - start
+                    losses, correct = parallel.over_all(losses, correct)
                 progress.begun = dict(
-                    step=step, losses=losses[:step], correct=correct, seconds=spent
+                    step=step, losses=losses[:step], correct=correct, seconds=seconds
                 )
                 save_state()
                 raise
@@ -185,7 +198,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
                     f"the validation loss is {val_loss:g} after epoch {epoch}, with --lr "
                     f"{settings.lr:g}: try a lower one"
                 )
-            row = {
+            row = parallel.of_the_first({
                 "epoch": epoch,
                 "lr": float(scheduler.get_last_lr()[0]),
                 "train_loss": (losses @ sizes).item() / len(train_idx),
@@ -194,7 +207,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
                 "val_acc": accuracy(val_predictions, val_labels),
                 "seconds": seconds,  # of training alone, validation not counted
                 "images_per_second": len(train_idx) / seconds,
-            }
+            })  # fmt: skip
             history.append(row)
             scheduler.step()
 
@@ -297,11 +310,12 @@ def run(settings: argparse.Namespace, runs: Path) -> int:
     """One run in its folder below `runs`: skipped, taken up again or started. The exit code."""
     folder = runs / settings.dataset / settings.recipe / settings.model / f"seed{settings.seed}"
     try:
-        result = finished(settings, folder)
+        result = parallel.of_the_first(finished(settings, folder))
         if result is None:
             with run_folder.locked(folder):
                 # Another process may have finished it while this one waited for the lock.
-                result = finished(settings, folder) or train(settings, folder)
+                result = parallel.of_the_first(finished(settings, folder))
+                result = result or train(settings, folder)
     except (data.DataError, RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -360,10 +374,14 @@ def main(argv: list[str] | None = None) -> int:
     if settings.self_check:
         models = [settings.model] if settings.model else list(MODELS)
         return 0 if self_check(models, settings.device, settings.width) else 1
-    if not settings.dry_run:
-        return run(settings, settings.runs)
-    with tempfile.TemporaryDirectory(prefix="dry-run-") as runs:
-        return run(settings, Path(runs))
+    with parallel.joined(settings.device), contextlib.ExitStack() as stack:
+        runs = settings.runs
+        if settings.dry_run or parallel.RANK:  # the other processes only train along
+            runs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="runs-")))
+        if parallel.RANK:
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+        return run(settings, runs)
 
 
 if __name__ == "__main__":

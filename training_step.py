@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import parallel
 from data import normalize
 from modes import Graphed, autocast, compiled, first_line
 
@@ -30,6 +31,8 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 def choose_mode(name: str, device: torch.device, steps: int) -> str:
     """`auto`: the mode in which a run of `steps` steps should take the least time in all."""
+    if parallel.WORLD > 1:
+        return "eager"  # the only one that several processes share
     if name != "auto":
         return name
     parts = ["compile"] * (steps >= COMPILE_PAYS_FROM[device.type])
@@ -96,6 +99,18 @@ def make_step(
             return loss.detach(), hits
 
         return step
+
+    if parallel.WORLD > 1:
+        shared = parallel.share(model)
+
+        def forward_of_part(idx):
+            part = parallel.part_of(idx)
+            logits = logits_of(shared, images[part], precision)
+            # Summed over the processes: the mean over the batch. Gradients will be averaged.
+            loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(idx)
+            return loss * parallel.WORLD, (logits.argmax(1) == labels[part]).sum()
+
+        return step_with(forward_of_part), "eager", []
 
     eager, failures = step_with(forward), []
     if mode == "eager":

@@ -1,0 +1,96 @@
+"""Several processes do what one does, up to rounding: here two on the CPU, with gloo."""
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import REPO
+
+import checkpoint
+import parallel
+from models import build_model
+
+FOLDER = "fashion_mnist/published/cbam_blocks/seed0"
+FLAGS = ["--limit-train", "624", "--limit-test", "100", "--width", "8", "--device", "cpu"]
+FLAGS += ["--model", "cbam_blocks", "--keep-last", "--data-dir", str(REPO / "data")]
+ONE = [sys.executable, "-u", "train.py"]
+TWO = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+TWO += ["train.py"]
+
+
+def train(command, runs, *flags):
+    done = subprocess.run(
+        [*command, *FLAGS, "--runs", str(runs), *flags], cwd=REPO, capture_output=True, text=True
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_sync_batch_norm_alone_is_batch_norm():
+    torch.manual_seed(0)
+    ours, theirs = parallel.SyncBatchNorm(5), nn.BatchNorm2d(5)
+    for module in (ours, theirs):
+        nn.init.normal_(module.weight, generator=torch.Generator().manual_seed(1))
+    images = (3 * torch.randn(7, 5, 4, 4) + 10).requires_grad_()
+    for _ in range(2):  # training mode
+        outputs = [module(images) for module in (ours, theirs)]
+        torch.testing.assert_close(*outputs)
+    weights = torch.randn_like(images)
+    gradients = [
+        torch.autograd.grad((output * weights).sum(), [images, module.weight, module.bias])
+        for output, module in zip(outputs, (ours, theirs), strict=True)
+    ]
+    torch.testing.assert_close(*gradients, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict())
+    torch.testing.assert_close(ours.eval()(images), theirs.eval()(images))
+
+
+def test_two_processes_take_the_ten_steps_of_one(tmp_path):
+    """624 images: nine batches of 64, one of 48."""
+    ends, rows = [], []
+    for command, runs in ((ONE, tmp_path / "one"), (TWO, tmp_path / "two")):
+        code, out, error = train(command, runs, "--epochs", "1")
+        assert code == 0, error
+        assert out.count("test accuracy") == out.count("parameters;") == 1  # one process prints
+        folder = runs / FOLDER
+        rows.append(json.loads((folder / "metrics.jsonl").read_text()))
+        ends.append(checkpoint.load(folder / "last.pt"))
+    assert "2 x CPU" in json.loads((folder / "result.json").read_text())["device"]
+    assert rows[1]["train_loss"] == pytest.approx(rows[0]["train_loss"], rel=1e-4)
+    assert rows[1]["train_acc"] == pytest.approx(rows[0]["train_acc"], abs=0.5)
+    # Jointly: Adam makes a whole step of any gradient, also of one that is all rounding.
+    start = build_model("cbam_blocks", width=8, seed=0)
+    one, two = (
+        torch.cat([(end["model"][k] - p.detach()).flatten() for k, p in start.named_parameters()])
+        for end in ends
+    )
+    assert (one - two).norm() < 0.05 * one.norm()
+
+
+@pytest.mark.slow
+def test_two_processes_stop_at_the_same_step_and_one_goes_on(tmp_path):
+    runs, flags = tmp_path / "runs", ["--epochs", "3"]
+    process = subprocess.Popen(
+        [*TWO, *FLAGS, *flags, "--runs", str(runs)],
+        cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch  1/3"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, error = process.communicate(timeout=120)
+    assert "stopped by SIGTERM" in error and not (runs / FOLDER / "result.json").exists()
+    begun = checkpoint.load(runs / FOLDER / "last.pt")["progress"]["begun"]
+    code, out, error = train(ONE, runs, *flags)
+    assert code == 0, error
+    assert f"going on after epoch 1 and {begun['step']} steps" in out
+    code, out, error = train(ONE, tmp_path / "whole", *flags)
+    rows = [
+        [json.loads(line) for line in (place / FOLDER / "metrics.jsonl").read_text().splitlines()]
+        for place in (runs, tmp_path / "whole")
+    ]
+    for stopped, whole in zip(*rows, strict=True):
+        assert stopped["train_loss"] == pytest.approx(whole["train_loss"], rel=0.02)
