@@ -19,7 +19,7 @@ FIGURES = (
 # Okabe and Ito's palette (olive for its yellow, which is lost in print) and a mark each, by the
 # order of the models in the table.
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#000000"]
-MARKS = "os^vPX<>"
+MARKS = "os^vPX<"  # seven, so that colour and mark do not come round together
 
 
 def draw_figures(found) -> dict[str, bytes]:
@@ -84,7 +84,8 @@ def draw_differences(found, styles) -> plt.Figure:
 
 def draw_accuracy(study, summaries, styles, published) -> plt.Figure:
     """Mean with standard deviation, every seed a dot, the published figure a diamond."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    height = max(4, 1.5 + 0.4 * len(summaries))
+    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
     for y, (model, summary) in enumerate(summaries.items()):
         seeds = [run.result["test_acc"] for run in study.runs[model]]
         if len(seeds) > 1:
@@ -109,7 +110,7 @@ def draw_accuracy(study, summaries, styles, published) -> plt.Figure:
 
 def draw_against(study, summaries, styles, x, xlabel, published, xerr=None, front=()) -> plt.Figure:
     """Test accuracy over `x`; diamonds are the published figures, rings the Pareto front."""
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, max(4.5, 1 + 0.25 * len(x))), layout="constrained")
     for model in x:
         summary = summaries[model]
         axes.errorbar(
@@ -133,7 +134,8 @@ def draw_against(study, summaries, styles, x, xlabel, published, xerr=None, fron
 
 def draw_time(costs, fastest, styles) -> plt.Figure:
     """A bar a model, measured the published way, and a paler one in the fastest mode."""
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    height = max(4, 1.5 + 0.4 * len(costs))
+    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
     models = [model for model in styles if model in costs]
     first = costs[models[0]]
     kinds = [costs, fastest] if fastest and fastest != costs else [costs]
@@ -165,7 +167,9 @@ def spread_of(row: dict) -> list[list[float]]:
 
 def draw_curves(study, styles) -> plt.Figure:
     """Validation accuracy and training loss by epoch; a thin line a seed."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, max(4, 1 + 0.25 * len(study.runs))), layout="constrained"
+    )
     for model, runs in study.runs.items():
         for i, run in enumerate(runs):
             epochs = [row["epoch"] for row in run.metrics]

@@ -106,12 +106,13 @@ def accuracies(study: Study, model: str) -> dict[int, float]:
     return {seed: run.result["test_acc"] for seed, run in study.by_seed(model).items()}
 
 
-def compared(pairs: dict[str, tuple[dict, dict]]) -> dict[str, Comparison]:
+def compared(pairs: dict[str, tuple], n_images: int | None) -> dict[str, Comparison]:
     """{name: (accuracies, those of the reference)} to comparisons, corrected over all of them.
 
-    Those with less than two seeds in common are not among them.
+    Those with less than two seeds in common are not among them. n_images: that they are of.
     """
-    found = {name: verdicts.compare(*pair) for name, pair in pairs.items()}
+    step = 100 / n_images if n_images else 0.0
+    found = {name: verdicts.compare(*pair, step) for name, pair in pairs.items()}
     found = {name: comparison for name, comparison in found.items() if comparison}
     verdicts.correct(list(found.values()))
     return found
@@ -120,26 +121,34 @@ def compared(pairs: dict[str, tuple[dict, dict]]) -> dict[str, Comparison]:
 def against_baseline(study: Study) -> dict[str, Comparison]:
     baseline = accuracies(study, "baseline")
     others = [model for model in study.runs if model != "baseline"]
-    return compared({model: (accuracies(study, model), baseline) for model in others})
+    pairs = {model: (accuracies(study, model), baseline) for model in others}
+    return compared(pairs, study.n_images)
 
 
 def against_controls(study: Study) -> dict[str, Comparison]:
     models = [model for model in study.runs if model + CONTROL in study.runs]
-    return compared({m: (accuracies(study, m), accuracies(study, m + CONTROL)) for m in models})
+    pairs = {m: (accuracies(study, m), accuracies(study, m + CONTROL)) for m in models}
+    return compared(pairs, study.n_images)
 
 
 def resample(study: Study, model: str, seeds: list[int]) -> tuple[float, float] | None:
     """The bootstrap over seeds and test images; None where a run's predictions are not there."""
     runs = [[study.by_seed(name)[seed] for seed in seeds] for name in (model, "baseline")]
-    if any(run.correct is None for run in runs[0] + runs[1]):
+    if not same_labels(runs[0] + runs[1]):
         return None
     return verdicts.bootstrap(*(np.array([run.correct for run in side]) for side in runs))
+
+
+def same_labels(runs: list[Run]) -> bool:
+    """Whether the predictions of these runs are there, and of the same images."""
+    first = runs[0].labels
+    return all(run.labels is not None and np.array_equal(run.labels, first) for run in runs)
 
 
 def compare_classes(study: Study, models: list[str]) -> ByClass | None:
     """None where there is nothing to compare or a run's predictions are not there."""
     runs = [run for model in ["baseline", *models] for run in study.runs.get(model, [])]
-    if not models or any(run.labels is None for run in runs):
+    if not models or not same_labels(runs):
         return None
     n_classes = max(int(run.labels.max()) for run in runs) + 1
 
@@ -147,10 +156,12 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
         by_seed = study.by_seed(model).items()
         return {seed: 100 * run.correct[run.labels == label].mean() for seed, run in by_seed}
 
-    labels = [c for c in range(n_classes) if all((run.labels == c).any() for run in runs)]
+    sizes = np.bincount(runs[0].labels, minlength=n_classes)
+    labels = [label for label in range(n_classes) if sizes[label]]
     baseline = {label: of_class("baseline", label) for label in labels}
     found = compared(
-        {(m, label): (of_class(m, label), baseline[label]) for m in models for label in labels}
+        {(m, label): (of_class(m, label), baseline[label]) for m in models for label in labels},
+        int(sizes[labels].min()),
     )
     names = study.any_run.result.get("classes")
     names = dict(enumerate(names if isinstance(names, list) else ()))
@@ -220,24 +231,26 @@ def training_ratios(study: Study, model: str) -> list[float]:
 
 
 def pareto_front(study: Study, against: dict[str, Comparison], costs: dict) -> list[str]:
-    """The models that no other beats: none is better in one of accuracy and time, as good in both.
+    """The models that no other on the front beats: better in accuracy or time, worse in neither.
 
     Ties count as ties: accuracies whose verdict is "not distinguishable", and inference times
     whose ranges from p10 to p90 overlap. Beside the comparisons with the baseline, the other models
-    are compared with each other, corrected over these pairs.
+    are compared with each other, corrected over these pairs. Only models with a verdict and a time
+    are judged. Ties may go round in a circle, so the front is built from the fastest on: a model
+    has to hold its own against those that are on it.
     """
     timed = [model for model in study.runs if model in costs]
-    if "baseline" not in timed or not all(model in against for model in timed[1:]):
+    timed = [model for model in timed if model in against or model == "baseline"]
+    if len(timed) < 2 or "baseline" not in timed:
         return []
-    verdict = {}
-    for model, comparison in against.items():
-        verdict[model, "baseline"] = comparison.verdict
+    verdict = {(model, "baseline"): comparison.verdict for model, comparison in against.items()}
     pairs = {
         (a, b): (accuracies(study, a), accuracies(study, b))
         for a, b in itertools.combinations(timed, 2)
-        if a != "baseline"
+        if "baseline" not in (a, b)
     }
-    verdict |= {pair: comparison.verdict for pair, comparison in compared(pairs).items()}
+    found = compared(pairs, study.n_images)
+    verdict |= {pair: comparison.verdict for pair, comparison in found.items()}
 
     def more_accurate(a, b):
         return verdict.get((a, b)) == "better" or verdict.get((b, a)) == "worse"
@@ -249,4 +262,8 @@ def pareto_front(study: Study, against: dict[str, Comparison], costs: dict) -> l
         won = more_accurate(a, b) or faster(a, b)
         return won and not more_accurate(b, a) and not faster(b, a)
 
-    return [model for model in timed if not any(beats(other, model) for other in timed)]
+    front = []
+    for model in sorted(timed, key=lambda model: costs[model]["ms_per_image"]):
+        if not any(beats(other, model) for other in front):
+            front = [other for other in front if not beats(model, other)] + [model]
+    return in_table_order(front)

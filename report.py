@@ -55,7 +55,9 @@ def make_report(runs_dir: Path, out: Path, compare: Path | None, readme: Path | 
     shown = [name for name in FIGURES if name in figures]
     texts["report.md"] = sections.write_report(found, costs, problems, shown, beside)
     texts["report.html"] = as_page(texts["report.md"], figures)
-    new_readme = with_block(readme, out, found[0]) if readme else None
+    if readme:
+        readme = readme.resolve()
+        new_readme = with_block(readme, out, found[0])
 
     for name in FIGURES:
         if name in figures:
@@ -63,7 +65,7 @@ def make_report(runs_dir: Path, out: Path, compare: Path | None, readme: Path | 
         else:
             (out / name).unlink(missing_ok=True)  # one of an earlier report
     for name, text in texts.items():
-        write_atomically(out / name, text)
+        write_atomically(out / name, text.encode(errors="replace"))  # names of folders may be odd
     if readme:
         write_atomically(readme, new_readme)
 
@@ -78,23 +80,29 @@ def compare_runs(here: Findings, folder: Path, problems: list[str]) -> list[str]
         return []
     # Its runs with the same recipe and settings, or else its first study.
     studies.sort(key=lambda study: study.title != here.study.title)
+    for study in studies[1:]:
+        problems.append(f"--compare {folder}: {study.title} there is not compared")
     there = find(studies[0], [])  # its inference times are for a report of its own
     models = here.models.keys() & there.models.keys()
     pairs = {m: (accuracies(here.study, m), accuracies(there.study, m)) for m in sorted(models)}
-    return sections.beside_section(here, there, str(folder), compared(pairs))
+    comparisons = compared(pairs, here.study.n_images)
+    return sections.beside_section(here, there, str(folder), comparisons)
 
 
 def with_block(readme: Path, out: Path, found: Findings) -> str:
     """The text of `readme` with the block of this report replaced."""
-    folder = Path(os.path.relpath(out, readme.parent)).as_posix()
+    folder = Path(os.path.relpath(out.resolve(), readme.parent)).as_posix()
     first, last = f"<!-- report.py: {folder} -->", f"<!-- end of {folder} -->"
     try:
-        before, begun, rest = readme.read_bytes().decode().partition(first)
+        text = readme.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise ReportError(f"{readme} is no text: {error}") from error
-    _, ended, after = rest.partition(last)
-    if not (begun and ended):
-        raise ReportError(f"{readme} lacks the lines '{first}' and '{last}': put them in")
+    if not (text.count(first) == text.count(last) == 1 and text.index(first) < text.index(last)):
+        raise ReportError(
+            f"{readme} must have the lines '{first}' and '{last}', once each and in this order: "
+            "the results go in between"
+        )
+    before, after = text.partition(first)[0], text.partition(last)[2]
     block = "\n".join(sections.readme_block(found, folder))
     return f"{before}{first}\n{block}\n{last}{after}"
 

@@ -35,7 +35,8 @@ def study_section(f: Findings, figures: Lines) -> Lines:
         ]
     sections = [
         ("What was found", finding(f), []),
-        ("The published table, with ours beside it", published_table(f), ["test_accuracy.png"]),
+        ("The published table, with ours beside it" if study.published else "Every model",
+         published_table(f), ["test_accuracy.png"]),
         ("Over seeds", seeds_table(f), []),
         ("Against the baseline", baseline_table(f), ["differences.png"]),
         ("What it costs", cost_table(f), ["accuracy_vs_latency.png", "inference_time.png",
@@ -81,8 +82,10 @@ def p_value(p: float | None) -> str:
 
 def finding(f: Findings) -> Lines:
     """The verdicts in sentences that can be quoted."""
+    controls = [f"- {control_sentence(f, model, c)}" for model, c in f.controlled.items()]
     if "baseline" not in f.models:
-        return ["**No verdict:** there is no finished run of the baseline to compare with."]
+        lines = ["**No verdict:** there is no finished run of the baseline to compare with."]
+        return [*lines, *(["", *controls] if controls else [])]
     if len(f.models) == 1:
         return ["**No verdict:** only the baseline was trained."]
     lines = [headline(f), ""]
@@ -93,13 +96,12 @@ def finding(f: Findings) -> Lines:
                 f"- `{model}`: no verdict, it has fewer than two seeds in common with the "
                 "baseline. One pair of runs cannot tell the model's doing from the seed's."
             )
-    lines += [f"- {control_sentence(f, model, c)}" for model, c in f.controlled.items()]
+    lines += controls
     if f.front:
-        row = f.costs[f.front[0]]
+        row, judged = f.costs[f.front[0]], sum(model in f.costs for model in f.against) + 1
         lines.append(
             f"- Accuracy against inference time ({row['mode']}, {row['precision']}), ties counted "
-            f"as ties: {names(f.front)} {'is' if len(f.front) == 1 else 'are'} beaten by no other "
-            "model (Pareto front)."
+            f"as ties: the Pareto front of {judged} models is {names(f.front)}."
         )
     return lines
 
@@ -192,16 +194,19 @@ def published_table(f: Findings) -> Lines:
             f"{published['ms_per_image']:.2f}" if published else "-",
         ])  # fmt: skip
     several = any(summary["n"] > 1 for summary in f.models.values())
-    n_images = study.any_run.result.get("test_images")
+    n_images = study.n_images
     lines = [
         *table(header, rows),
         "",
         "Test accuracy: with the weights of the best validation epoch"
         + (", mean ± sample standard deviation (n - 1) over seeds" if several else "")
-        + (f", on {n_images:,} test images" if n_images else "")
-        + ". Published: one run per model, 50 epochs, 10,000 test images; inference on an NVIDIA "
-        "RTX 4070.",
+        + (f", on {n_images:,} test images." if n_images else "."),
     ]
+    if study.published:
+        lines.append(
+            "Published: one run per model, 50 epochs, 10,000 test images; inference on an NVIDIA "
+            "RTX 4070."
+        )
     if f.costs:
         row = next(iter(f.costs.values()))
         lines.append(
@@ -277,8 +282,10 @@ def baseline_table(f: Findings) -> Lines:
 
 
 def class_table(f: Findings) -> Lines:
-    if f.by_class is None:
+    if not f.against:
         return []
+    if f.by_class is None:
+        return ["Not made: a run lacks usable `test_predictions.npy` and `test_labels.npy`."]
     models = list(f.by_class.against)
     rows = []
     for i, name in enumerate(f.by_class.classes):
@@ -302,6 +309,8 @@ def class_table(f: Findings) -> Lines:
 
 def cost_table(f: Findings) -> Lines:
     """What was measured, each model beside the baseline."""
+    if "baseline" not in f.relative:
+        return []
     timed = next(iter(f.costs.values()), None)
     fast = next(iter(f.fastest.values()), None)
     columns = {
@@ -439,8 +448,9 @@ def beside_section(
     lines += [
         *table(header, rows),
         "",
-        "Here against there, paired by seed, which fixes split, order and the backbone's first "
-        "weights; Holm's correction over the models of this table. Here: "
+        "Here against there, paired by seed, which fixes split and order"
+        + (" and the backbone's first weights" if here.study.width == there.study.width else "")
+        + "; Holm's correction over the models of this table. Here: "
         f"{here.study.title}; {'; '.join(devices[0])}. There: {there.study.title}; "
         f"{'; '.join(devices[1])}.",
         "",
@@ -468,7 +478,7 @@ def readme_block(f: Findings, folder: str) -> Lines:
             f"{s['params']:,}",
             *("-" if ratio is None else f"{ratio:.2f}x" for ratio in times),
         ])  # fmt: skip
-    run = f.study.any_run
+    run, timed = f.study.any_run, next(iter(f.costs.values()), None)
     mark = f"{f.study.mark.capitalize()}. " if f.study.mark else ""
     return [
         f"{mark}{f.study.title}; {run.result['device']}, {run.result['precision']}, "
@@ -479,8 +489,13 @@ def readme_block(f: Findings, folder: str) -> Lines:
         *finding(f),
         "",
         "Accuracy: mean ± sample standard deviation over seeds. Against the baseline: points, with "
-        "the interval after Holm's correction. Inference (eager, fp32, batch 64) and training time "
-        f"beside the baseline's. All of it: [{folder}/report.md]({folder}/report.md).",
+        "the interval after Holm's correction. "
+        + (
+            f"Inference ({how(timed)}, batch {timed['batch_size']}) and training"
+            if timed
+            else "Training"
+        )
+        + f" time beside the baseline's. All of it: [{folder}/report.md]({folder}/report.md).",
     ]
 
 
@@ -499,6 +514,7 @@ def missing_section(found: list[Findings], problems: Lines) -> Lines:
             )
     if all(f.study.quick for f in found):
         lines.append("every full run: `./run_all.sh full`")
+    lines = [" ".join(line.split()) for line in lines]  # names of folders may hold anything
     lines = lines or ["Nothing: every run of the table is there."]
     return ["## What is missing", "", *(f"- {line}" for line in lines), ""]
 
@@ -509,6 +525,8 @@ def method_section(studies: list[Study], cost_rows: list[dict]) -> Lines:
     lines = ["## How it was measured", ""]
     for words, count in Counter(environment(run) for run in runs).items():
         lines.append(f"- {count} run{'s' * (count > 1)}: {words}")
+    if dates := sorted({str(run.env["date"]) for run in runs if "date" in run.env}):
+        lines.append(f"- trained on {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}")
     for run in runs:
         if run.result.get("fallback"):
             lines.append(f"- {run.folder}: {run.result['fallback']}")

@@ -7,6 +7,7 @@ and left out, never guessed at.
 import json
 import math
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class Run:
     metrics: list[dict]  # metrics.jsonl
     labels: np.ndarray | None  # (test images,), test_labels.npy; None where that is not there
     correct: np.ndarray | None  # bool (test images,), whether best.pt is right; None likewise
+    problem: str | None = None  # why labels and predictions are not used, though they are there
 
     @property
     def seed(self) -> int:
@@ -98,6 +100,8 @@ class Study:
                 parts.append(f"{config[key]:,} {what}")
         if width != 64:
             parts.append(f"width {width} instead of 64")
+        if len(parts) == 1 and "patience" in self.overrides:
+            parts.append(f"patience {self.overrides['patience']}")
         return f"quick run: {', '.join(parts)}"
 
     @property
@@ -108,12 +112,20 @@ class Study:
     def seeds(self) -> list[int]:
         return sorted({run.seed for runs in self.runs.values() for run in runs})
 
+    @property
+    def n_images(self) -> int | None:
+        """Test images; None where neither result.json nor predictions tell."""
+        return self.any_run.result.get("test_images")
+
     def by_seed(self, model: str) -> dict[int, Run]:
         return {run.seed: run for run in self.runs.get(model, [])}
 
 
 # What reading a damaged file may raise.
-DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, ArithmeticError, RecursionError)
+DAMAGED = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, ArithmeticError,
+    RecursionError, MemoryError, zipfile.BadZipFile,
+)  # fmt: skip
 
 
 class ReportError(RuntimeError):
@@ -135,6 +147,8 @@ def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
             reason = f"{type(error).__name__}: {error}"
             problems.append(f"{folder} left out, its files are damaged or not readable ({reason})")
             continue
+        if run.problem:
+            problems.append(f"{folder}: {run.problem}")
         result = run.result
         overrides = json.dumps(result["overrides"], sort_keys=True)
         key = (result["dataset"], result["recipe"], overrides, result["quick"])
@@ -195,7 +209,18 @@ def read_run(folder: Path) -> Run:
     named = [str(result[key]) for key in ("dataset", "recipe", "model")] + [f"seed{result['seed']}"]
     if list(folder.parts[-4:]) != named:  # a copied folder would count as one more run
         raise ValueError(f"result.json is that of {result['model']} seed {result['seed']}")
-    return Run(folder, result, config, env, metrics, *read_classes(folder, result))
+    for key in ("model", "seed"):
+        if config.get(key, result[key]) != result[key]:
+            raise ValueError(f"config.json is that of {key} {config[key]}")
+    labels, correct = read_classes(folder, result)
+    run = Run(folder, result, config, env, metrics, labels, correct)
+    if correct is not None and abs(100 * correct.mean() - result["test_acc"]) > 1e-6:
+        run.labels = run.correct = None
+        run.problem = (
+            f"its predictions are not used, {100 * correct.mean():.2f} % of them are right, and "
+            f"result.json says {result['test_acc']:.2f} %"
+        )
+    return run
 
 
 def read_classes(folder: Path, result: dict) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -212,7 +237,7 @@ def read_classes(folder: Path, result: dict) -> tuple[np.ndarray | None, np.ndar
                 raise ValueError(f"{path.name} holds something else than classes")
             n_images = result.setdefault("test_images", found[name].size)
             if found[name].shape != (n_images,):
-                raise ValueError(f"{found[name].size:,} {name} for {n_images:,} test images")
+                raise ValueError(f"{name} of shape {found[name].shape}, {n_images:,} test images")
     if len(found) < 2:
         return None, None
     return found["labels"], found["predictions"] == found["labels"]
@@ -264,6 +289,10 @@ def costs_of(study: Study, rows: list[dict], mode="eager", precision="fp32") -> 
     """{model: its row} at this study's width and batch 64, or else the largest measured."""
     wanted = {"mode": mode, "precision": precision, "width": study.width}
     rows = [row for row in rows if wanted.items() <= row.items()]
+    rows.sort(key=lambda row: row["model"] != "baseline")
+    if rows:  # times are compared on one machine
+        wanted = {key: rows[0][key] for key in ("device", "torch")}
+        rows = [row for row in rows if wanted.items() <= row.items()]
     sizes = {row["batch_size"] for row in rows}
     size = 64 if 64 in sizes else max(sizes, default=64)
     return {row["model"]: row for row in rows if row["batch_size"] == size}

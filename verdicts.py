@@ -25,7 +25,7 @@ class Comparison:
     accuracy: float  # the model's mean over those seeds
     reference: float  # that of what it is compared with
     difference: float  # mean of the paired differences, model - reference
-    sd: float  # their sample standard deviation (n - 1)
+    sd: float  # their sample standard deviation (n - 1), at least a step
     p: float  # paired t test, two-sided
     p_welch: float | None  # Welch's test; None where one model's accuracies do not vary
     correlation: float | None  # of the pairs; None likewise
@@ -43,14 +43,20 @@ class Comparison:
         return "worse" if self.corrected[1] < 0 else "not distinguishable"
 
 
-def compare(model: dict[int, float], reference: dict[int, float]) -> Comparison | None:
-    """{seed: accuracy} against {seed: accuracy}; None with less than two common seeds."""
+def compare(
+    model: dict[int, float], reference: dict[int, float], step: float = 0.0
+) -> Comparison | None:
+    """{seed: accuracy} against {seed: accuracy}; None with less than two common seeds.
+
+    step: that of accuracies, one test image in points. Differences that happen to agree closer than
+    that say nothing about how much they vary, so their standard deviation counts as no less.
+    """
     seeds = sorted(model.keys() & reference.keys())
     if len(seeds) < 2:
         return None
     a, b = (np.array([values[seed] for seed in seeds]) for values in (model, reference))
     differences = a - b
-    mean, sd = float(differences.mean()), float(differences.std(ddof=1))
+    mean, sd = float(differences.mean()), max(step, float(differences.std(ddof=1)))
     varied = a.std() > 0 and b.std() > 0
     u = stats.mannwhitneyu(a, b).statistic
     return Comparison(

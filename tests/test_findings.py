@@ -36,12 +36,14 @@ def row(model, ms, spread=0.01):
         "model": model, "params": 700_000, "flops": 9e8, "flops_aten": 9e8, "batch_size": 64,
         "precision": "fp32", "mode": "eager", "width": 8, "ms_per_image": ms,
         "ms_per_image_p10": ms * (1 - spread), "ms_per_image_p90": ms * (1 + spread),
+        "device": "a test", "torch": "2",
     }  # fmt: skip
 
 
 BASE = [93.0, 93.1, 93.2, 93.3, 93.4]
 MORE = [94.0, 94.12, 94.19, 94.3, 94.4]  # a point more, seed by seed
 SAME = [93.1, 93.0, 93.2, 93.4, 93.3]
+WIDE = [93.0, 95.0, 92.5, 95.5, 94.5]  # perhaps more, perhaps not
 LESS = [92.0, 92.12, 92.19, 92.3, 92.4]
 
 
@@ -56,6 +58,8 @@ LESS = [92.0, 92.12, 92.19, 92.3, 92.4]
         ({"se": LESS}, {"se": 0.5}, ["baseline", "se"]),  # worse but faster
         ({"se": MORE, "eca": MORE}, {"se": 2.0, "eca": 3.0}, ["baseline", "se"]),
         ({"se": SAME, "eca": MORE}, {"se": 2.0, "eca": 3.0}, ["baseline", "eca"]),
+        # eca is better than the baseline but not than se, which the baseline beats.
+        ({"se": WIDE, "eca": MORE}, {"se": 2.0, "eca": 3.0}, ["baseline", "eca"]),
     ],
 )
 def test_pareto_front_counts_ties_as_ties(make_study, accuracies, ms, front):
@@ -74,6 +78,12 @@ def test_interval_of_a_mean_is_scipy_s(make_study):
     found = find(make_study({"baseline": BASE}), [])
     expected = stats.t.interval(0.95, 4, loc=np.mean(BASE), scale=stats.sem(BASE))
     assert found.models["baseline"]["test_acc_interval"] == pytest.approx(expected)
+
+
+def test_two_pairs_that_happen_to_agree_are_no_proof(make_study):
+    found = find(make_study({"baseline": [92.9, 93.1], "se": [92.93, 93.13]}), [])
+    assert found.against["se"].sd == pytest.approx(0.01)  # one image of 10,000
+    assert found.against["se"].verdict == "not distinguishable"
 
 
 def test_a_control_is_compared_with_its_own_module(make_study):
@@ -109,6 +119,7 @@ def test_class_by_class_as_counted_one_by_one(make_study):
     for runs in study.runs.values():
         for run in runs:
             run.labels, run.correct = labels, generator.random(100) < 0.8
+            run.result["test_images"] = 100
     found = find(study, []).by_class
     p_values = []
     for i, name in enumerate(found.classes):

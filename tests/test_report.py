@@ -102,7 +102,8 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
     cells = row_of(section, "se")
     assert cells[1:3] == ["5", "-1.00"] and cells[4] == "worse"
     assert cells[7] == interval(expected.interval)
-    assert cells[8] == "+0.00 to +0.00"  # the copies share their predictions
+    low, high = (float(bound) for bound in cells[8].split(" to "))
+    assert low < -1.3 and -0.7 < high < 0  # wider than the t interval: images are drawn, too
     assert row_of(section, "cbam_blocks")[4] == "not distinguishable"
     assert "**Against the baseline, over 5 seeds: worse `se`, `se_static`; not" in text
     assert "- `se` is worse than the baseline: 92.20 % against 93.20 %, -1.00 points over 5" in text
@@ -149,9 +150,12 @@ def test_the_readme_s_block(study, tmp_path, capsys):
     readme = tmp_path / "README.md"
     args = ["--runs", str(runs), "--out", str(out), "--readme", str(readme)]
     markers = "<!-- report.py: out -->\nold\n<!-- end of out -->"
-    readme.write_text(f"# Mine\n\n{markers.replace('out', 'other')}\n")
-    assert report.main(args) == 1
-    assert is_one_line(capsys.readouterr().err) and not (out / "report.md").exists()
+    begun, _, ended = markers.splitlines()
+    for bad in (markers.replace("out", "other"), markers + markers, f"{ended}\n{begun}", "\xe9"):
+        readme.write_text(bad, encoding="latin-1")
+        assert report.main(args) == 1
+        assert is_one_line(capsys.readouterr().err) and not (out / "report.md").exists()
+        assert readme.read_text(encoding="latin-1") == bad
     readme.write_text(f"# Mine\n\n{markers}\n\nThe rest.\n")
     assert report.main(args) == 0
     text = readme.read_text()
@@ -184,7 +188,7 @@ def test_predictions_of_another_length_are_not_counted(finished_run, tmp_path):
     (empty / "test_labels.npy").write_bytes(b"")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert "se/seed0 left out" in text and "99 predictions for 100 test images" in text
+    assert "se/seed0 left out" in text and "predictions of shape (99,), 100 test images" in text
     assert "se/seed1 left out" in text and "| se | 0 | missing |" in text
     assert "No verdict" in text
 
@@ -336,6 +340,33 @@ def test_only_damaged_runs_make_no_table(study, capsys):
     assert is_one_line(capsys.readouterr().err) and not (out / "report.md").exists()
 
 
+def test_predictions_that_do_not_give_the_accuracy_are_not_used(study):
+    runs, out = study
+    folder = runs / "fashion_mnist/published/se"
+    shutil.copy(folder / "seed0/test_predictions.npy", folder / "seed1")
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert "se/seed1: its predictions are not used, 92.90 % of them are right" in text
+    assert row_of(text, "se")[1] == "3" and "Not made: a run lacks usable" in text
+
+
+@pytest.mark.parametrize(
+    "body", [b"PK\x03\x04 no archive", b"", b"\x93NUMPY\x01\x00", np.float32(1).tobytes()]
+)
+def test_what_is_no_array_of_classes_is_named(study, body):
+    runs, _ = study
+    (runs / "fashion_mnist/published/se/seed1/test_labels.npy").write_bytes(body)
+    (found,), problems = read_studies(runs)
+    assert len(found.runs["se"]) == 2 and "se/seed1 left out" in problems[0]
+
+
+def test_a_folder_of_any_name(study):
+    runs, out = study
+    (runs / "fashion_mnist/published/ev\udcff\n## il|/seed0").mkdir(parents=True)
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    assert "\n## il" not in (out / "report.md").read_text()
+
+
 def test_fields_that_only_we_write_may_be_missing(study):
     runs, out = study
     for path in runs.glob("*/*/*/*/result.json"):
@@ -349,7 +380,7 @@ def test_fields_that_only_we_write_may_be_missing(study):
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert row_of(text, "se")[1:3] == ["2", "92.95 ± 0.07"]
-    assert "se/seed1 left out, it has other settings: test_images 99 instead of 100" in text
+    assert "se/seed1 left out, it has other settings: test_images 99 instead of 10000" in text
 
 
 @pytest.mark.parametrize(
