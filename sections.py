@@ -144,7 +144,9 @@ def sentence(f: Findings, model: str, c: Comparison) -> str:
 
 def price(cost: Cost) -> str:
     """What a model costs beside the baseline, as the end of a sentence."""
-    words = {"eager": "inference time", "training": "training time"}
+    words = {"eager": "inference time"}
+    if cost.training_spread and not cost.training_spread[0] <= 1 <= cost.training_spread[1]:
+        words["training"] = "training time"  # otherwise the seeds do not even agree on the sign
     parts = [f"{cost.ratios[name]:.2f} times its {what}" for name, what in words.items()
              if cost.ratios[name]]  # fmt: skip
     return f", at {' and '.join(parts)}" if parts else ""
@@ -336,9 +338,7 @@ def cost_table(f: Findings) -> Lines:
             elif name in ("params", "flops"):
                 cell = f"{100 * (ratio - 1):+.2f} %"
             else:
-                cell = f"{ratio:.2f}x"
-                if name == "training" and cost.training_spread[0] < cost.training_spread[1]:
-                    cell += " ({:.2f} to {:.2f})".format(*cost.training_spread)
+                cell = training_ratio(cost) if name == "training" else f"{ratio:.2f}x"
             cells.append(cell)
         rows.append(cells)
     lines = [*table(["model", *(column[0] for column in measured.values())], rows), ""]
@@ -354,6 +354,14 @@ def cost_table(f: Findings) -> Lines:
     return [*lines, *(["", *sayings] if sayings else [])]
 
 
+def training_ratio(cost: Cost) -> str:
+    """Of the baseline's training time: the median over seeds, and the range."""
+    if cost.ratios["training"] is None:
+        return "-"
+    low, high = cost.training_spread
+    return f"{cost.ratios['training']:.2f}x" + (f" ({low:.2f} to {high:.2f})" if low < high else "")
+
+
 def how(row: dict | None) -> str:
     return f"{row['mode']} {row['precision']}" if row else ""
 
@@ -364,11 +372,15 @@ def illusion(f: Findings, model: str) -> str:
     if model == "baseline" or not (cost.ratios["flops"] and cost.ratios["eager"]):
         return ""
     words = {"eager": f"inference time ({how(f.costs[model])})"}
-    if model in f.fastest:
+    if cost.ratios["fast"]:
         words["fast"] = f"({how(f.fastest[model])})"
-    words["training"] = "training time"
-    times = [f"{100 * (cost.ratios[name] - 1):+.0f} % {what}" for name, what in words.items()
-             if cost.ratios[name]]  # fmt: skip
+    times = [f"{100 * (cost.ratios[name] - 1):+.0f} % {what}" for name, what in words.items()]
+    if cost.ratios["training"]:
+        low, high = (100 * (bound - 1) for bound in cost.training_spread)
+        times.append(
+            f"{100 * (cost.ratios['training'] - 1):+.0f} % training time ({low:+.0f} to {high:+.0f}"
+            " over seeds)"
+        )
     flops = 100 * (cost.ratios["flops"] - 1)
     return f"- `{model}`: {flops:+.2f} % FLOPs; measured {', '.join(times)}."
 
@@ -468,7 +480,6 @@ def readme_block(f: Findings, folder: str) -> Lines:
     rows = []
     for model, s in f.models.items():
         c, cost = f.against.get(model), f.relative[model]
-        times = [cost.ratios["eager"], cost.ratios["training"]]
         rows.append([
             label(f.study, f"`{model}`"),
             str(s["n"]),
@@ -476,7 +487,8 @@ def readme_block(f: Findings, folder: str) -> Lines:
             f"{c.difference:+.2f} ({interval(c.corrected)})" if c else "-",
             c.verdict if c else "-",
             f"{s['params']:,}",
-            *("-" if ratio is None else f"{ratio:.2f}x" for ratio in times),
+            "-" if cost.ratios["eager"] is None else f"{cost.ratios['eager']:.2f}x",
+            training_ratio(cost),
         ])  # fmt: skip
     run, timed = f.study.any_run, next(iter(f.costs.values()), None)
     mark = f"{f.study.mark.capitalize()}. " if f.study.mark else ""
@@ -495,7 +507,8 @@ def readme_block(f: Findings, folder: str) -> Lines:
             if timed
             else "Training"
         )
-        + f" time beside the baseline's. All of it: [{folder}/report.md]({folder}/report.md).",
+        + " time beside the baseline's (lowest to highest over seeds). "
+        f"All of it: [{folder}/report.md]({folder}/report.md).",
     ]
 
 

@@ -107,7 +107,7 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
     assert row_of(section, "cbam_blocks")[4] == "not distinguishable"
     assert "**Against the baseline, over 5 seeds: worse `se`, `se_static`; not" in text
     assert "- `se` is worse than the baseline: 92.20 % against 93.20 %, -1.00 points over 5" in text
-    assert "at 1.20 times its inference time and 1.00 times its training time" in text
+    assert "after correction), at 1.20 times its inference time." in text
     assert "`cbam_blocks` is not distinguishable from the baseline" in text
     assert "- `cbam_classifier`: no verdict, it has fewer than two seeds" in text
     assert "- `se` against its control `se_static`" in text

@@ -65,13 +65,10 @@ def test_full_is_the_published_table_by_default():
     assert [(s.seed, s.model) for s in found] == [(k, model) for k in range(5) for model in models]
 
 
-def test_shards_are_parts_of_the_plan():
+def test_a_shard_is_every_nth_run_of_the_plan():
     whole = run_all("plan", "full", SEEDS="0 1").stdout.splitlines()[:-2]
-    parts = [
-        run_all("plan", "full", SEEDS="0 1", SHARD=f"{i}/3").stdout.splitlines() for i in range(3)
-    ]
-    assert [len(part) for part in parts] == [3, 3, 2]
-    assert sorted(line for part in parts for line in part) == sorted(whole)
+    shard = run_all("plan", "full", SEEDS="0 1", SHARD="1/3").stdout.splitlines()
+    assert len(whole) == 8 and shard == whole[1::3]  # no benchmark, no report
 
 
 @pytest.mark.parametrize(
@@ -105,7 +102,7 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(finished_run, tmp_pa
     before = (other / "result.json").read_bytes()
     environment = {"MODELS": "baseline se", "RUNS": runs, "OUT": out}
 
-    first = run_all("quick", JOBS=2, **environment)
+    first = run_all("quick", JOBS=2, OMP_NUM_THREADS=2, **environment)
     assert first.returncode == 1
     logs = {path.name: path.read_text() for path in (runs / "logs").iterdir()}
     assert "use --overwrite" in logs["fashion_mnist.quick.baseline.seed0.log"]
