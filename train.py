@@ -365,6 +365,8 @@ def finished(settings: argparse.Namespace, folder: Path) -> dict | None:
     there = run_folder.read_json(folder / "config.json", "model")
     config = as_config(settings) | {"mode": there.get("mode")}  # it is done, in whatever mode
     run_folder.check_same_run(folder, config, there)
+    # It may have been killed after its result was written, before these went.
+    run_folder.discard_states(folder, there.get("keep_last", True))
     print(f"already complete: {folder}{run_folder.note_on_edits(folder, source_hashes())}")
     return run_folder.read_json(folder / "result.json", *SUMMARY)
 
