@@ -172,6 +172,7 @@ def control_sentence(f: Findings, model: str, c: Comparison) -> str:
 
 
 def published_table(f: Findings) -> Lines:
+    """Accuracy, parameters, FLOPs and inference time, the published figure beside each of ours."""
     study = f.study
     header = ["model", "seeds", "test accuracy %", "published", "parameters M", "published"]
     header += ["FLOPs G", "published", "ms/image", "published"]
@@ -284,6 +285,7 @@ def baseline_table(f: Findings) -> Lines:
 
 
 def class_table(f: Findings) -> Lines:
+    """The baseline's accuracy of every class, and every model's difference from it."""
     if not f.against:
         return []
     if f.by_class is None:
@@ -516,6 +518,7 @@ def readme_block(f: Findings, folder: str) -> Lines:
 
 
 def missing_section(found: list[Findings], problems: Lines) -> Lines:
+    """Runs that would complete a table, and all that was found damaged on the way."""
     lines = list(problems)
     for f in found:
         if f.missing:
