@@ -12,6 +12,7 @@ code, and on the CPU, from where each load_state_dict moves its part.
 import io
 import os
 import sys
+import time
 import warnings
 import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -140,23 +141,27 @@ class Saver:
     The last.pt that is there is kept as prev.pt.
 
     A save first waits for the one before, and leaving the block waits for the last. What went wrong
-    in writing, such as a full disk, is raised by the wait.
+    in writing, such as a full disk, is raised by the wait. `seconds`: what waiting and copying took
+    so far, during which nothing is trained.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.pending: Future | None = None
+        self.seconds = 0.0
 
     def __enter__(self):
         self.pool = ThreadPoolExecutor(max_workers=1)
         return self
 
     def __call__(self, files: dict[Path, dict | str]) -> None:
+        start = time.perf_counter()
         self.wait()
         copies = copied(files, self.device)  # the next step changes the originals
         cuda = self.device.type == "cuda"
         copies_made = torch.cuda.current_stream(self.device).record_event() if cuda else None
         self.pending = self.pool.submit(self.write, copies, copies_made)
+        self.seconds += time.perf_counter() - start
 
     def write(self, files: dict[Path, dict | str], copies_made: torch.cuda.Event | None) -> None:
         if copies_made:  # from the GPU beside the training, on a stream of its own

@@ -284,4 +284,5 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`
     sys.exit(main())

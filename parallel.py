@@ -16,8 +16,9 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+RANK, WORLD, LOCAL_RANK = 0, 1, 0
+if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's; other launchers, too, set a WORLD_SIZE
+    RANK, WORLD, LOCAL_RANK = (int(os.environ[n]) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
 
 
 @contextlib.contextmanager

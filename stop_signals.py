@@ -1,8 +1,10 @@
-"""SIGINT (Ctrl-C) and SIGTERM: finish the step, then leave."""
+"""SIGINT (Ctrl-C) and SIGTERM: finish the step, then leave; before the first step, at once."""
 
 import contextlib
+import os
 import signal
 import threading
+from collections.abc import Callable
 
 import parallel
 
@@ -26,12 +28,29 @@ def watch_signals():
         if parallel.any_of(bool(arrived)):
             raise Stopped(arrived[0] if arrived else signal.SIGTERM)
 
+    with handled_by(lambda signum, frame: arrived.append(signum)):
+        yield leave_if_stopped
+
+
+def leaving_at_once(tidy_up: Callable[[], None]):
+    """Within the block SIGINT and SIGTERM end the process after a call of `tidy_up`."""
+
+    def leave(signum, frame):
+        tidy_up()
+        os._exit(128 + signum)  # sys.exit is an exception, too
+
+    return handled_by(leave)
+
+
+@contextlib.contextmanager
+def handled_by(handler):
+    """Within the block, SIGINT and SIGTERM call handler(signum, frame)."""
     before = {}
     if threading.current_thread() is threading.main_thread():  # only there can handlers be set
         for signum in (signal.SIGINT, signal.SIGTERM):
-            before[signum] = signal.signal(signum, lambda signum, frame: arrived.append(signum))
+            before[signum] = signal.signal(signum, handler)
     try:
-        yield leave_if_stopped
+        yield
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)

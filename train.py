@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the loop begins, Ctrl-C just ends it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # while this imports, Ctrl-C just ends it
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +46,7 @@ from modes import set_up_torch
 from run_folder import RunError
 from self_check import self_check
 from settings import RECIPES, as_config, parse_settings  # noqa: F401 (train.RECIPES is for all)
-from stop_signals import Stopped, watch_signals
+from stop_signals import Stopped, leaving_at_once, watch_signals
 from tensorboard_log import log_epoch, log_test, open_writer
 from training_step import adam, choose_mode, logits_of, make_step
 
@@ -257,6 +257,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             "precision": settings.precision,
             "mode": mode,
             "set_up_seconds": set_up_seconds,  # of compiling or capturing, not in train_seconds
+            "save_seconds": save.seconds,  # that training stood still for checkpoints, neither
             "fallback": "; ".join(failures) or None,  # why it ran in no faster mode
             "device": device_name(device),
             "quick": settings.quick,
@@ -377,6 +378,7 @@ def main(argv: list[str] | None = None) -> int:
         models = [settings.model] if settings.model else list(MODELS)
         return 0 if self_check(models, settings.device, settings.width) else 1
     with parallel.joined(settings.device), contextlib.ExitStack() as stack:
+        stack.enter_context(leaving_at_once(stack.close))
         runs = settings.runs
         if settings.dry_run or parallel.RANK:  # the other processes only train along
             runs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="runs-")))

@@ -110,6 +110,23 @@ def test_stopped_between_two_steps_it_goes_on_to_the_same_end(whole, tmp_path):
     assert_same_end(folder, whole[0])
 
 
+def test_stopped_before_the_first_step_it_leaves_nothing(tmp_path):
+    """A dry run, while it compiles. Its WORLD_SIZE is some launcher's, not torchrun's."""
+    command = [sys.executable, "-u", "train.py", "--model", "se", "--mode", "compile", "--dry-run"]
+    process = subprocess.Popen(
+        command,
+        cwd=REPO,
+        env=os.environ | {"TMPDIR": str(tmp_path), "WORLD_SIZE": "2"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline().startswith("compiling") and list(tmp_path.glob("runs-*"))
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=60) == ("", "") and process.returncode == 143
+    assert not list(tmp_path.glob("runs-*"))
+
+
 class StopAt:
     """In place of watch_signals: a signal when the run asks for one for the n-th time.
 

@@ -1,4 +1,5 @@
-"""On a real Slurm, started here on this one machine: an array of workers, one of them requeued.
+"""The README's sbatch command on a real Slurm, started here on this one machine that claims to have
+four GPUs: an array of workers, one of them requeued.
 
 apt-get install slurm-wlm munge
 ./run_all.sh test -m slow tests/test_slurm.py       # as root; 5 minutes
@@ -6,6 +7,7 @@ apt-get install slurm-wlm munge
 
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -40,7 +42,8 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus}
+GresTypes=gpu
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Gres=gpu:4
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
 
@@ -64,6 +67,9 @@ def slurm(tmp_path_factory):
         host=host, place=place, ports=(free_port(), free_port()), cpus=os.cpu_count()
     )
     (place / "slurm.conf").write_text(configuration)
+    (place / "gres.conf").write_text(f"Name=gpu File={place}/gpu[0-3]\n")
+    for gpu in range(4):
+        (place / f"gpu{gpu}").touch()
     environment = os.environ | {"SLURM_CONF": str(place / "slurm.conf")}
     munge = [f"--{name}-file={place}/munge.{name}" for name in ("key", "pid", "log", "seed")]
     commands = [
@@ -93,10 +99,11 @@ def slurm(tmp_path_factory):
 def test_an_array_of_workers_trains_every_run_once(slurm, tmp_path):
     runs, logs = tmp_path / "runs", tmp_path / "logs"
     logs.mkdir()
-    work = "SHARD=$SLURM_ARRAY_TASK_ID/$SLURM_ARRAY_TASK_COUNT exec ./run_all.sh quick"
+    (command,) = re.findall(r"^sbatch .*\\\n.*$", (REPO / "README.md").read_text(), re.MULTILINE)
+    for readme, here in (("\\\n", ""), ("--array=0-19", "--array=0-3"), ("full", "quick")):
+        command = command.replace(readme, here)
     job = slurm(
-        "sbatch", "--parsable", "--array=0-3", "--requeue", "--open-mode=append",
-        f"--output={logs}/%a", f"--wrap={work}",
+        "sbatch", "--parsable", f"--output={logs}/%a", *shlex.split(command)[1:],
         PYTHON=sys.executable, RUNS=str(runs), OUT=str(tmp_path / "out"),
     ).strip()  # fmt: skip
 
