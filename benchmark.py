@@ -322,8 +322,10 @@ def main(argv: list[str] | None = None) -> int:
         "device": device_name(device),
         "torch": torch.__version__,
         "width": args.width,
-        "models_sha256": source_hashes()["models.py"],  # an edited model is another model
-        "modes_sha256": source_hashes()["modes.py"],  # an edited mode another mode
+        # An edited model is another model, an edited mode another mode.
+        "models_sha256": source_hashes()["models.py"],
+        "attention_sha256": source_hashes()["attention.py"],
+        "modes_sha256": source_hashes()["modes.py"],
     }
     try:
         rows = {key_of(row): row for row in rows_kept(path, common)} if args.keep else {}

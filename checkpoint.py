@@ -9,12 +9,12 @@ Everything in it is a plain type or a tensor, loaded with `weights_only=True`, w
 code, and on the CPU, from where each load_state_dict moves its part.
 """
 
+import hashlib
 import io
 import os
 import sys
 import time
 import warnings
-import zipfile
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -60,7 +60,7 @@ def take_up(folder: Path, model, optimizer, scheduler, device, config: dict) -> 
     parts = (model, optimizer, scheduler, device)
     as_built = copied(state_of(*parts, Progress(), config), torch.device("cpu"))
     for path in (folder / "last.pt", folder / "prev.pt"):
-        if not path.exists():
+        if not path.is_file():
             continue
         try:
             state = load(path)
@@ -68,13 +68,13 @@ def take_up(folder: Path, model, optimizer, scheduler, device, config: dict) -> 
         except Exception as error:  # damaged files raise what they like
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
-            put_back(as_built, *parts, config)
+            put_back(as_built, *parts, config)  # some of it may have been loaded
             aside = path.with_name(f"{path.name}.corrupt")
             os.replace(path, aside)
             reason = str(error).split("\n")[0] or type(error).__name__
             print(f"note: {path} is set aside as {aside.name}: {reason}", file=sys.stderr)
             continue
-        # It may be that the next thing to do is to validate: the steps were another process's.
+        # PyTorch would warn where no step but the scheduler's is left to this process.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         if state["torch"] != str(torch.__version__):
             print(
@@ -87,6 +87,8 @@ def take_up(folder: Path, model, optimizer, scheduler, device, config: dict) -> 
         metrics = run_folder.metrics_text(progress.history)
         write_atomically(folder / "metrics.jsonl", metrics)
         return progress
+    for name in ("best.pt", "metrics.jsonl"):
+        (folder / name).unlink(missing_ok=True)  # of the state that was set aside
     return Progress()
 
 
@@ -104,8 +106,8 @@ def put_back(state: dict, model, optimizer, scheduler, device, config: dict) -> 
         model.load_state_dict(progress.best)  # do they fit?
     model.load_state_dict(state["model"])
     load_adam(optimizer, state["optimizer"])
-    begun = progress.history or (progress.begun and progress.begun["step"])
-    for parameter in model.parameters() if begun else ():
+    has_stepped = progress.history or (progress.begun and progress.begun["step"])
+    for parameter in model.parameters() if has_stepped else ():  # Adam has no state before
         moments = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
         if any(moment.shape != parameter.shape for moment in moments):
             raise ValueError("Adam's state has other shapes than the weights")
@@ -119,17 +121,26 @@ def put_back(state: dict, model, optimizer, scheduler, device, config: dict) -> 
 def load(path: Path) -> dict:
     """What was saved in `path`, on the CPU. Raises some exception if it is not as it was saved."""
     body = path.read_bytes()
-    with zipfile.ZipFile(io.BytesIO(body)) as file:  # torch.load does not look at the checksums
-        if bad := file.testzip():
-            raise ValueError(f"the checksum of {bad} in it is wrong")
+    if body[-64:] != digest_of(body[:-64]):
+        raise ValueError("it is damaged or incomplete: its sha256 is not the one at its end")
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
 
 
-def serialized(state: dict) -> memoryview:
-    """The bytes of a .pt file."""
+def serialized(state: dict) -> bytearray:
+    """The bytes of a .pt file, which are a zip archive, with their sha256 as its comment.
+
+    torch.load looks at no checksum, and those of the archive leave out its directory, where a
+    single bit makes PyTorch take a tensor's record for a folder and not read it.
+    """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    return buffer.getbuffer()
+    body = bytearray(buffer.getbuffer())
+    body[-2:] = (64).to_bytes(2, "little")  # an archive ends with the length of its comment
+    return body + digest_of(body)
+
+
+def digest_of(body: bytes) -> bytes:
+    return hashlib.sha256(body).hexdigest().encode()
 
 
 class Saver:
@@ -157,14 +168,16 @@ class Saver:
     def __call__(self, files: dict[Path, dict | str]) -> None:
         start = time.perf_counter()
         self.wait()
-        copies = copied(files, self.device)  # the next step changes the originals
+        # The next step changes the originals. On a GPU first a quick copy there, while training
+        # waits; write() then brings that to the CPU beside the training.
+        copies = copied(files, self.device)
         cuda = self.device.type == "cuda"
         copies_made = torch.cuda.current_stream(self.device).record_event() if cuda else None
         self.pending = self.pool.submit(self.write, copies, copies_made)
         self.seconds += time.perf_counter() - start
 
     def write(self, files: dict[Path, dict | str], copies_made: torch.cuda.Event | None) -> None:
-        if copies_made:  # from the GPU beside the training, on a stream of its own
+        if copies_made:
             stream = torch.cuda.Stream(self.device)
             stream.wait_event(copies_made)
             with torch.cuda.stream(stream):

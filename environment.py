@@ -12,7 +12,10 @@ import torch
 import parallel
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ("models.py", "data.py", "settings.py", "train.py", "training_step.py", "modes.py")
+SOURCES = (
+    "models.py", "attention.py", "data.py", "settings.py", "train.py", "training_step.py",
+    "modes.py",
+)  # fmt: skip
 
 
 def choose_device(name: str) -> torch.device:

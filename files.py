@@ -32,8 +32,10 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
             os.replace(path, previous)
         os.replace(temporary, path)
         sync_folder(path.parent)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(path)  # a full disk does not say whose
         raise
 
 

@@ -1,164 +1,28 @@
-"""Attention modules and the ResNet-18 they sit in, written out by hand.
+"""The ResNet-18 that attention modules sit in, written out by hand, and the table of models.
 
     python models.py                    # every model with its parameter count
 
-The backbone is torchvision's ResNet-18 adapted to 28x28 images: `conv1` is 3x3 with stride 1, and
-there is no max-pooling, so the stages see 28, 14, 7 and 4 pixels. Its `state_dict` has the same
-keys and shapes as torchvision's, so weights load from one into the other.
+The backbone is torchvision's ResNet-18 adapted to small images (He, Zhang, Ren, Sun, CVPR 2016,
+arXiv 1512.03385): `conv1` is 3x3 with stride 1, and there is no max-pooling, so the stages see 28,
+14, 7 and 4 pixels of 28. Its `state_dict` has the same keys and shapes as torchvision's, so weights
+load from one into the other.
 
-To add an attention module: write a class `Module(channels)` whose output has the shape of its input
-(N, C, H, W), add one line to ATTENTION, and one to MODELS that says where it goes.
+To add a model: one line in MODELS, with a module of attention.py and its place.
 """
 
 import argparse
+import inspect
 import signal
 import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# --- Attention modules ----------------------------------------------------------------------------
-
-
-class SE(nn.Module):
-    """Squeeze-and-Excitation (Hu, Shen, Sun, CVPR 2018, arXiv 1709.01507).
-
-    s = sigmoid(W2 relu(W1 z + b1) + b2), z = mean of x over H and W (eq. 2, 3); x' = s x (eq. 4).
-    (N, C, H, W) -> (N, C, H, W); one gate per image and channel. The hidden width is C / reduction,
-    with biases, as in the authors' Caffe models; timm rounds the width to a multiple of 8.
-    """
-
-    def __init__(self, channels: int, reduction: int = 16):
-        super().__init__()
-        hidden = max(1, channels // reduction)
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
-
-    def squeeze(self, x):
-        return x.mean((2, 3))  # (N, C)
-
-    def forward(self, x):
-        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(self.squeeze(x)))))  # (N, C)
-        return x * gate[:, :, None, None]
-
-
-class StaticSE(SE):
-    """A control: SE whose gates cannot see the image, z = 1 whatever it shows.
-
-    The same parameters, FLOPs and operations (the mean is taken and multiplied by 0), but the gate
-    is one learned constant a channel. What SE gains over it is due to attention, what both gain is
-    due to parameters.
-    """
-
-    def squeeze(self, x):
-        return 1 + 0 * super().squeeze(x)  # (N, C)
-
-
-class ChannelGate(nn.Module):
-    """CBAM's channel attention: sigmoid(MLP(avg over H, W) + MLP(max over H, W)), eq. 2.
-
-    The two share one MLP. `amax` instead of adaptive max-pooling: the same values, and its backward
-    pass is deterministic on CUDA.
-    """
-
-    def __init__(self, channels: int, reduction: int = 16):
-        super().__init__()
-        hidden = max(1, channels // reduction)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels)
-        )
-
-    def squeeze(self, x):
-        return x.mean((2, 3)), x.amax((2, 3))  # (N, C) both
-
-    def forward(self, x):
-        average, maximum = self.squeeze(x)
-        gate = torch.sigmoid(self.mlp(average) + self.mlp(maximum))  # (N, C)
-        return x * gate[:, :, None, None]
-
-
-class SpatialGate(nn.Module):
-    """CBAM's spatial attention: sigmoid(BN(conv7x7([max over C, mean over C]))), eq. 3.
-
-    As in the authors' code: max comes first, the convolution has no bias, and the BatchNorm (not in
-    the paper's formula) starts with weight 0 and momentum 0.01, so that the gate opens at 0.5.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(2, 1, kernel_size=7, padding=3, bias=False)
-        self.bn = nn.BatchNorm2d(1, momentum=0.01)
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
-        nn.init.zeros_(self.bn.weight)
-
-    def squeeze(self, x):
-        return torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)  # (N, 2, H, W)
-
-    def forward(self, x):
-        gate = torch.sigmoid(batch_norm(self.bn, self.conv(self.squeeze(x))))  # (N, 1, H, W)
-        return x * gate
-
-
-def batch_norm(bn: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
-    """bn(x), for gates that may see a single value per channel (one image, 1x1 map) in training.
-
-    That has no variance, and PyTorch refuses it. The running statistics stand in, and stay as they
-    are, so that a last batch of one image does not end the run.
-    """
-    alone = type(bn) is nn.BatchNorm2d  # not if other processes hold other parts of the batch
-    if alone and bn.training and x.numel() == x.shape[1]:
-        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
-    return bn(x)
-
-
-class CBAM(nn.Module):
-    """Convolutional Block Attention Module (Woo, Park, Lee, Kweon, ECCV 2018, arXiv 1807.06521).
-
-    The channel gate, then the spatial gate (eq. 1). (N, C, H, W) -> (N, C, H, W). As in the
-    authors' repository, with biases in the MLP. timm's differs: no biases, mean before max, and a
-    BatchNorm weight of 1.
-    """
-
-    channel_gate, spatial_gate = ChannelGate, SpatialGate
-
-    def __init__(self, channels: int, reduction: int = 16):
-        super().__init__()
-        self.channel = self.channel_gate(channels, reduction)
-        self.spatial = self.spatial_gate()
-
-    def forward(self, x):
-        return self.spatial(self.channel(x))
-
-
-class StaticChannelGate(ChannelGate):
-    def squeeze(self, x):
-        return [1 + 0 * pooled for pooled in super().squeeze(x)]
-
-
-class StaticSpatialGate(SpatialGate):
-    def squeeze(self, x):
-        return 1 + 0 * super().squeeze(x)
-
-
-class StaticCBAM(CBAM):
-    """A control: CBAM whose gates cannot see the image, all they pool is 1 (see StaticSE).
-
-    A learned constant a channel, and one a position: the convolution's padding tells its spatial
-    gate how far the border is, and nothing else.
-    """
-
-    channel_gate, spatial_gate = StaticChannelGate, StaticSpatialGate
-
-
-ATTENTION = {
-    "se": SE,
-    "cbam": CBAM,
-    "se_static": StaticSE,
-    "cbam_static": StaticCBAM,
-}
-
-# --- ResNet-18 (He, Zhang, Ren, Sun, CVPR 2016, arXiv 1512.03385) for small images ----------------
+from attention import ATTENTION, SelectiveKernel
 
 
 class BasicBlock(nn.Module):
@@ -170,6 +34,7 @@ class BasicBlock(nn.Module):
         self.bn1 = nn.BatchNorm2d(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
+        self.attention_before_bn2 = nn.Identity()
         self.attention = nn.Identity()
         self.downsample = nn.Identity()
         if stride != 1 or in_channels != channels:
@@ -179,7 +44,8 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
-        out = self.attention(self.bn2(self.conv2(out)))
+        out = self.bn2(self.attention_before_bn2(self.conv2(out)))
+        out = self.attention(out)
         return F.relu(out + self.downsample(x))
 
 
@@ -226,14 +92,73 @@ class ResNet18(nn.Module):
 
 # --- Models: which module, and where --------------------------------------------------------------
 
-# "blocks": in every block, after bn2 and before the shortcut is added.
-# "classifier": once, after the global pooling, as published. On that 1x1 map the mean is the max:
-# CBAM's two pooled descriptors coincide, and only the middle taps of its 7x7 kernel are ever used.
+
+def in_blocks(model: ResNet18, module: Callable) -> None:
+    for block in model.blocks:
+        block.attention = module(block.conv2.out_channels)
+
+
+def before_bn2(model: ResNet18, module: Callable) -> None:
+    for block in model.blocks:
+        block.attention_before_bn2 = module(block.conv2.out_channels)
+
+
+def after_stages(model: ResNet18, module: Callable) -> None:
+    for stage in (model.layer1, model.layer2, model.layer3):
+        append(stage, module)
+
+
+def before_pooling(model: ResNet18, module: Callable) -> None:
+    append(model.layer4, module)
+
+
+def append(stage: nn.Sequential, module: Callable) -> None:
+    attention = module(stage[-1].conv2.out_channels)
+    stage.append(nn.Sequential(OrderedDict(attention=attention)))  # its keys: layerS.2.attention.*
+
+
+def before_classifier(model: ResNet18, module: Callable) -> None:
+    model.attention = module(model.fc.in_features)
+
+
+def for_conv2_of_layer4(model: ResNet18, module: Callable) -> None:
+    for block in model.layer4:
+        block.conv2 = module(block.conv2.out_channels)
+
+
+def for_conv1(model: ResNet18, module: Callable) -> None:
+    for block in model.blocks:
+        block.conv1, block.bn1 = module(block.conv1, block.bn1), nn.Identity()
+
+
+PLACES = {
+    "blocks": in_blocks,  # in every block, after bn2 and before the shortcut is added
+    "before_bn2": before_bn2,  # in every block, between conv2 and bn2
+    "stages": after_stages,  # after each of the first three stages
+    "prepool": before_pooling,  # once, on the last 4x4 map
+    # Once, after the global pooling, as published. On that 1x1 map the mean is the max: CBAM's two
+    # pooled descriptors coincide, and only the middle taps of its 7x7 kernel are ever used.
+    "classifier": before_classifier,
+    "conv2_of_layer4": for_conv2_of_layer4,  # instead of the second convolution of its two blocks
+    "conv1": for_conv1,  # instead of conv1 and bn1 in every block
+}
+MODULES = ATTENTION | {"sk": SelectiveKernel}  # which takes over a convolution and a BatchNorm
+
 MODELS = {
     "baseline": (None, None),
     "se": ("se", "blocks"),
     "cbam_blocks": ("cbam", "blocks"),
     "cbam_classifier": ("cbam", "classifier"),
+    "cbam_prepool": ("cbam", "prepool"),  # as many parameters, on a map that has positions
+    "eca": ("eca", "blocks"),
+    "ge": ("ge", "blocks"),
+    "gc": ("gc", "blocks"),
+    "bam": ("bam", "stages"),  # where its authors put it
+    "simam": ("simam", "before_bn2"),  # likewise
+    "coord": ("coord", "blocks"),
+    "triplet": ("triplet", "blocks"),
+    "sk": ("sk", "conv1"),
+    "bot": ("mhsa", "conv2_of_layer4"),
     # Controls: as many parameters and operations as the model they are named after, blind gates.
     "se_static": ("se_static", "blocks"),
     "cbam_blocks_static": ("cbam_static", "blocks"),
@@ -241,30 +166,58 @@ MODELS = {
 
 
 def build_model(
-    name: str, num_classes: int = 10, in_channels: int = 1, width: int = 64, seed: int | None = None
+    name: str,
+    num_classes: int = 10,
+    in_channels: int = 1,
+    width: int = 64,
+    seed: int | None = None,
+    place: str | None = None,
+    reduction: int | None = None,
 ) -> nn.Module:
     """The model `name` of MODELS: images (N, in_channels, H, W) -> logits (N, num_classes).
 
     With one `seed` every model starts from the same backbone weights: attention is added after
     they have been drawn. A seed leaves the global random state as it was; without one the weights
-    come from it. Raises ValueError for an unknown name.
+    come from it. `place` (of PLACES) and `reduction` replace those of the model's attention. Raises
+    ValueError for unknown names and for what the model has not got.
     """
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
-    module, place = MODELS[name]
+    module, place, options = resolve(name, place, reduction)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             # The CPU's generator alone: torch.manual_seed would reseed the GPUs too.
             torch.default_generator.manual_seed(seed)
         model = ResNet18(num_classes, in_channels, width)
-        if place == "blocks":
-            for block in model.blocks:
-                block.attention = ATTENTION[module](block.conv2.out_channels)
-        elif place == "classifier":
-            model.attention = ATTENTION[module](model.fc.in_features)
-        elif place is not None:
-            raise ValueError(f"MODELS[{name!r}]: unknown place {place!r}")
+        if module:
+            PLACES[place](model, partial(MODULES[module], **options))
     return model
+
+
+def resolve(name: str, place: str | None, reduction: int | None) -> tuple[str, str, dict]:
+    """(module, place, options of the module) that build_model takes."""
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    module, own_place = MODELS[name]
+    if place is None:
+        place = own_place
+    elif module not in ATTENTION:
+        raise ValueError(f"model {name} has no attention that could be put elsewhere")
+    if module and (place not in PLACES or (place == "conv1") == (module in ATTENTION)):
+        raise ValueError(f"model {name}: no place {place!r}: choose from {', '.join(PLACES)}")
+    if reduction is None:
+        return module, place, {}
+    if not module or "reduction" not in inspect.signature(MODULES[module]).parameters:
+        raise ValueError(f"model {name} has no reduction that could be set")
+    return module, place, {"reduction": reduction}
+
+
+def name_of(name: str, place: str | None = None, reduction: int | None = None) -> str:
+    """What a model is called: "se_r8", "eca_classifier"; its name in MODELS where it has one."""
+    module, place, options = resolve(name, place, reduction)
+    if (module, place) != MODELS[name]:
+        others = [other for other, is_like in MODELS.items() if is_like == (module, place)]
+        name = others[0] if others else f"{module}_{place}"
+    default = options and inspect.signature(MODULES[module]).parameters["reduction"].default
+    return name if reduction in (None, default) else f"{name}_r{reduction}"
 
 
 def count_parameters(model: nn.Module) -> int:

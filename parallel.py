@@ -11,6 +11,8 @@ torchrun, nothing here does anything.
 
 import contextlib
 import os
+import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -46,12 +48,16 @@ def summed(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def over_all(losses: torch.Tensor, correct: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Those of whole batches from those of their parts: (mean over processes, sum over them)."""
+    """Those of whole batches from those of their parts: (mean over processes, sum over them).
+
+    The mean, for the losses were multiplied by WORLD (training_step.py), so that the mean that
+    DistributedDataParallel takes of the gradients is their sum.
+    """
     return summed(losses) / WORLD, summed(correct)
 
 
 def any_of(flag: bool) -> bool:
-    """Whether it is so in any process: all then leave after the same step."""
+    """Whether it is so in any process: all then leave after the same step. All have to ask."""
     if WORLD == 1:
         return flag
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -62,7 +68,7 @@ def share(model: nn.Module) -> nn.Module:
     """`model` as every process runs it: gradients summed, BatchNorm over the whole batch."""
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            module.__class__ = SyncBatchNorm  # the same parameters and buffers
+            module.__class__ = SyncBatchNorm  # not a new module: Adam has its parameters
     on = [next(model.parameters()).device]
     devices = on if on[0].type == "cuda" else None
     return nn.parallel.DistributedDataParallel(model, devices, broadcast_buffers=False)
@@ -76,8 +82,27 @@ def of_the_first(value):
     return box[0]
 
 
+def by_the_first(function: Callable, *arguments):
+    """What function(*arguments) returns in the first process, which alone calls it.
+
+    What it raises there ends the others, too: without a word, for the first one says why.
+    """
+    value = failed = None
+    try:
+        if RANK == 0:
+            value = function(*arguments)
+    except BaseException:
+        failed = True
+        raise
+    finally:
+        value, failed = of_the_first((value, failed))
+    if failed:
+        sys.exit(1)
+    return value
+
+
 class SumOver(torch.autograd.Function):
-    """The sum of a tensor over all processes; so is its gradient."""
+    """The sum of a tensor over all processes. Each uses it, so that their gradients add up, too."""
 
     @staticmethod
     def forward(ctx, x):

@@ -81,6 +81,9 @@ declare -A children=()  # process id -> what it does
 stopped=0
 trap 'stopped=130; pass_on' INT
 trap 'stopped=143; pass_on' TERM
+trap 'stopped=129; pass_on' HUP
+trap 'stopped=141; pass_on' PIPE
+trap 'pass_on; wait' EXIT
 
 pass_on() {
   ((${#children[@]} == 0)) || kill -TERM "${!children[@]}" 2>/dev/null || true
@@ -146,8 +149,8 @@ set_defaults() {  # quick | full
     RECIPE=${RECIPE:-published}
     SEEDS=${SEEDS:-0 1 2 3 4}
   fi
-  read -rd '' -a models <<<"$MODELS" || true  # spaces or line ends between names
-  read -rd '' -a seeds <<<"$SEEDS" || true
+  mapfile -t models < <(tr -s ' \t' '\n' <<<"$MODELS" | awk 'NF && !seen[$0]++')
+  mapfile -t seeds < <(tr -s ' \t' '\n' <<<"$SEEDS" | awk 'NF && !seen[$0]++')
   ((${#models[@]} && ${#seeds[@]})) || die 2 "MODELS and SEEDS must name at least one each"
   benchmark=("$PYTHON" benchmark.py --models "${models[@]}" --keep --out "$OUT")
   [[ $1 != quick ]] || benchmark+=(--modes eager --batch-sizes 64)  # nothing that compiles
@@ -193,7 +196,7 @@ check_names() {  # before hours of work, not after
       die 2 "MODELS: unknown model '$model': choose from ${known//$'\n'/ }"
   done
   for seed in "${seeds[@]}"; do
-    [[ $seed =~ ^[0-9]{1,9}$ ]] || die 2 "SEEDS: '$seed' is not a whole number below 10^9"
+    [[ $seed =~ ^(0|[1-9][0-9]{0,8})$ ]] || die 2 "SEEDS: '$seed' is not a whole number below 10^9, without leading zeros"
   done
 }
 
@@ -222,6 +225,7 @@ train_all() {  # every run of this shard that is not done, JOBS at a time; fills
     free=("${free[@]:1}")
   done < <(list_runs)
   while ((${#children[@]})); do settle; done
+  ((!stopped || JOBS == 1)) || echo "stopped: all is kept, see the logs" >&2
   leave_if_stopped
   ((usage == 0)) || exit 2
 }
@@ -243,7 +247,8 @@ list_gpus() {
 
 start_in_slot() {  # SLOT LOG: `command` on the slot's GPU, or on its share of the CPU's cores
   local threads=$(($(nproc) / JOBS))
-  mkdir -p "${2%/*}"
+  { mkdir -p "${2%/*}" && echo "--- $(date '+%F %T')" >>"$2"; } 2>/dev/null ||
+    die 1 "$2 cannot be written: delete what is there, or choose another RUNS"
   echo "started: $(print_command "${command[@]}"), log: $2"
   if ((${#gpus[@]})); then
     CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]} start "${command[@]}" >>"$2" 2>&1

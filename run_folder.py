@@ -25,6 +25,7 @@ from files import write_atomically
 MAY_DIFFER = {
     "command", "data_dir", "runs", "device", "target_acc", "overwrite", "keep_last", "dry_run",
     "self_check",
+    "overrides", "quick",  # these two follow from others
 }  # fmt: skip
 
 
@@ -38,6 +39,8 @@ def locked(folder: Path):
 
     The lock is the system's, on the file .lock: it ends with the process, whatever ends that.
     Folders made for it go again if nothing was put in. Raises RunError if another process has it.
+    The file goes with its holder, so a process may get the lock on one that is no longer there,
+    while a third has made, and locked, a new one.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -46,7 +49,7 @@ def locked(folder: Path):
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                raise BlockingIOError  # its holder has just left and taken the file along
+                raise BlockingIOError
         except BlockingIOError:
             file.seek(0)
             raise RunError(
@@ -60,9 +63,18 @@ def locked(folder: Path):
             yield
         finally:
             path.unlink(missing_ok=True)
-            with contextlib.suppress(OSError):  # until one that is not empty
+            with contextlib.suppress(OSError):  # rmdir raises at the first that is not empty
                 for empty in made:
                     empty.rmdir()
+
+
+def check_in_place(folder: Path, inode: int) -> None:
+    """Raises RunError unless `folder` is still the one that had `inode`."""
+    if not folder.exists() or folder.stat().st_ino != inode:
+        raise RunError(
+            f"{folder} was moved or deleted while its run was at work: the same command goes on "
+            "with what there is of it, or starts anew"
+        )
 
 
 def check_same_run(folder: Path, config: dict, there: dict) -> None:
@@ -75,11 +87,19 @@ def check_same_run(folder: Path, config: dict, there: dict) -> None:
             )
 
 
-def note_on_edits(folder: Path, sha256: dict[str, str]) -> str:
-    """Words on the source files that are no longer those of the folder's env.json, if any."""
-    then = read_json(folder / "env.json", "sha256")["sha256"]
-    edited = [name for name in sha256 if sha256[name] != then.get(name)]
-    return f" ({', '.join(edited)} edited since; --overwrite starts anew)" if edited else ""
+def changes_since(folder: Path, sha256: dict[str, str], device: str | None = None) -> list[str]:
+    """What is no longer as in the folder's env.json, in words, after what it tells itself."""
+    try:
+        then = read_json(folder / "env.json", sha256=dict, device=str)
+    except RunError as error:
+        return [f"its env.json is damaged: {error.__cause__}"]
+    edited = [name for name in sha256 if sha256[name] != then["sha256"].get(name)]
+    changes = list(map(str, then.get("changes") or []))
+    if edited:
+        changes.append(f"{', '.join(edited)} edited since")
+    if device not in (None, then["device"]):
+        changes.append(f"{then['device']} before, {device} since")
+    return changes
 
 
 def remove_strays(folder: Path) -> None:
@@ -99,19 +119,23 @@ def clear(folder: Path) -> None:
 
 def discard_states(folder: Path, keep_last: bool) -> None:
     """Deletes what only an unfinished run needs."""
-    (folder / "prev.pt").unlink(missing_ok=True)
+    unneeded = [folder / "prev.pt", *folder.glob("*.pt.corrupt")]
     if not keep_last:
-        (folder / "last.pt").unlink(missing_ok=True)
+        unneeded.append(folder / "last.pt")
+    for path in unneeded:
+        if path.exists():  # on a read-only disk even what is not there cannot be deleted
+            path.unlink()
 
 
-def read_json(path: Path, *keys: str) -> dict:
-    """The object in `path`. Raises RunError if it is none or lacks one of `keys`."""
+def read_json(path: Path, advice: str = "use --overwrite to start anew", **kinds: type) -> dict:
+    """The object in `path`. Raises RunError unless it has a value of its kind under each key."""
     try:
         content = json.loads(path.read_text())
-        for key in keys:
-            content[key]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}): use --overwrite to start anew") from error
+        for key, kind in kinds.items():
+            if not isinstance(content[key], kind):
+                raise TypeError(f"{key} is {content[key]}")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"{path} is damaged ({error}): {advice}") from error
     return content
 
 

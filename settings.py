@@ -45,6 +45,10 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
         parse.__name__ = kind.__name__  # argparse then says "invalid int value"
         return parse
 
+    def folder(text):
+        text.encode()  # raises ValueError for what is not UTF-8, which TensorBoard cannot write
+        return Path(text)
+
     def of_recipe(key):
         values = (f"{name}: {recipe[key] or 'all'}" for name, recipe in RECIPES.items())
         return f"default: the recipe's ({', '.join(values)})"
@@ -58,7 +62,7 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
     count = within(1, 10**9, int)
     add("--model", choices=MODELS)
     add("--dataset", default="fashion_mnist", choices=data.DATASETS, help=default)
-    add("--data-dir", type=Path, default=Path("data"), help=default)
+    add("--data-dir", type=folder, default=Path("data"), help=default)
     add("--recipe", default="published", choices=RECIPES, help=default)
     add("--epochs", type=count, help=of_recipe("epochs"))
     add("--batch-size", type=count, help=of_recipe("batch_size"))
@@ -81,7 +85,7 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
         help="how a training step is run (modes.py); auto: by device and length of the run",
     )
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
-    add("--runs", type=Path, default=Path("runs"), help=f"folder of all runs; {default}")
+    add("--runs", type=folder, default=Path("runs"), help=f"folder of all runs; {default}")
     add(
         "--target-acc",
         type=within(0, 100, float),

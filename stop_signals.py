@@ -37,7 +37,7 @@ def leaving_at_once(tidy_up: Callable[[], None]):
 
     def leave(signum, frame):
         tidy_up()
-        os._exit(128 + signum)  # sys.exit is an exception, too
+        os._exit(128 + signum)  # not sys.exit: it raises an exception, which may be swallowed
 
     return handled_by(leave)
 

@@ -149,6 +149,9 @@ def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
             continue
         if run.problem:
             problems.append(f"{folder}: {run.problem}")
+        if run.env.get("changes"):
+            changes = "; ".join(map(str, run.env["changes"]))
+            problems.append(f"{folder}: not all of its epochs were trained alike ({changes})")
         result = run.result
         overrides = json.dumps(result["overrides"], sort_keys=True)
         key = (result["dataset"], result["recipe"], overrides, result["quick"])

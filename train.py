@@ -94,23 +94,14 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     config = as_config(settings) | {"mode": mode}
 
     # Go on where the run was stopped, if it has begun.
-    if settings.overwrite:
-        run_folder.clear(folder)  # only now that data and model are there
-    elif (folder / "config.json").exists():
-        there = run_folder.read_json(folder / "config.json", "model")
-        run_folder.check_same_run(folder, config, there)
-    run_folder.remove_strays(folder)
-    progress = checkpoint.take_up(folder, model, optimizer, scheduler, device, config)
+    environment = describe_environment(device)
+    parts = (model, optimizer, scheduler, device)
+    progress = parallel.by_the_first(begin, settings, folder, config, environment, parts)
     if parallel.WORLD > 1:
-        parts = (model, optimizer, scheduler, device)
         state = checkpoint.state_of(*parts, progress, config)
         state = parallel.of_the_first(checkpoint.copied(state, torch.device("cpu")))
         progress = checkpoint.put_back(state, *parts, config)
     history = progress.history  # one object an epoch, as in metrics.jsonl
-    if history or progress.begun:
-        where = f" and {progress.begun['step']:,} steps" if progress.begun else ""
-        edits = run_folder.note_on_edits(folder, source_hashes())
-        print(f"going on after epoch {len(history)}{where}{edits}")
 
     # Compiled or captured before the clock of the epochs starts.
     if "compile" in mode:
@@ -124,16 +115,19 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         print(f"note: {failure}; going on in mode {mode}", file=sys.stderr)
 
     run_folder.write_json(folder / "config.json", config)
-    run_folder.write_json(folder / "env.json", describe_environment(device))
+    run_folder.write_json(folder / "env.json", environment)
     summaries = open_writer(folder)
     with watch_signals() as leave_if_stopped, summaries as writer, checkpoint.Saver(device) as save:
+        inode = folder.stat().st_ino
 
         def save_state(files=None):
+            run_folder.check_in_place(folder, inode)
             if parallel.RANK:
                 return  # the first process does
             state = checkpoint.state_of(model, optimizer, scheduler, device, progress, config)
             save({folder / "last.pt": state} | (files or {}))
 
+        on_a_terminal = sys.stderr and sys.stderr.isatty() and not parallel.RANK
         for row in history:
             log_epoch(writer, row)
         print(
@@ -164,7 +158,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             try:
                 for step in tqdm(
                     range(first, len(batches)), f"epoch {epoch}/{settings.epochs}", leave=False,
-                    initial=first, total=len(batches), disable=True if parallel.RANK else None,
+                    initial=first, total=len(batches), disable=not on_a_terminal,
                 ):  # fmt: skip
                     leave_if_stopped()
                     losses[step], hits = train_step(batches[step])  # forward, loss, backward, Adam
@@ -264,9 +258,34 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             "overrides": settings.overrides,
         }
         log_test(writer, config, result, test_images, test_labels, predictions, dataset.classes)
+    run_folder.check_in_place(folder, inode)
     run_folder.write_json(folder / "result.json", result)  # last: it means that all is there
     run_folder.discard_states(folder, settings.keep_last)
     return result
+
+
+def begin(settings, folder, config, environment, parts) -> checkpoint.Progress:
+    """Makes the folder ready, and puts back what it holds of this run into the `parts` it is of."""
+    if settings.overwrite:
+        run_folder.clear(folder)  # only now that data and model are there
+    elif (folder / "config.json").exists():
+        advice = "delete it to go on from last.pt, or use --overwrite to start anew"
+        there = run_folder.read_json(folder / "config.json", advice, model=str)
+        run_folder.check_same_run(folder, config, there)
+    run_folder.remove_strays(folder)
+    progress = checkpoint.take_up(folder, *parts, config)
+    if progress.history or progress.begun:
+        where = f"after epoch {len(progress.history)}"
+        if progress.begun:
+            where = f"in epoch {len(progress.history) + 1}, after {progress.begun['step']:,} steps"
+        changes = run_folder.changes_since(folder, environment["sha256"], environment["device"])
+        environment["changes"] = changes  # so that they are not forgotten
+        print(f"going on {where}" + in_brackets(changes))
+    return progress
+
+
+def in_brackets(changes: list[str]) -> str:
+    return f" ({'; '.join(changes)}; --overwrite starts anew)" if changes else ""
 
 
 def best_epoch_of(history: list[dict]) -> int:
@@ -296,14 +315,14 @@ def accuracy(predictions: torch.Tensor, labels: torch.Tensor) -> float:
 
 
 # What run() prints of a result.json.
-SUMMARY = (
-    "test_acc",
-    "test_acc_last",
-    "val_acc",
-    "best_epoch",
-    "epochs_run",
-    "train_seconds",
-    "quick",
+SUMMARY = dict(
+    test_acc=float,
+    test_acc_last=float,
+    val_acc=float,
+    best_epoch=int,
+    epochs_run=int,
+    train_seconds=float,
+    quick=bool,
 )
 
 
@@ -311,14 +330,22 @@ def run(settings: argparse.Namespace, runs: Path) -> int:
     """One run in its folder below `runs`: skipped, taken up again or started. The exit code."""
     folder = runs / settings.dataset / settings.recipe / settings.model / f"seed{settings.seed}"
     try:
-        result = parallel.of_the_first(finished(settings, folder))
+        result = parallel.by_the_first(finished, settings, folder)
         if result is None:
-            with run_folder.locked(folder):
+            with contextlib.ExitStack() as stack:
+                parallel.by_the_first(stack.enter_context, run_folder.locked(folder))
                 # Another process may have finished it while this one waited for the lock.
-                result = parallel.of_the_first(finished(settings, folder))
+                result = parallel.by_the_first(finished, settings, folder)
                 result = result or train(settings, folder)
-    except (data.DataError, RunError, OSError) as error:
+    except RunError as error:
+        if not parallel.RANK:  # all have the same
+            print(f"error: {error}", file=sys.stderr)
+        return 1
+    except data.DataError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}. Once that is mended the same command goes on", file=sys.stderr)
         return 1
     except RuntimeError as error:
         if not is_out_of_memory(error):
@@ -330,7 +357,7 @@ def run(settings: argparse.Namespace, runs: Path) -> int:
         )
         return 1
     except Stopped as stopped:
-        if settings.dry_run:
+        if settings.dry_run or parallel.RANK:
             return 128 + stopped.signal
         print(
             f"stopped by {stopped.signal.name}: all is kept in {folder}, and the same command"
@@ -363,13 +390,15 @@ def finished(settings: argparse.Namespace, folder: Path) -> dict | None:
     """The result of the run if it is complete and not to be overwritten."""
     if settings.overwrite or not (folder / "result.json").exists():
         return None
-    there = run_folder.read_json(folder / "config.json", "model")
+    there = run_folder.read_json(folder / "config.json", model=str)
     config = as_config(settings) | {"mode": there.get("mode")}  # it is done, in whatever mode
     run_folder.check_same_run(folder, config, there)
+    result = run_folder.read_json(folder / "result.json", **SUMMARY)
     # It may have been killed after its result was written, before these went.
     run_folder.discard_states(folder, there.get("keep_last", True))
-    print(f"already complete: {folder}{run_folder.note_on_edits(folder, source_hashes())}")
-    return run_folder.read_json(folder / "result.json", *SUMMARY)
+    changes = run_folder.changes_since(folder, source_hashes())
+    print(f"already complete: {folder}" + in_brackets(changes))
+    return result
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -79,7 +79,8 @@ def test_the_gradients_of_a_step_are_those_of_one_process(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_at_the_same_step_and_one_goes_on(tmp_path):
+@pytest.mark.parametrize("then", [ONE, TWO], ids=["one", "two"])
+def test_two_processes_stop_at_the_same_step_and_one_or_two_go_on(tmp_path, then):
     runs, flags = tmp_path / "runs", ["--epochs", "3"]
     process = subprocess.Popen(
         [*TWO, *FLAGS, *flags, "--runs", str(runs)],
@@ -90,11 +91,11 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on(tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     _, error = process.communicate(timeout=120)
-    assert "stopped by SIGTERM" in error and not (runs / FOLDER / "result.json").exists()
+    assert error.count("stopped by SIGTERM") == 1 and not (runs / FOLDER / "result.json").exists()
     begun = checkpoint.load(runs / FOLDER / "last.pt")["progress"]["begun"]
-    code, out, error = train(ONE, runs, *flags)
+    code, out, error = train(then, runs, *flags)
     assert code == 0, error
-    assert f"going on after epoch 1 and {begun['step']} steps" in out
+    assert f"going on in epoch 2, after {begun['step']} steps" in out
     code, out, error = train(ONE, tmp_path / "whole", *flags)
     rows = [
         [json.loads(line) for line in (place / FOLDER / "metrics.jsonl").read_text().splitlines()]
@@ -102,3 +103,7 @@ def test_two_processes_stop_at_the_same_step_and_one_goes_on(tmp_path):
     ]
     for stopped, whole in zip(*rows, strict=True):
         assert stopped["train_loss"] == pytest.approx(whole["train_loss"], rel=0.02)
+    env = json.loads((runs / FOLDER / "env.json").read_text())
+    assert len(env["changes"]) == (then is ONE)  # of the number of processes
+    code, _, error = train(TWO, runs, *flags, "--lr", "0.5")
+    assert code == 1 and error.count("error: ") == 1 and "lr = 0.001" in error

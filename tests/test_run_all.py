@@ -123,7 +123,8 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(finished_run, tmp_pa
 
 
 @pytest.mark.parametrize(
-    ("signum", "code", "jobs"), [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2)]
+    ("signum", "code", "jobs"),
+    [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2), (signal.SIGHUP, 129, 2)],
 )
 def test_a_signal_stops_the_children_too(tmp_path, signum, code, jobs):
     environment = {"PYTHON": sys.executable, "RUNS": str(tmp_path), "OUT": str(tmp_path)}

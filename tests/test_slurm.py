@@ -127,4 +127,4 @@ def test_an_array_of_workers_trains_every_run_once(slurm, tmp_path):
         assert len(re.findall("^test accuracy", text, re.MULTILINE)) == 1
         assert "already complete" not in text and f" --model {model} " in text
         assert text.count("parameters;") == (2 if worker == 0 else 1)
-    assert "stopped by SIGTERM" in log(0) and "going on after epoch 0 and" in log(0)
+    assert "stopped by SIGTERM" in log(0) and "going on in epoch 1, after" in log(0)

@@ -163,7 +163,7 @@ def test_a_finished_run_is_left_alone(finished_run, tmp_path, capsys):
     (folder / "env.json").write_text(json.dumps(env))
     before["env.json"] = (folder / "env.json").stat().st_mtime_ns
     assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 0
-    assert "models.py edited since" in capsys.readouterr().out
+    assert "(models.py edited since; --overwrite" in capsys.readouterr().out
 
     assert train_small("cbam_blocks", tmp_path, "--epochs", "2", "--lr", "0.01") == 1
     error = capsys.readouterr().err
@@ -190,9 +190,13 @@ def test_json_of_another_shape_is_one_line(finished_run, tmp_path, capsys, name)
     shutil.copytree(finished_run, folder)
     for content in ("null", "[]", "{}", "3", "{"):
         (folder / name).write_text(content)
-        assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 1
-        error = capsys.readouterr().err
-        assert is_one_line(error) and name in error
+        code = train_small("cbam_blocks", tmp_path, "--epochs", "2")
+        out, error = capsys.readouterr()
+        if name == "env.json":  # nothing depends on it
+            assert code == 0 and "(its env.json is damaged" in out
+        else:
+            assert code == 1 and is_one_line(error) and name in error
+            assert "already complete" not in out
 
 
 def test_early_stopping(tmp_path):

@@ -1,0 +1,414 @@
+"""Attention modules, each as its paper and its authors' code have it.
+
+To add one: write a class `Module(channels)` whose output has the shape of its input (N, C, H, W),
+add one line to ATTENTION, and one to MODELS in models.py that says where it goes.
+
+Reductions are rounded down, hidden widths are at least 1. Every module works on maps of 1x1 and on
+single images, where BatchNorm has no variance (batch_norm). Means and maxima are taken by `mean`
+and `amax`, not by adaptive pooling: the same values, and deterministic backward passes on CUDA.
+"""
+
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def batch_norm(bn: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
+    """bn(x), for gates that may see a single value per channel (one image, 1x1 map) in training.
+
+    That has no variance, and PyTorch refuses it. The running statistics stand in, and stay as they
+    are, so that a last batch of one image does not end the run.
+    """
+    alone = type(bn) is nn.BatchNorm2d  # not if other processes hold other parts of the batch
+    if alone and bn.training and x.numel() == x.shape[1]:
+        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
+    return bn(x)
+
+
+# --- One number a channel -------------------------------------------------------------------------
+
+
+class SE(nn.Module):
+    """Squeeze-and-Excitation (Hu, Shen, Sun, CVPR 2018, arXiv 1709.01507).
+
+    s = sigmoid(W2 relu(W1 z + b1) + b2), z = mean of x over H and W (eq. 2, 3); x' = s x (eq. 4).
+    (N, C, H, W) -> (N, C, H, W); one gate per image and channel. The hidden width is C / reduction,
+    with biases, as in the authors' Caffe models; timm rounds the width to a multiple of 8.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def squeeze(self, x):
+        return x.mean((2, 3))  # (N, C)
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(self.squeeze(x)))))  # (N, C)
+        return x * gate[:, :, None, None]
+
+
+class ECA(nn.Module):
+    """Efficient Channel Attention (Wang et al., CVPR 2020, arXiv 1910.03151).
+
+    sigmoid(conv1d_k(mean of x over H and W)) x: a channel's gate sees its own mean and those of its
+    neighbours, k in all. k is (log2 C + 1) / 2, made whole and odd, and at least 3, as in timm: 3,
+    5, 5, 5 for 64 to 512 channels. The authors' ECA-Net18 was trained with 3, 5, 7, 7.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        k = max(3, int((math.log2(channels) + 1) / 2) | 1)
+        self.conv = nn.Conv1d(1, 1, k, padding=k // 2, bias=False)
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.conv(x.mean((2, 3))[:, None]))  # (N, 1, C)
+        return x * gate[:, 0, :, None, None]
+
+
+class GC(nn.Module):
+    """Global Context block (Cao et al., ICCV Workshops 2019, arXiv 1904.11492).
+
+    x' = x + W2 relu(LN(W1 z)): one vector is added to all positions. z is the mean of x over H and
+    W, weighted by a softmax over positions. W2 starts at 0, as in the authors' code: x' = x then.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.mask = nn.Conv2d(channels, 1, 1)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.norm = nn.LayerNorm(hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+        nn.init.kaiming_normal_(self.mask.weight, mode="fan_in", nonlinearity="relu")
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, x):
+        weights = self.mask(x).flatten(2).softmax(2)  # (N, 1, HW)
+        context = (x.flatten(2) @ weights.transpose(1, 2)).flatten(1)  # (N, C)
+        return x + self.fc2(F.relu(self.norm(self.fc1(context))))[:, :, None, None]
+
+
+# --- Channels and positions -----------------------------------------------------------------------
+
+
+class ChannelGate(nn.Module):
+    """CBAM's channel attention: sigmoid(MLP(avg over H, W) + MLP(max over H, W)), eq. 2.
+
+    The two share one MLP.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels)
+        )
+
+    def squeeze(self, x):
+        return x.mean((2, 3)), x.amax((2, 3))  # (N, C) both
+
+    def forward(self, x):
+        average, maximum = self.squeeze(x)
+        gate = torch.sigmoid(self.mlp(average) + self.mlp(maximum))  # (N, C)
+        return x * gate[:, :, None, None]
+
+
+class SpatialGate(nn.Module):
+    """CBAM's spatial attention: sigmoid(BN(conv7x7([max over C, mean over C]))), eq. 3.
+
+    As in the authors' code: max comes first, the convolution has no bias, and the BatchNorm (not in
+    the paper's formula) starts with weight 0 and momentum 0.01, so that the gate opens at 0.5.
+    """
+
+    def __init__(self, bn_weight: float = 0.0):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel_size=7, padding=3, bias=False)
+        self.bn = nn.BatchNorm2d(1, momentum=0.01)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
+        nn.init.constant_(self.bn.weight, bn_weight)
+
+    def squeeze(self, x):
+        return torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)  # (N, 2, H, W)
+
+    def forward(self, x):
+        gate = torch.sigmoid(batch_norm(self.bn, self.conv(self.squeeze(x))))  # (N, 1, H, W)
+        return x * gate
+
+
+class CBAM(nn.Module):
+    """Convolutional Block Attention Module (Woo, Park, Lee, Kweon, ECCV 2018, arXiv 1807.06521).
+
+    The channel gate, then the spatial gate (eq. 1). (N, C, H, W) -> (N, C, H, W). As in the
+    authors' repository, with biases in the MLP. timm's differs: no biases, mean before max, and a
+    BatchNorm weight of 1.
+    """
+
+    channel_gate, spatial_gate = ChannelGate, SpatialGate
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        self.channel = self.channel_gate(channels, reduction)
+        self.spatial = self.spatial_gate()
+
+    def forward(self, x):
+        return self.spatial(self.channel(x))
+
+
+class Triplet(nn.Module):
+    """Triplet attention (Misra, Nalamada, Arasanipalai, Hou, WACV 2021, arXiv 2010.03045).
+
+    The mean of three gated copies of x: by positions (H, W), and, rotated, by (C, W) and (H, C), so
+    that channels and positions interact. The gates are CBAM's, but BatchNorm's weight starts at 1.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.height_width = SpatialGate(bn_weight=1.0)
+        self.channel_width = SpatialGate(bn_weight=1.0)
+        self.height_channel = SpatialGate(bn_weight=1.0)
+
+    def forward(self, x):
+        without_height = self.channel_width(x.transpose(1, 2)).transpose(1, 2)
+        without_width = self.height_channel(x.transpose(1, 3)).transpose(1, 3)
+        return (self.height_width(x) + without_height + without_width) / 3
+
+
+class BAM(nn.Module):
+    """Bottleneck Attention Module (Park, Woo, Lee, Kweon, BMVC 2018, arXiv 1807.06514).
+
+    (1 + sigmoid(channel(x) + spatial(x))) x, eq. 1 and 2. channel: mean over H and W, two layers.
+    spatial: 1x1, two 3x3 with dilation 4, 1x1 to one channel. BatchNorm and ReLU between layers.
+    The authors' code multiplies channel and spatial where the paper adds them: as in the paper.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, dilation: int = 4):
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.channel = nn.ModuleList(
+            [nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)]
+        )
+        self.channel_bns = nn.ModuleList([nn.BatchNorm2d(hidden)])
+        dilated = [
+            nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation) for _ in range(2)
+        ]
+        self.spatial = nn.ModuleList(
+            [nn.Conv2d(channels, hidden, 1), *dilated, nn.Conv2d(hidden, 1, 1)]
+        )
+        self.spatial_bns = nn.ModuleList(nn.BatchNorm2d(hidden) for _ in range(3))
+
+    @staticmethod
+    def run(x, convs, bns):
+        for conv, bn in zip(convs, bns, strict=False):  # none after the last
+            x = F.relu(batch_norm(bn, conv(x)))
+        return convs[-1](x)
+
+    def forward(self, x):
+        channel = self.run(x.mean((2, 3), keepdim=True), self.channel, self.channel_bns)
+        spatial = self.run(x, self.spatial, self.spatial_bns)  # (N, 1, H, W)
+        return x * (1 + torch.sigmoid(channel + spatial))
+
+
+class Coordinate(nn.Module):
+    """Coordinate attention (Hou, Zhou, Feng, CVPR 2021, arXiv 2103.02907).
+
+    sigmoid(row gate) sigmoid(column gate) x, eq. 4 to 9: means over W and over H pass one shared
+    1x1 convolution, BatchNorm and h-swish, then a 1x1 convolution each. The hidden width is
+    C / reduction, but at least 8, as in the authors' code.
+    """
+
+    def __init__(self, channels: int, reduction: int = 32):
+        super().__init__()
+        hidden = max(8, channels // reduction)
+        self.conv = nn.Conv2d(channels, hidden, 1)
+        self.bn = nn.BatchNorm2d(hidden)
+        self.conv_rows = nn.Conv2d(hidden, channels, 1)
+        self.conv_columns = nn.Conv2d(hidden, channels, 1)
+
+    def forward(self, x):
+        height, width = x.shape[2:]
+        rows = x.mean(3, keepdim=True)  # (N, C, H, 1)
+        columns = x.mean(2, keepdim=True)  # (N, C, 1, W)
+        both = torch.cat([rows, columns.transpose(2, 3)], dim=2)  # (N, C, H + W, 1)
+        both = F.hardswish(batch_norm(self.bn, self.conv(both)))
+        rows, columns = both.split([height, width], dim=2)
+        row_gate = torch.sigmoid(self.conv_rows(rows))  # (N, C, H, 1)
+        column_gate = torch.sigmoid(self.conv_columns(columns.transpose(2, 3)))  # (N, C, 1, W)
+        return x * column_gate * row_gate
+
+
+class GE(nn.Module):
+    """Gather-Excite with learned gathering, GE-theta (Hu et al., NeurIPS 2018, arXiv 1810.12348).
+
+    sigmoid(up(gather(x))) x: depthwise 3x3 convolutions of stride 2, each with BatchNorm and
+    all but the last with ReLU, gather from neighbourhoods of `extent` x `extent`; nearest
+    neighbours scale up. The paper's other two: without parameters, and with SE's two layers behind.
+    """
+
+    def __init__(self, channels: int, extent: int = 8):
+        super().__init__()
+        steps = range(int(math.log2(extent)))
+        self.convs = nn.ModuleList(
+            nn.Conv2d(channels, channels, 3, 2, padding=1, groups=channels, bias=False)
+            for _ in steps
+        )
+        self.bns = nn.ModuleList(nn.BatchNorm2d(channels) for _ in steps)
+
+    def forward(self, x):
+        context = x
+        for i, (conv, bn) in enumerate(zip(self.convs, self.bns, strict=True)):
+            context = batch_norm(bn, conv(F.relu(context) if i else context))
+        return x * torch.sigmoid(F.interpolate(context, x.shape[2:]))
+
+
+class SimAM(nn.Module):
+    """Simple, parameter-free attention (Yang et al., ICML 2021).
+
+    sigmoid(y) x, y = d^2 / (4 (v + lambda)) + 1/2, with d = x - mean and v = sum d^2 / (HW - 1)
+    over a channel's positions: the inverse of eq. 5. A 1x1 map has d = v = 0, a constant gate.
+    """
+
+    def __init__(self, channels: int, regularizer: float = 1e-4):
+        super().__init__()
+        self.regularizer = regularizer
+
+    def forward(self, x):
+        squares = (x - x.mean((2, 3), keepdim=True)).square()
+        others = max(1, x.shape[2] * x.shape[3] - 1)
+        variance = squares.sum((2, 3), keepdim=True) / others
+        return x * torch.sigmoid(squares / (4 * (variance + self.regularizer)) + 0.5)
+
+
+# --- In place of a convolution --------------------------------------------------------------------
+
+
+class MHSA(nn.Module):
+    """Multi-head self-attention over positions, a transformer layer in the place of a convolution
+    (BoTNet, Srinivas et al., CVPR 2021, arXiv 2101.11605).
+
+    softmax((q k^T + q r^T) / sqrt(d)) v for each head, figure 4; q, k, v by one 1x1 convolution
+    without bias. r is the sum of a row's and a column's embedding of the key's position relative to
+    the query's, shared by all heads. Distances beyond `reach` count as `reach` (Shaw et al. 2018),
+    so that any map will do: maps up to 8x8 are as in the paper.
+    """
+
+    def __init__(self, channels: int, heads: int = 4, reach: int = 7):
+        super().__init__()
+        heads = math.gcd(heads, channels)
+        self.heads, self.reach, depth = heads, reach, channels // heads
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1, bias=False)
+        self.rows = nn.Parameter(torch.randn(2 * reach + 1, depth) * depth**-0.5)
+        self.columns = nn.Parameter(torch.randn(2 * reach + 1, depth) * depth**-0.5)
+
+    def relative(self, embedding: torch.Tensor, length: int) -> torch.Tensor:
+        """(length, length, depth): the embedding of key j's distance from query i."""
+        i = torch.arange(length, device=embedding.device)
+        distance = (i[None] - i[:, None]).clamp(-self.reach, self.reach)
+        distances = torch.arange(-self.reach, self.reach + 1, device=embedding.device)
+        # A product with 0 and 1 rather than an index: fixed order of summation in its backward.
+        return (distance[..., None] == distances).to(embedding.dtype) @ embedding
+
+    def forward(self, x):
+        n, channels, height, width = x.shape
+        depth, positions = channels // self.heads, height * width
+        qkv = self.qkv(x).view(n, 3, self.heads, depth, positions).transpose(3, 4)
+        q, k, v = qkv.unbind(1)  # (N, heads, HW, depth) each
+        q = q * depth**-0.5
+        grid = q.reshape(n, self.heads, height, width, depth)
+        # (N, heads, H, W of the query, then H or W of the key)
+        rows = torch.einsum("nahwd,hid->nahwi", grid, self.relative(self.rows, height))
+        columns = torch.einsum("nahwd,wjd->nahwj", grid, self.relative(self.columns, width))
+        position = (rows[..., :, None] + columns[..., None, :]).flatten(4).flatten(2, 3)
+        weights = (q @ k.transpose(2, 3) + position).softmax(3)  # (N, heads, HW, HW)
+        return (weights @ v).transpose(2, 3).reshape(n, channels, height, width)
+
+
+class SelectiveKernel(nn.Module):
+    """Selective kernel unit (SKNet, Li, Wang, Hu, Yang, CVPR 2019, arXiv 1903.06586).
+
+    Two branches in place of a convolution: the 3x3 that was there, and a 3x3 of dilation 2, which
+    sees 5x5, each with BatchNorm and ReLU. Their sum, averaged over H and W, gives each channel the
+    softmax weights of the branches, eq. 1 to 6; no biases. In SKNet the convolutions have 32
+    groups. These have one, as the rest of this backbone: about twice the weights of a 3x3.
+    """
+
+    def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, reduction: int = 16):
+        super().__init__()
+        channels = conv.out_channels
+        hidden = max(32, channels // reduction)
+        self.conv3, self.bn3 = conv, bn
+        self.conv5 = nn.Conv2d(
+            conv.in_channels, channels, 3, conv.stride, padding=2, dilation=2, bias=False
+        )
+        nn.init.kaiming_normal_(self.conv5.weight, mode="fan_out", nonlinearity="relu")
+        self.bn5 = nn.BatchNorm2d(channels)
+        self.fc = nn.Conv2d(channels, hidden, 1, bias=False)
+        self.bn = nn.BatchNorm2d(hidden)
+        self.select = nn.Conv2d(hidden, 2 * channels, 1, bias=False)
+
+    def forward(self, x):
+        branches = (
+            F.relu(batch_norm(self.bn3, self.conv3(x))),
+            F.relu(batch_norm(self.bn5, self.conv5(x))),
+        )
+        context = (branches[0] + branches[1]).mean((2, 3), keepdim=True)
+        scores = self.select(F.relu(batch_norm(self.bn, self.fc(context))))  # (N, 2C, 1, 1)
+        weights = scores.unflatten(1, (2, -1)).softmax(1)  # (N, 2, C, 1, 1)
+        return weights[:, 0] * branches[0] + weights[:, 1] * branches[1]
+
+
+# --- Controls: all that gates could see is 1 ------------------------------------------------------
+
+
+class StaticSE(SE):
+    """A control: SE whose gates cannot see the image, z = 1 whatever it shows.
+
+    The same parameters, FLOPs and operations (the mean is taken and multiplied by 0), but the gate
+    is one learned constant a channel. What SE gains over it is due to attention, what both gain is
+    due to parameters.
+    """
+
+    def squeeze(self, x):
+        return 1 + 0 * super().squeeze(x)  # (N, C)
+
+
+class StaticChannelGate(ChannelGate):
+    def squeeze(self, x):
+        return [1 + 0 * pooled for pooled in super().squeeze(x)]
+
+
+class StaticSpatialGate(SpatialGate):
+    def squeeze(self, x):
+        return 1 + 0 * super().squeeze(x)
+
+
+class StaticCBAM(CBAM):
+    """A control: CBAM whose gates cannot see the image, all they pool is 1 (see StaticSE).
+
+    A learned constant a channel, and one a position: the convolution's padding tells its spatial
+    gate how far the border is, and nothing else.
+    """
+
+    channel_gate, spatial_gate = StaticChannelGate, StaticSpatialGate
+
+
+# Each name: channels -> module whose output has the shape of its input.
+ATTENTION = {
+    "se": SE,
+    "cbam": CBAM,
+    "eca": ECA,
+    "ge": GE,
+    "gc": GC,
+    "bam": BAM,
+    "simam": SimAM,
+    "coord": Coordinate,
+    "triplet": Triplet,
+    "mhsa": MHSA,
+    "se_static": StaticSE,
+    "cbam_static": StaticCBAM,
+}
