@@ -23,7 +23,7 @@ RUN python3 -m venv /opt/venv && pip install --no-cache-dir -r /app/requirements
 
 # Data, verified, outside /app: they are still there when one's own checkout is mounted on it.
 WORKDIR /app
-COPY data.py files.py ./
+COPY data.py fashion_mnist.py image_data.py image_folder.py files.py ./
 RUN python data.py --data-dir /opt/data \
  && mkdir -p /usr/share/datasets \
  && ln -s /opt/data/FashionMNIST/raw /usr/share/datasets/fashion-mnist

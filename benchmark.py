@@ -3,12 +3,13 @@
     python benchmark.py                          # every model and mode, batches of 1 and 64
     python benchmark.py --models baseline se --modes eager --batch-sizes 64
     python benchmark.py --batch-sizes 1 64 1024 --out /tmp/sweep
+    python benchmark.py --image 3x32x32 --classes 100       # as for CIFAR-100
 
 Prints tables and writes --out/benchmark.json.
-Inference of float32 images 1 x 28 x 28 that are already on the device, in evaluation mode, random
-weights: no data loading, no pre-processing. The modes are those of modes.py. `eager` is PyTorch as
-it stands, in fp32 the published way; the others also use the channels_last layout, and compiled
-models have frozen weights and BatchNorm folded into the convolutions.
+Inference of float32 images that are already on the device, in evaluation mode, random weights: no
+data loading, no pre-processing. The modes are those of modes.py. `eager` is PyTorch as it stands,
+in fp32 the published way; the others also use the channels_last layout, and compiled models have
+frozen weights and BatchNorm folded into the convolutions.
 Before a mode is timed, its logits are compared with those of eager fp32: exit code 1 if they differ
 by more than TOLERANCE. Each figure is the median over many batches after a warm-up, the device
 synchronised at both ends of each batch; models and modes take turns, so a machine that slows down
@@ -45,7 +46,8 @@ from modes import (
     why_not,
 )
 
-IMAGE = (1, 28, 28)  # channels, height, width
+IMAGE = "1x28x28"  # channels, height, width: as published
+CLASSES = 10
 # The largest error of a logit, relative to the largest logit of eager fp32.
 TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}
 NUMBERS = (
@@ -54,7 +56,15 @@ NUMBERS = (
 )  # fmt: skip
 
 
-def count_flops(model: nn.Module) -> tuple[int, int]:
+def shape_of(image: str) -> tuple[int, int, int]:
+    """(3, 32, 32) of "3x32x32". Raises ValueError."""
+    channels, height, width = map(int, image.split("x"))
+    if not (1 <= channels <= 1024 and 1 <= height <= 4096 and 1 <= width <= 4096):
+        raise ValueError
+    return channels, height, width
+
+
+def count_flops(model: nn.Module, image: str = IMAGE) -> tuple[int, int]:
     """(2 x the MACs that thop counts, FlopCounterMode's count) for one image.
 
     The first is the published convention: thop counts modules, BatchNorm and pooling among them,
@@ -62,34 +72,37 @@ def count_flops(model: nn.Module) -> tuple[int, int]:
     product exactly, and nothing else. thop writes counters into what it profiles: it gets a copy.
     """
     model = copy.deepcopy(model).cpu().eval()
-    image = torch.zeros(1, *IMAGE)
+    zeros = torch.zeros(1, *shape_of(image))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
-    macs, _ = thop.profile(model, (image,), verbose=False)
+        model(zeros)
+    macs, _ = thop.profile(model, (zeros,), verbose=False)
     return round(2 * macs), counter.get_total_flops()
 
 
 @functools.cache
-def size_of(name: str, width: int) -> dict[str, int]:
+def size_of(name: str, width: int, image: str, classes: int) -> dict[str, int]:
     """Parameters and FLOPs of a model."""
-    model = build(name, width, torch.device("cpu"))
-    flops, flops_aten = count_flops(model)
+    model = build(name, width, image, classes)
+    flops, flops_aten = count_flops(model, image)
     return {"params": count_parameters(model), "flops": flops, "flops_aten": flops_aten}
 
 
-def build(name: str, width: int, device: torch.device) -> nn.Module:
-    """The model in evaluation mode, its BatchNorms as if trained.
+def build(name: str, width: int, image: str = IMAGE, classes: int = CLASSES) -> nn.Module:
+    """The model in evaluation mode, its BatchNorms and what starts at 0 as if trained.
 
-    As they start they pass on what they get and close CBAM's spatial gate: a mode that got them
-    wrong would go unseen.
+    As they start they pass on what they get, and stop CBAM's spatial gate and all of GC: a mode
+    that got them wrong would go unseen.
     """
-    model = build_model(name, in_channels=IMAGE[0], width=width, seed=0)
+    model = build_model(name, classes, shape_of(image)[0], width, seed=0)
     generator = torch.Generator().manual_seed(0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
                 nn.init.uniform_(tensor, 0.5, 1.5, generator=generator)
-    return model.to(device).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    return model.eval()
 
 
 def make_forward(model: nn.Module, mode: str, precision: str, images: torch.Tensor) -> Callable:
@@ -106,7 +119,7 @@ def make_forward(model: nn.Module, mode: str, precision: str, images: torch.Tens
     return Graphed(forward, images) if "graph" in mode else forward
 
 
-def set_up(name: str, mode: str, precision: str, width: int, images: torch.Tensor) -> dict:
+def set_up(model: nn.Module, mode: str, precision: str, images: torch.Tensor) -> dict:
     """The forward pass, warm, and what was found on the way.
 
     Peak memory: weights, activations and workspace of one batch, as PyTorch's allocator saw them.
@@ -114,12 +127,12 @@ def set_up(name: str, mode: str, precision: str, width: int, images: torch.Tenso
     """
     cuda = images.device.type == "cuda"
     set_up_torch("fp32")
-    expected = build(name, width, images.device)(images)
+    expected = copy.deepcopy(model).to(images.device)(images)
     set_up_torch(precision)
     if cuda:
         torch.cuda.reset_peak_memory_stats(images.device)
         before = torch.cuda.memory_allocated(images.device)
-    model = build(name, width, images.device)
+    model = model.to(images.device)
     start = time.perf_counter()
     forward = make_forward(model, mode, precision, images)
     error = (forward(images) - expected).abs().max() / expected.abs().max()
@@ -180,11 +193,13 @@ def measure(
 
     A mode that does not run here is left out, with a note on stderr.
     """
-    images = torch.rand(settings["batch_size"], *IMAGE, device=device)
+    shape = {key: settings[key] for key in ("width", "image", "classes")}
+    images = torch.rand(settings["batch_size"], *shape_of(settings["image"]), device=device)
     ready = {}
     for name, mode in variants:
         try:
-            ready[name, mode] = set_up(name, mode, settings["precision"], settings["width"], images)
+            model = build(name, **shape)
+            ready[name, mode] = set_up(model, mode, settings["precision"], images)
         except Exception as error:  # compilers and drivers raise what they like
             if mode == "eager" or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
                 raise  # eager mode has neither: it would be a bug
@@ -198,7 +213,7 @@ def measure(
     rows = []
     for (name, mode), found in ready.items():
         ms_per_image = 1e3 * np.array(seconds[name, mode]) / settings["batch_size"]
-        size = size_of(name, settings["width"])
+        size = size_of(name, **shape)
         images_per_second = float(1e3 / np.median(ms_per_image))
         tflops = size["flops_aten"] * images_per_second / 1e12
         rows.append({
@@ -296,6 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--repeats", type=int, help="timed batches a row; default: 200, or 1000 of one image, on a "
         "GPU; 10, or 200 of one image, on a CPU")  # fmt: skip
     add("--width", type=int, default=64, help="channels of the first stage; default: %(default)s")
+    add("--image", default=IMAGE, help="channels x height x width; default: %(default)s")
+    add("--classes", type=int, default=CLASSES, help="default: %(default)s")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help="folder; default: %(default)s")
     add("--keep", action="store_true", help="keep rows that benchmark.json has of this device, "
@@ -314,14 +331,21 @@ def main(argv: list[str] | None = None) -> int:
                 parser.error(impossible)
     if max(args.batch_sizes) > 10**9:
         parser.error("--batch-sizes must be at most 10^9")
-    if min(*args.batch_sizes, args.width, 1 if args.repeats is None else args.repeats) < 1:
-        parser.error("--batch-sizes, --repeats and --width must be at least 1")
+    numbers = (*args.batch_sizes, args.width, args.classes, args.repeats or 1)
+    if min(numbers) < 1 or args.repeats == 0:
+        parser.error("--batch-sizes, --repeats, --width and --classes must be at least 1")
+    try:
+        shape_of(args.image)
+    except ValueError:
+        parser.error(f"--image {args.image}: give channels x height x width, such as {IMAGE}")
 
     path = args.out / "benchmark.json"
     common = {
         "device": device_name(device),
         "torch": torch.__version__,
         "width": args.width,
+        "image": args.image,
+        "classes": args.classes,
         # An edited model is another model, an edited mode another mode.
         "models_sha256": source_hashes()["models.py"],
         "attention_sha256": source_hashes()["attention.py"],

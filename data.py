@@ -1,224 +1,112 @@
-"""Data sets as uint8 tensors: found or fetched, verified, split, shuffled, normalised.
+"""Data sets as uint8 tensors: found or fetched, split, shuffled, normalised.
 
     python data.py                                # get Fashion-MNIST into data/ and verify it
     python data.py --data-dir /datasets           # ... or find it there
+    python data.py --dataset cifar10
+    python data.py --dataset path/to/folder       # any folder of images: see image_folder.py
 
-A second at most once the files are on disk; 30 MB to download before. The files may lie, packed or
-not, in --data-dir itself, in torchvision's layout below it (FashionMNIST/raw/) or where the Debian
-package dataset-fashion-mnist puts them. There is no DataLoader: a data set this size stays on the
-device as bytes, and a batch is an index into it.
+A second at most once the files are on disk; 30 MB to download before. There is no DataLoader: a
+data set this size stays on the device as bytes, and a batch is an index into it.
 
 To add a data set: write a function `data_dir -> ImageData`, add one line to DATASETS.
 """
 
 import argparse
-import gzip
-import hashlib
-import http.client
+import re
 import signal
-import subprocess
 import sys
-import tempfile
-import urllib.request
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from files import write_atomically
+from fashion_mnist import load_fashion_mnist
+from image_data import DataError, ImageData, moments
+from image_folder import load_folder, load_tiny_imagenet
 
 
-class DataError(RuntimeError):
-    """The data cannot be had, or are not what they should be. The message says what to do."""
+def load_from_torchvision(name: str, data_dir: Path) -> ImageData:
+    """The data set of torchvision's class `name`, which fetches it, too. Raises DataError."""
+    import torchvision  # here, for it takes a second to import
 
-
-@dataclass
-class ImageData:
-    """A data set in memory."""
-
-    train_images: torch.Tensor  # uint8 (N, C, H, W)
-    train_labels: torch.Tensor  # int64 (N,)
-    test_images: torch.Tensor  # uint8 (N, C, H, W)
-    test_labels: torch.Tensor  # int64 (N,)
-    classes: list[str]
-    mean: tuple[float, ...]  # of the training images, per channel, pixels in [0, 1]
-    std: tuple[float, ...]
-    source: str  # where the files came from, for people to read
-
-
-# --- Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747) -------------------------------------------
-
-# sha256 of the uncompressed files: gzip headers differ from mirror to mirror, the content must not.
-FASHION_MNIST_SHA256 = {
-    "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
-    "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
-    "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-}
-FASHION_MNIST_CLASSES = [
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
-    "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
-]  # fmt: skip
-DEBIAN_PACKAGE = "dataset-fashion-mnist"
-DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
-THREE_WAYS = (
-    "Three ways to get it: run `python data.py` with a network (torchvision's mirror, then the "
-    f"Debian package); `apt-get install {DEBIAN_PACKAGE}` on Debian or Ubuntu; or put the four "
-    "idx files, packed (.gz) or not, into --data-dir"
-)
-FETCH_ERRORS = (  # what a download or an unpacking can end in
-    OSError,
-    EOFError,
-    zlib.error,
-    http.client.HTTPException,
-    subprocess.SubprocessError,
-    DataError,
-)
-
-
-def load_fashion_mnist(data_dir: Path) -> ImageData:
-    """60,000 + 10,000 grey images of 28x28 in ten classes. Raises DataError in one line."""
-    raw = data_dir / "FashionMNIST" / "raw"
-    folders = [data_dir, raw, DEBIAN_FOLDER]
-    missing = [name for name in FASHION_MNIST_SHA256 if find_file(name, folders) is None]
-    fetched_from = fetch_fashion_mnist(missing, raw) if missing else None
-
-    arrays, used = {}, {}
-    for name in FASHION_MNIST_SHA256:
-        path = find_file(name, folders)
-        try:
-            arrays[name] = parse_idx(verified(name, read_file(path), path))
-        except DataError as error:
-            raise DataError(f"{error}. Delete it. {THREE_WAYS}.") from error
-        used[path.parent] = None  # a dict, not a set: keeps the order
-    source = f"read from {', '.join(map(str, used))}, sha256 verified"
-    if fetched_from:
-        source += f", just fetched from {fetched_from}"
-    return ImageData(
-        train_images=arrays["train-images-idx3-ubyte"].unsqueeze(1),
-        train_labels=arrays["train-labels-idx1-ubyte"].long(),
-        test_images=arrays["t10k-images-idx3-ubyte"].unsqueeze(1),
-        test_labels=arrays["t10k-labels-idx1-ubyte"].long(),
-        classes=FASHION_MNIST_CLASSES,
-        mean=(0.2860,),
-        std=(0.3530,),
-        source=source,
-    )
-
-
-def find_file(name: str, folders: list[Path]) -> Path | None:
-    candidates = [folder / (name + suffix) for folder in folders for suffix in ("", ".gz")]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def read_file(path: Path) -> bytes:
-    """The uncompressed content of `path`."""
-    body = path.read_bytes()
-    if path.suffix != ".gz":
-        return body
     try:
-        return gzip.decompress(body)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: truncated or damaged gzip file ({error})") from error
-
-
-def verified(name: str, body: bytes, where: Path | str) -> bytes:
-    """`body` itself if its sha256 is the one published for `name`."""
-    found, expected = hashlib.sha256(body).hexdigest(), FASHION_MNIST_SHA256[name]
-    if found != expected:
-        raise DataError(
-            f"{where}: not the published {name}: its {len(body):,} uncompressed bytes have sha256 "
-            f"{found}, expected {expected}"
+        train, test = (
+            getattr(torchvision.datasets, name)(data_dir, train=part, download=True)
+            for part in (True, False)
         )
-    return body
+    except Exception as error:  # of networks, archives, checksums and pickles: they are many
+        raise DataError(
+            f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read "
+            f"({type(error).__name__}: {first_line(error)}): bring its files there, as torchvision "
+            "lays them out, or try again with a network"
+        ) from error
 
+    def tensors(part):
+        images = torch.as_tensor(part.data)  # (N, H, W) if grey, (N, H, W, C) if not
+        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        return images.contiguous(), torch.as_tensor(part.targets, dtype=torch.int64)
 
-def parse_idx(body: bytes) -> torch.Tensor:
-    """An idx file (zeros, type 8 = uint8, number of dimensions, big-endian sizes, data)."""
-    sizes = np.frombuffer(body, dtype=">u4", count=body[3], offset=4).astype(int)
-    values = np.frombuffer(body, dtype=np.uint8, offset=4 + 4 * body[3])
-    return torch.from_numpy(values.reshape(sizes).copy())  # a copy, for torch wants it writable
-
-
-def fetch_fashion_mnist(names: list[str], folder: Path) -> str:
-    """Bring the files `names` into `folder`, uncompressed and verified; returns the source used."""
-    failures = []
-    for source, download in (
-        ("torchvision's mirror", download_from_mirror),
-        (f"the Debian package {DEBIAN_PACKAGE}", download_from_debian),
-    ):
-        print(f"Fashion-MNIST is not here yet: trying {source}", file=sys.stderr, flush=True)
-        try:
-            bodies = {name: verified(name, body, "download") for name, body in download(names)}
-        except FETCH_ERRORS as error:
-            failures.append(f"{source}: {error}")
-            continue
-        for name, body in bodies.items():
-            write_atomically(folder / name, body)
-        return source
-    raise DataError(
-        f"{names[0]} (expected sha256 {FASHION_MNIST_SHA256[names[0]]}): neither below "
-        f"{folder.parent.parent} nor in {DEBIAN_FOLDER}, and it cannot be fetched "
-        f"({'; '.join(failures)}). {THREE_WAYS}."
+    (train_images, train_labels), (test_images, test_labels) = tensors(train), tensors(test)
+    mean, std = moments(train_images)
+    source = f"read from {data_dir} by torchvision's {name}"
+    return ImageData(
+        train_images, train_labels, test_images, test_labels, list(train.classes), mean, std, source
     )
 
 
-def download_from_mirror(names: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, uncompressed bytes) from the mirror that torchvision itself uses."""
-    from torchvision.datasets import FashionMNIST  # here, for it takes a second to import
-
-    for name in names:
-        with urllib.request.urlopen(f"{FashionMNIST.mirrors[0]}{name}.gz", timeout=30) as response:
-            yield name, gzip.decompress(response.read())
-
-
-def download_from_debian(names: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, uncompressed bytes) from the Debian package, unpacked but not installed.
-
-    Package lists of its own, in a temporary folder, make it work without root and on a machine
-    (or in an image) where `apt-get update` never ran.
-    """
-    with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as temporary:
-        folder = Path(temporary)
-        for needed in ("state/lists/partial", "cache/archives/partial", "unpacked"):
-            (folder / needed).mkdir(parents=True)
-        apt_get = [
-            "apt-get",
-            "-qq",
-            f"-oDir::State={folder}/state",
-            f"-oDir::Cache={folder}/cache",
-            "-oDir::State::status=/var/lib/dpkg/status",
-            "-oAPT::Sandbox::User=",  # root fetches as root: _apt cannot enter this folder
-        ]
-        for command in (
-            [*apt_get, "update"],
-            [*apt_get, "download", DEBIAN_PACKAGE],
-            ["sh", "-c", "dpkg-deb -x *.deb unpacked"],
-        ):
-            done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-            if done.returncode != 0:
-                words = done.stderr.split()
-                raise DataError(" ".join(words) or f"{command[0]} exited with {done.returncode}")
-        for name in names:
-            path = folder / "unpacked" / DEBIAN_FOLDER.relative_to("/") / f"{name}.gz"
-            yield name, read_file(path)
+def first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
 
 
 DATASETS = {
     "fashion_mnist": load_fashion_mnist,
+    "mnist": partial(load_from_torchvision, "MNIST"),
+    "kmnist": partial(load_from_torchvision, "KMNIST"),
+    "cifar10": partial(load_from_torchvision, "CIFAR10"),
+    "cifar100": partial(load_from_torchvision, "CIFAR100"),
+    "tiny_imagenet": load_tiny_imagenet,
 }
 
 
-def load_dataset(name: str, data_dir: Path | str = "data") -> ImageData:
-    """The data set `name` of DATASETS, verified, fetched into `data_dir` where it is missing.
+def is_folder(name: str) -> bool:
+    """Whether a --dataset is a folder of images rather than a name of DATASETS."""
+    return name not in DATASETS and ("/" in name or Path(name).is_dir())
 
-    Raises DataError with one line that says what is wrong and what to do.
+
+def name_of(dataset: str) -> str:
+    """What a data set is called in run folders and reports: "flowers" for path/to/flowers."""
+    return Path(dataset).resolve().name if is_folder(dataset) else dataset
+
+
+def what_is_wrong_with(dataset: str, image_size: int | None) -> str | None:
+    """Why there can be no such --dataset and --image-size; None if there can."""
+    if not is_folder(dataset):
+        if dataset not in DATASETS:
+            return f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}, or a folder"
+        return image_size and f"--image-size is for folders of images, not for {dataset}"
+    name = name_of(dataset)
+    if name in DATASETS:
+        return f"{dataset}: its results would be taken for those of the data set {name}: rename it"
+    if not re.fullmatch(r"[\w.+-]+", name, re.ASCII):
+        return f"{dataset}: rename it, to letters, digits and . _ + - alone"
+    if image_size is not None and not 1 <= image_size <= 4096:
+        return f"--image-size {image_size} is not from 1 to 4096"
+    return None
+
+
+def load_dataset(
+    name: str, data_dir: Path | str = "data", image_size: int | None = None
+) -> ImageData:
+    """The data set `name` of DATASETS, fetched into `data_dir` where it is missing; or the folder.
+
+    image_size: to which the images of a folder are brought. Raises DataError with one line that
+    says what is wrong and what to do.
     """
+    if is_folder(name):
+        return load_folder(Path(name), image_size)
     if name not in DATASETS:
-        raise DataError(f"unknown data set {name!r}: choose from {', '.join(DATASETS)}")
+        raise DataError(what_is_wrong_with(name, image_size))
     return DATASETS[name](Path(data_dir))
 
 
@@ -261,15 +149,27 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dataset", default="fashion_mnist", choices=DATASETS)
+    parser.add_argument(
+        "--dataset",
+        default="fashion_mnist",
+        metavar="NAME",
+        help=f"{', '.join(DATASETS)}, or a folder of images; default: fashion_mnist",
+    )
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
+    parser.add_argument("--image-size", type=int, help="pixels; for folders of images")
+    parser.add_argument("--shape", action="store_true", help="print C, H, W, number of classes")
     args = parser.parse_args(argv)
+    if unknown := what_is_wrong_with(args.dataset, args.image_size):
+        parser.error(unknown)
     try:
-        dataset = load_dataset(args.dataset, args.data_dir)
+        dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
     except (DataError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     channels, height, width = dataset.train_images.shape[1:]
+    if args.shape:
+        print(channels, height, width, len(dataset.classes))
+        return 0
     print(
         f"{args.dataset}: {dataset.source}: {len(dataset.train_images):,} "
         f"training and {len(dataset.test_images):,} test images, {channels} x {height} x {width}, "

@@ -13,8 +13,8 @@ import parallel
 
 HERE = Path(__file__).resolve().parent
 SOURCES = (
-    "models.py", "attention.py", "data.py", "settings.py", "train.py", "training_step.py",
-    "modes.py",
+    "models.py", "attention.py", "data.py", "image_folder.py", "settings.py", "train.py",
+    "training_step.py", "modes.py",
 )  # fmt: skip
 
 

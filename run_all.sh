@@ -139,6 +139,8 @@ set_defaults() {  # quick | full
   fi
   MODELS=${MODELS:-baseline se cbam_blocks cbam_classifier}
   DATASET=${DATASET:-fashion_mnist}
+  dataset=$DATASET # what its runs lie under: the name of a folder of images
+  [[ ! -d $DATASET ]] || dataset=$(basename -- "$(realpath -- "$DATASET")")
   RUNS=${RUNS:-runs}
   OUT=${OUT:-results}
   if [[ $1 == quick ]]; then
@@ -163,7 +165,7 @@ set_command() {  # MODEL SEED: the command of one run, in the array `command`
 }
 
 is_done() {  # MODEL SEED: a result that keeps to its recipe
-  grep -qs '"overrides": {}' "$RUNS/$DATASET/$RECIPE/$1/seed$2/result.json"
+  grep -qs '"overrides": {}' "$RUNS/$dataset/$RECIPE/$1/seed$2/result.json"
 }
 
 list_runs() {  # "MODEL SEED" of every run of this shard, a line each
@@ -173,6 +175,14 @@ list_runs() {  # "MODEL SEED" of every run of this shard, a line each
       ((number++ % 10#${SHARD#*/} == 10#${SHARD%/*})) && echo "$model $seed"
     done
   done
+}
+
+add_shape() {  # of the images, to the benchmark's command
+  local channels height width classes
+  [[ $DATASET != fashion_mnist ]] || return 0
+  read -r channels height width classes < <("$PYTHON" data.py --dataset "$DATASET" --shape) ||
+    die 1 "there are no data to benchmark for: see above"
+  benchmark+=(--image "${channels}x${height}x$width" --classes "$classes")
 }
 
 print_plan() {
@@ -219,7 +229,7 @@ train_all() {  # every run of this shard that is not done, JOBS at a time; fills
     if ((JOBS == 1)); then
       start "${command[@]}"
     else
-      start_in_slot "${free[0]}" "$RUNS/logs/$DATASET.$RECIPE.$model.seed$seed.log"
+      start_in_slot "${free[0]}" "$RUNS/logs/$dataset.$RECIPE.$model.seed$seed.log"
     fi
     slot_of[$(print_command "${command[@]}")]=${free[0]}
     free=("${free[@]:1}")
@@ -264,6 +274,7 @@ work() {
   run "$PYTHON" data.py --dataset "$DATASET" || exit $?
   check_writable "$RUNS"
   check_writable "$OUT"
+  add_shape
   print_plan
   train_all
   if [[ $SHARD == 0/1 ]]; then
@@ -294,7 +305,10 @@ case ${1:-} in
     mode=${2:-$(default_mode)}
     [[ $mode == quick || $mode == full ]] || die 2 "plan of what? quick or full, not '$mode'"
     set_defaults "$mode"
-    ! meets_requirements "$PYTHON" >/dev/null 2>&1 || check_names
+    if meets_requirements "$PYTHON" >/dev/null 2>&1; then
+      check_names
+      add_shape
+    fi
     print_plan
     ;;
   test)

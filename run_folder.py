@@ -25,7 +25,7 @@ from files import write_atomically
 MAY_DIFFER = {
     "command", "data_dir", "runs", "device", "target_acc", "overwrite", "keep_last", "dry_run",
     "self_check",
-    "overrides", "quick",  # these two follow from others
+    "overrides", "quick", "base_model",  # these follow from others
 }  # fmt: skip
 
 
@@ -148,7 +148,8 @@ def metrics_text(history: list[dict]) -> str:
     return "".join(json.dumps(row) + "\n" for row in history)
 
 
-def write_classes(path: Path, classes: torch.Tensor) -> None:
+def write_classes(path: Path, classes: torch.Tensor, n_classes: int) -> None:
     buffer = io.BytesIO()
-    np.save(buffer, classes.cpu().numpy().astype(np.uint8))
+    kind = np.uint8 if n_classes <= 256 else np.uint16
+    np.save(buffer, classes.cpu().numpy().astype(kind))
     write_atomically(path, buffer.getbuffer())

@@ -89,6 +89,9 @@ def three_steps(
             # CBAM's start: that would hide the gradients behind it.
             nn.init.uniform_(module.weight, 0.25, 0.5, generator=generator)
             nn.init.constant_(module.bias, 1.0)
+    for parameter in model.parameters():
+        if not parameter.any():  # likewise the last layer of GC
+            nn.init.normal_(parameter, std=0.1, generator=generator)
     model = model.to(device, memory_format=torch.channels_last)
     optimizer = adam(model, lr=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(epoch, 1))

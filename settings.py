@@ -12,7 +12,7 @@ import torch
 
 import data
 from environment import choose_device
-from models import MODELS
+from models import MODELS, PLACES, name_of
 from modes import MODES, PRECISIONS, why_not
 from training_step import choose_precision
 
@@ -61,7 +61,16 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
     add, default = parser.add_argument, "default: %(default)s"
     count = within(1, 10**9, int)
     add("--model", choices=MODELS)
-    add("--dataset", default="fashion_mnist", choices=data.DATASETS, help=default)
+    add("--place", choices=[place for place in PLACES if place != "conv1"],
+        help="put the model's attention there instead: models.PLACES")  # fmt: skip
+    add("--reduction", type=count, help="of the module's hidden width; default: the module's own")
+    add(
+        "--dataset",
+        default="fashion_mnist",
+        metavar="NAME",
+        help=f"{', '.join(data.DATASETS)}, or a folder of images (image_folder.py); {default}",
+    )
+    add("--image-size", type=int, help="pixels to which the images of a folder are brought")
     add("--data-dir", type=folder, default=Path("data"), help=default)
     add("--recipe", default="published", choices=RECIPES, help=default)
     add("--epochs", type=count, help=of_recipe("epochs"))
@@ -106,7 +115,16 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
     settings = parser.parse_args(argv)
     if not (settings.model or settings.self_check):
         parser.error("--model is missing: choose from " + ", ".join(MODELS))
-
+    if wrong := data.what_is_wrong_with(settings.dataset, settings.image_size):
+        parser.error(wrong)
+    if data.is_folder(settings.dataset):
+        settings.dataset = str(Path(settings.dataset).resolve())
+    settings.base_model = settings.model
+    if settings.place or settings.reduction:
+        try:
+            settings.model = name_of(settings.model, settings.place, settings.reduction)
+        except ValueError as error:
+            parser.error(str(error))
     recipe = RECIPES[settings.recipe]
     for key, value in recipe.items():
         if getattr(settings, key) is None:

@@ -236,7 +236,7 @@ def read_classes(folder: Path, result: dict) -> tuple[np.ndarray | None, np.ndar
         path = folder / f"test_{name}.npy"
         if path.exists():
             found[name] = np.load(path)
-            if found[name].dtype.kind not in "iu" or found[name].max(initial=0) > 999:
+            if found[name].dtype.kind not in "iu" or found[name].max(initial=0) > 9999:
                 raise ValueError(f"{path.name} holds something else than classes")
             n_images = result.setdefault("test_images", found[name].size)
             if found[name].shape != (n_images,):
@@ -291,7 +291,7 @@ def read_costs(paths: list[Path]) -> tuple[list[dict], list[str]]:
 def costs_of(study: Study, rows: list[dict], mode="eager", precision="fp32") -> dict[str, dict]:
     """{model: its row} at this study's width and batch 64, or else the largest measured."""
     wanted = {"mode": mode, "precision": precision, "width": study.width}
-    rows = [row for row in rows if wanted.items() <= row.items()]
+    rows = [row for row in rows if wanted.items() <= row.items() and is_for(row, study)]
     rows.sort(key=lambda row: row["model"] != "baseline")
     if rows:  # times are compared on one machine
         wanted = {key: rows[0][key] for key in ("device", "torch")}
@@ -299,6 +299,14 @@ def costs_of(study: Study, rows: list[dict], mode="eager", precision="fp32") -> 
     sizes = {row["batch_size"] for row in rows}
     size = 64 if 64 in sizes else max(sizes, default=64)
     return {row["model"]: row for row in rows if row["batch_size"] == size}
+
+
+def is_for(row: dict, study: Study) -> bool:
+    """Whether images and classes were those of the study, in files that say so."""
+    result = study.any_run.result
+    image = "x".join(map(str, result.get("image") or (1, 28, 28)))
+    n_classes = len(result.get("classes") or range(10))
+    return (row.get("image", "1x28x28"), row.get("classes", 10)) == (image, n_classes)
 
 
 def fastest_costs_of(study: Study, rows: list[dict]) -> dict[str, dict]:

@@ -50,7 +50,7 @@ from stop_signals import Stopped, leaving_at_once, watch_signals
 from tensorboard_log import log_epoch, log_test, open_writer
 from training_step import adam, choose_mode, logits_of, make_step
 
-EVAL_BATCH = 1000  # a matter of speed and memory, not of figures
+EVAL_PIXELS = 1000 * 28 * 28  # in a batch: a matter of speed and memory, not of figures
 
 # --- Training -------------------------------------------------------------------------------------
 
@@ -64,7 +64,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     set_up_torch(settings.precision)
 
     # Data: all of it stays on the device as bytes, and a batch is an index into it.
-    dataset = data.load_dataset(settings.dataset, settings.data_dir)
+    dataset = data.load_dataset(settings.dataset, settings.data_dir, settings.image_size)
     train_idx, val_idx = data.split_indices(len(dataset.train_images), settings.seed)
     if settings.limit_train:
         train_idx = train_idx[: settings.limit_train]
@@ -77,7 +77,9 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     # Model, optimizer, schedule. channels_last is the layout that convolutions are fastest in.
     torch.manual_seed(settings.seed)
     model = build_model(
-        settings.model,
+        settings.base_model,
+        place=settings.place,
+        reduction=settings.reduction,
         num_classes=len(dataset.classes),
         in_channels=images.shape[1],
         width=settings.width,
@@ -227,12 +229,12 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         if best_epoch != len(history):
             model.load_state_dict(progress.best)
             _, predictions = evaluate(model, *test)
-        run_folder.write_classes(folder / "test_predictions.npy", predictions)
-        run_folder.write_classes(folder / "test_labels.npy", test_labels)
+        run_folder.write_classes(folder / "test_predictions.npy", predictions, len(dataset.classes))
+        run_folder.write_classes(folder / "test_labels.npy", test_labels, len(dataset.classes))
         train_seconds = sum(row["seconds"] for row in history)
         result = {
             "model": settings.model,
-            "dataset": settings.dataset,
+            "dataset": data.name_of(settings.dataset),
             "recipe": settings.recipe,
             "seed": settings.seed,
             "width": settings.width,
@@ -244,6 +246,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             "stopped_early": len(history) < settings.epochs,
             "test_images": len(test_labels),
             "classes": dataset.classes,
+            "image": list(images.shape[1:]),
             "params": count_parameters(model),
             "train_seconds": train_seconds,
             "images_per_second": len(history) * len(train_idx) / train_seconds,
@@ -298,7 +301,8 @@ def evaluate(model, precision, images, labels, leave_if_stopped) -> tuple[float,
     """(mean cross-entropy, predicted classes int64 (N,)) of `images` in evaluation mode."""
     model.eval()
     loss, predictions = 0.0, []
-    for batch, batch_labels in zip(images.split(EVAL_BATCH), labels.split(EVAL_BATCH), strict=True):
+    size = max(1, EVAL_PIXELS // images[0, 0].numel())
+    for batch, batch_labels in zip(images.split(size), labels.split(size), strict=True):
         leave_if_stopped()
         logits = logits_of(model, batch, precision)
         loss += F.cross_entropy(logits, batch_labels, reduction="sum").item()
@@ -328,7 +332,8 @@ SUMMARY = dict(
 
 def run(settings: argparse.Namespace, runs: Path) -> int:
     """One run in its folder below `runs`: skipped, taken up again or started. The exit code."""
-    folder = runs / settings.dataset / settings.recipe / settings.model / f"seed{settings.seed}"
+    dataset = data.name_of(settings.dataset)
+    folder = runs / dataset / settings.recipe / settings.model / f"seed{settings.seed}"
     try:
         result = parallel.by_the_first(finished, settings, folder)
         if result is None:
@@ -404,7 +409,7 @@ def finished(settings: argparse.Namespace, folder: Path) -> dict | None:
 def main(argv: list[str] | None = None) -> int:
     settings = parse_settings(argv, __doc__)
     if settings.self_check:
-        models = [settings.model] if settings.model else list(MODELS)
+        models = [settings.base_model] if settings.model else list(MODELS)
         return 0 if self_check(models, settings.device, settings.width) else 1
     with parallel.joined(settings.device), contextlib.ExitStack() as stack:
         stack.enter_context(leaving_at_once(stack.close))

@@ -155,7 +155,7 @@ def test_a_mode_that_does_not_run_is_left_out(tmp_path, monkeypatch, capsys):
 
 
 def test_the_check_of_logits_sees_the_spatial_gate():
-    model = benchmark.build("cbam_blocks", 4, torch.device("cpu"))
+    model = benchmark.build("cbam_blocks", 4)
     images = torch.rand(2, 1, 28, 28)
     before = model(images)
     model.layer4[1].attention.spatial.conv.weight.data.mul_(2)

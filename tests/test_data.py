@@ -11,9 +11,10 @@ from torchvision import transforms
 from torchvision.datasets import FashionMNIST
 
 import data
+import fashion_mnist as fm
 
 RAW = REPO / "data" / "FashionMNIST" / "raw"
-PLACES = [RAW.parent.parent, RAW, data.DEBIAN_FOLDER]  # before a test takes the last one away
+PLACES = [RAW.parent.parent, RAW, fm.DEBIAN_FOLDER]  # before a test takes the last one away
 LABELS = "t10k-labels-idx1-ubyte"
 
 
@@ -22,9 +23,9 @@ def raw_files(fashion_mnist, tmp_path):
     """A data folder with links to the four real files, in torchvision's layout."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in data.FASHION_MNIST_SHA256:
-        original = data.find_file(name, PLACES)
-        (raw / name).write_bytes(data.read_file(original))
+    for name in fm.FASHION_MNIST_SHA256:
+        original = fm.find_file(name, PLACES)
+        (raw / name).write_bytes(fm.read_file(original))
     return raw
 
 
@@ -32,7 +33,7 @@ def raw_files(fashion_mnist, tmp_path):
 def nowhere(monkeypatch, tmp_path):
     """A machine without network, apt-get and Debian's copy of the data."""
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    monkeypatch.setattr(data, "DEBIAN_FOLDER", tmp_path / "not-there")
+    monkeypatch.setattr(fm, "DEBIAN_FOLDER", tmp_path / "not-there")
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
@@ -81,7 +82,7 @@ def test_damaged_file_is_named_in_one_line(raw_files, tmp_path, harm):
     done = script("data.py", "--data-dir", tmp_path)
     assert done.returncode == 1
     assert is_one_line(done.stderr) and str(path) in done.stderr and "Three ways" in done.stderr
-    assert harm == "truncated gzip" or data.FASHION_MNIST_SHA256[LABELS] in done.stderr
+    assert harm == "truncated gzip" or fm.FASHION_MNIST_SHA256[LABELS] in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -91,7 +92,7 @@ def test_missing_file_without_network_is_one_line(nowhere, raw_files, tmp_path, 
     assert data.main(["--data-dir", str(tmp_path)]) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(error) == 1 and "Three ways" in error[0]
-    assert LABELS in error[0] and data.FASHION_MNIST_SHA256[LABELS] in error[0]
+    assert LABELS in error[0] and fm.FASHION_MNIST_SHA256[LABELS] in error[0]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -137,8 +138,8 @@ def test_keeps_nothing_of_a_wrong_download(nowhere, mirror, raw_files, tmp_path)
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs Debian or Ubuntu")
 def test_fetches_the_debian_package(monkeypatch, tmp_path):
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    names = list(data.FASHION_MNIST_SHA256)
-    assert "Debian" in data.fetch_fashion_mnist(names, tmp_path / "raw")
+    names = list(fm.FASHION_MNIST_SHA256)
+    assert "Debian" in fm.fetch_fashion_mnist(names, tmp_path / "raw")
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == sorted(names)
 
 
