@@ -168,8 +168,8 @@ def decode(folder: Path, paths: list[Path], image_size: int | None) -> np.ndarra
         if needed > there / 2:  # it is there twice while it is written
             raise DataError(
                 f"{folder}: {len(paths):,} images of {shape[1]} x {height} x {width} take "
-                f"{needed / 1e6:,.1f} MB, twice while they are read, of {there / 1e6:,.1f} MB free: "
-                "use a smaller --image-size, or fewer images"
+                f"{needed / 1e6:,.1f} MB, twice while they are read, of {there / 1e6:,.1f} MB "
+                "free: use a smaller --image-size, or fewer images"
             )
         images = np.empty(shape, np.uint8)
 

@@ -187,7 +187,7 @@ def test_moments_are_exact():
         torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), theirs)
 
 
-# --- In the layouts of torchvision and Tiny ImageNet -----------------------------------------------
+# --- In the layouts of torchvision and Tiny ImageNet ----------------------------------------------
 
 
 def idx(array):
