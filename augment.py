@@ -1,0 +1,270 @@
+"""Data augmentation: an image each, a batch at a time, on the device.
+
+torchvision.transforms.v2 draws one set of parameters a batch, from a generator of its own. Here
+each image has its own, and all random numbers of an epoch are drawn beforehand, from (seed, epoch),
+one row for each image of the epoch. An augmentation is then a function of images and of such rows:
+the same in every mode, capturable in a CUDA graph, and nothing about it has to be saved.
+
+    augmentation = Augmentation(crop=4, flip=True, cutmix=1.0)
+    rows = augmentation.draw(54_000, seed, epoch)            # (54000, augmentation.columns)
+    images = augmentation.of_pixels(images, rows[:64])       # uint8 (64, C, H, W), then normalised
+    images, share = augmentation.of_normalized(images, rows[:64])
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to the images of a batch. None, 0 and False: not done."""
+
+    crop: int | None = None  # pixels of black around the image, of which a crop is taken at random
+    flip: bool | None = None  # left to right, one image in two
+    randaugment: int | None = None  # operations of OPERATIONS, one after the other
+    erase: float | None = None  # share of images of which a rectangle is erased
+    cutmix: float | None = None  # alpha of the Beta distribution of shares
+    mixup: float | None = None  # likewise; where both are given, an image takes one of the two
+
+    @property
+    def parts(self) -> dict[str, slice]:
+        """The columns that each part of it reads."""
+        wanted = {
+            "crop": 2 if self.crop else 0,
+            "flip": 1 if self.flip else 0,
+            "randaugment": 2 * (self.randaugment or 0),
+            "erase": 5 if self.erase else 0,
+            "cutmix": 3 if self.cutmix else 0,
+            "mixup": 1 if self.mixup else 0,
+            "which": 1 if self.cutmix and self.mixup else 0,
+        }
+        parts, start = {}, 0
+        for name, n in wanted.items():
+            parts[name] = slice(start, start + n)
+            start += n
+        return parts
+
+    @property
+    def columns(self) -> int:
+        return self.parts["which"].stop
+
+    @property
+    def mixes(self) -> bool:
+        return bool(self.cutmix or self.mixup)
+
+    def draw(self, n: int, seed: int, epoch: int) -> torch.Tensor:
+        """float32 (n, columns) in [0, 1), fixed by (seed, epoch): uniform, but Beta for shares."""
+        generator = np.random.default_rng((seed, epoch, 1))  # data.shuffled has (seed, epoch)
+        rows = generator.random((n, self.columns), dtype=np.float32)
+        for name, alpha in (("cutmix", self.cutmix), ("mixup", self.mixup)):
+            if alpha:
+                rows[:, self.parts[name].start] = generator.beta(alpha, alpha, n)
+        return torch.from_numpy(rows)
+
+    def of_pixels(self, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Crop, flip, RandAugment: uint8 (N, C, H, W) -> the same, one row for each image."""
+        part = {name: rows[:, columns] for name, columns in self.parts.items()}
+        if self.crop or self.flip:
+            images = crop_and_flip(images, self.crop or 0, part["crop"], part["flip"])
+        for i in range(self.randaugment or 0):
+            images = randaugment(images, *part["randaugment"][:, 2 * i : 2 * i + 2].unbind(1))
+        return images
+
+    def of_normalized(
+        self, images: torch.Tensor, rows: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Erasing, CutMix, MixUp: float (N, C, H, W) -> (the same, share (N,) or None).
+
+        What is erased becomes 0, the mean. Image i is mixed with image i - 1, and `share` is the
+        share of its own label in the loss.
+        """
+        part = {name: rows[:, columns] for name, columns in self.parts.items()}
+        if self.erase:
+            images = erase(images, self.erase, part["erase"])
+        if not self.mixes:
+            return images, None
+        n, _, height, width = images.shape
+        share = torch.ones(n, device=images.device)  # of each pixel, in MixUp
+        kept = torch.ones(n, height, width, dtype=torch.bool, device=images.device)  # in CutMix
+        if self.cutmix:
+            kept = ~cut(height, width, part["cutmix"])
+            share = kept.float().mean((1, 2))
+        if self.mixup:
+            share = part["mixup"][:, 0]
+        weight = share[:, None, None].expand(n, height, width)
+        if self.cutmix and self.mixup:
+            takes_cutmix = part["which"][:, 0] < 0.5
+            weight = torch.where(takes_cutmix[:, None, None], kept.float(), weight)
+            share = torch.where(takes_cutmix, kept.float().mean((1, 2)), share)
+        elif self.cutmix:
+            weight = kept.float()
+        weight = weight[:, None]
+        return images * weight + images.roll(1, 0) * (1 - weight), share
+
+
+def crop_and_flip(images, padding: int, offsets: torch.Tensor, flips: torch.Tensor):
+    """A crop of the image's own size out of the padded image; every other one mirrored."""
+    n, _, height, width = images.shape
+    device = images.device
+    rows = torch.arange(height, device=device).expand(n, height)
+    columns = torch.arange(width, device=device).expand(n, width)
+    if padding:
+        images = F.pad(images, (padding,) * 4)
+        offsets = (offsets * (2 * padding + 1)).long()
+        rows, columns = rows + offsets[:, :1], columns + offsets[:, 1:]
+    if flips.shape[1]:
+        columns = torch.where(flips < 0.5, columns.flip(1), columns)
+    which = torch.arange(n, device=device)[:, None, None]
+    # (N, H, W, C): what is indexed comes first
+    cropped = images[which, :, rows[:, :, None], columns[:, None, :]]
+    return cropped.permute(0, 3, 1, 2).contiguous()
+
+
+def rectangles(height: int, width: int, top, left, bottom, right) -> torch.Tensor:
+    """bool (N, H, W): top <= row < bottom and left <= column < right, each bound (N,)."""
+    rows = torch.arange(height, device=top.device)[None, :, None]
+    columns = torch.arange(width, device=top.device)[None, None, :]
+    top, left, bottom, right = (bound[:, None, None] for bound in (top, left, bottom, right))
+    return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
+
+
+def erase(images: torch.Tensor, probability: float, u: torch.Tensor) -> torch.Tensor:
+    """Random erasing (Zhong et al., AAAI 2020, arXiv 1708.04896), with torchvision's ranges.
+
+    A rectangle of 2 to 33 % of the area and a height of 0.3 to 3.3 times its width, made to fit.
+    """
+    height, width = images.shape[2:]
+    area = height * width * (0.02 + 0.31 * u[:, 1])
+    ratio = torch.exp(np.log(0.3) + np.log(3.3 / 0.3) * u[:, 2])
+    tall = (area * ratio).sqrt().round().clamp(1, height)
+    wide = (area / ratio).sqrt().round().clamp(1, width)
+    top = (u[:, 3] * (height - tall + 1)).floor()
+    left = (u[:, 4] * (width - wide + 1)).floor()
+    erased = rectangles(height, width, top, left, top + tall, left + wide)
+    erased &= (u[:, 0] < probability)[:, None, None]
+    return images.masked_fill(erased[:, None], 0)
+
+
+def cut(height: int, width: int, u: torch.Tensor) -> torch.Tensor:
+    """CutMix's rectangles (Yun et al., ICCV 2019, arXiv 1905.04899): bool (N, H, W).
+
+    Of the share 1 - u[:, 0] of the area, around a point anywhere, and cut off at the border.
+    """
+    side = (1 - u[:, 0]).sqrt()
+    tall, wide = (side * height).floor(), (side * width).floor()
+    row, column = (u[:, 1] * height).floor(), (u[:, 2] * width).floor()
+    top, left = row - (tall / 2).floor(), column - (wide / 2).floor()
+    return rectangles(height, width, top, left, top + tall, left + wide)
+
+
+# --- RandAugment ----------------------------------------------------------------------------------
+
+# The operations of RandAugment (Cubuk et al., NeurIPS 2020, arXiv 1909.13719) at torchvision's
+# default, magnitude 9 of 30: shears by 0.09, shifts by 14 % of the side, turns by 9 degrees,
+# factors of 1 - 0.27 or 1 + 0.27, 7 bits left, values from 70 % on inverted.
+OPERATIONS = (
+    "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color",
+    "contrast", "sharpness", "posterize", "solarize", "autocontrast", "equalize",
+)  # fmt: skip
+MAGNITUDE = 9 / 30
+
+
+def randaugment(images: torch.Tensor, which: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
+    """One operation an image: uint8 (N, C, H, W) -> the same. which, sign: (N,) in [0, 1).
+
+    Each operation is computed for all images, and each image takes its own.
+    """
+    chosen = (which * len(OPERATIONS)).long()
+    sign = torch.where(sign < 0.5, -1.0, 1.0)
+    factor = (1 + sign * 0.9 * MAGNITUDE)[:, None, None, None]
+    x = images.float()
+    grey = luminance(x)
+    results = {
+        "brightness": x * factor,
+        "color": blend(x, grey, factor),
+        "contrast": blend(x, grey.floor().mean((2, 3), keepdim=True), factor),
+        "sharpness": blend(x, smoothed(x), factor),
+        "posterize": (images & (256 - 2 ** round(4 * MAGNITUDE))).float(),
+        "solarize": torch.where(x >= 255 * (1 - MAGNITUDE), 255 - x, x),
+        "autocontrast": autocontrast(x),
+        "equalize": equalize(images).float(),
+    }
+    out = moved(x, chosen, sign)
+    for name, result in results.items():
+        takes_it = (chosen == OPERATIONS.index(name))[:, None, None, None]
+        out = torch.where(takes_it, result, out)
+    return out.clamp(0, 255).byte()
+
+
+def moved(x: torch.Tensor, chosen: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
+    """Sheared, shifted or turned around the middle, nearest pixels, black outside; or as it is."""
+    height, width = x.shape[2:]
+    m = sign * MAGNITUDE
+    amount = {
+        name: torch.where(chosen == OPERATIONS.index(name), m * most, 0.0)
+        for name, most in (
+            ("shear_x", 0.3), ("shear_y", 0.3), ("translate_x", 150 / 331 * width),
+            ("translate_y", 150 / 331 * height), ("rotate", np.pi / 6),
+        )
+    }  # fmt: skip
+    cosine, sine = torch.cos(amount["rotate"]), torch.sin(amount["rotate"])
+    # Where in the image the pixel at (column, row), seen from the middle, comes from.
+    to_column = (cosine, sine + amount["shear_x"], -amount["translate_x"].trunc())
+    to_row = (amount["shear_y"] - sine, cosine, -amount["translate_y"].trunc())
+    rows = torch.arange(height, device=x.device)[:, None] - (height - 1) / 2
+    columns = torch.arange(width, device=x.device)[None] - (width - 1) / 2
+
+    def source(coefficients, length):
+        a, b, c = (value[:, None, None] for value in coefficients)
+        return (a * columns + b * rows + c + (length - 1) / 2).round().long()
+
+    row, column = source(to_row, height), source(to_column, width)  # (N, H, W)
+    inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    which = torch.arange(len(x), device=x.device)[:, None, None]
+    taken = x[which, :, row.clamp(0, height - 1), column.clamp(0, width - 1)]  # (N, H, W, C)
+    return taken.permute(0, 3, 1, 2) * inside[:, None]
+
+
+def blend(x: torch.Tensor, other: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    return factor * x + (1 - factor) * other
+
+
+def luminance(x: torch.Tensor) -> torch.Tensor:
+    """(N, 1, H, W)."""
+    if x.shape[1] != 3:
+        return x.mean(1, keepdim=True)
+    red, green, blue = x.split(1, dim=1)
+    return 0.2989 * red + 0.587 * green + 0.114 * blue
+
+
+def smoothed(x: torch.Tensor) -> torch.Tensor:
+    """Each pixel with a weight of 5 beside its eight neighbours; the border as it is."""
+    if min(x.shape[2:]) < 3:
+        return x
+    inner = (F.avg_pool2d(x, 3, stride=1) * 9 + 4 * x[:, :, 1:-1, 1:-1]) / 13
+    border = torch.ones(x.shape[2:], dtype=torch.bool, device=x.device)
+    border[1:-1, 1:-1] = False
+    return torch.where(border, x, F.pad(inner.round(), (1, 1, 1, 1)))
+
+
+def autocontrast(x: torch.Tensor) -> torch.Tensor:
+    """Each channel from its darkest and brightest value to 0 and 255."""
+    low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    return torch.where(high > low, (x - low) * (255 / (high - low).clamp(min=1)), x)
+
+
+def equalize(images: torch.Tensor) -> torch.Tensor:
+    """Histogram equalisation of each channel, as PIL does it: uint8 -> int64."""
+    n, channels, height, width = images.shape
+    values = images.reshape(n, channels, -1).long()
+    counts = torch.zeros(n, channels, 256, dtype=torch.int64, device=images.device)
+    counts.scatter_add_(2, values, torch.ones_like(values))
+    last = values.amax(2, keepdim=True)
+    step = (height * width - counts.gather(2, last)) // 255
+    below = counts.cumsum(2) - counts
+    table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
+    equalized = table.gather(2, values)
+    return torch.where(step > 0, equalized, values).view_as(images)
