@@ -24,7 +24,18 @@ import torch
 import run_folder
 from environment import is_out_of_memory
 from files import write_atomically
-from training_step import load_adam
+from training_step import Average, load_adam
+
+
+@dataclass
+class Parts:
+    """What training changes."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Adam
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    device: torch.device
+    average: Average | None = None  # of the model
 
 
 @dataclass
@@ -37,38 +48,39 @@ class Progress:
     begun: dict | None = None
 
 
-def state_of(model, optimizer, scheduler, device, progress: Progress, config: dict) -> dict:
+def state_of(parts: Parts, progress: Progress, config: dict) -> dict:
     """What last.pt holds."""
+    cuda = parts.device.type == "cuda"
     return {
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": scheduler.state_dict(),
+        "model": parts.model.state_dict(),
+        "optimizer": parts.optimizer.state_dict(),
+        "scheduler": parts.scheduler.state_dict(),
+        "average": parts.average.state_dict() if parts.average else None,
         "rng": torch.get_rng_state(),
-        "cuda_rng": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        "cuda_rng": torch.cuda.get_rng_state(parts.device) if cuda else None,
         "progress": vars(progress),
         "config": config,
         "torch": str(torch.__version__),
     }
 
 
-def take_up(folder: Path, model, optimizer, scheduler, device, config: dict) -> Progress:
+def take_up(folder: Path, parts: Parts, config: dict) -> Progress:
     """Puts the state in the folder's last.pt back, or else that in prev.pt; says how far it is.
 
     A file that is damaged, or not this run's, is set aside as .corrupt and named on stderr; without
     a good one the run starts anew. best.pt and metrics.jsonl are written again from the state.
     """
-    parts = (model, optimizer, scheduler, device)
-    as_built = copied(state_of(*parts, Progress(), config), torch.device("cpu"))
+    as_built = copied(state_of(parts, Progress(), config), torch.device("cpu"))
     for path in (folder / "last.pt", folder / "prev.pt"):
         if not path.is_file():
             continue
         try:
             state = load(path)
-            progress = put_back(state, *parts, config)
+            progress = put_back(state, parts, config)
         except Exception as error:  # damaged files raise what they like
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
-            put_back(as_built, *parts, config)  # some of it may have been loaded
+            put_back(as_built, parts, config)  # some of it may have been loaded
             aside = path.with_name(f"{path.name}.corrupt")
             os.replace(path, aside)
             reason = str(error).split("\n")[0] or type(error).__name__
@@ -92,7 +104,7 @@ def take_up(folder: Path, model, optimizer, scheduler, device, config: dict) -> 
     return Progress()
 
 
-def put_back(state: dict, model, optimizer, scheduler, device, config: dict) -> Progress:
+def put_back(state: dict, parts: Parts, config: dict) -> Progress:
     """Loads the states into their objects. Raises some exception if they do not fit."""
     for key in sorted(config.keys() - run_folder.MAY_DIFFER):
         if state["config"].get(key) != config[key]:
@@ -103,18 +115,20 @@ def put_back(state: dict, model, optimizer, scheduler, device, config: dict) -> 
     if progress.begun and len(progress.begun["losses"]) != progress.begun["step"]:
         raise ValueError("it does not say how far its epoch is")
     if progress.best is not None:
-        model.load_state_dict(progress.best)  # do they fit?
-    model.load_state_dict(state["model"])
-    load_adam(optimizer, state["optimizer"])
+        parts.model.load_state_dict(progress.best)  # do they fit?
+    parts.model.load_state_dict(state["model"])
+    if parts.average:
+        parts.average.load_state_dict(state["average"])
+    load_adam(parts.optimizer, state["optimizer"])
     has_stepped = progress.history or (progress.begun and progress.begun["step"])
-    for parameter in model.parameters() if has_stepped else ():  # Adam has no state before
-        moments = [optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
+    for parameter in parts.model.parameters() if has_stepped else ():  # Adam has none before
+        moments = [parts.optimizer.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")]
         if any(moment.shape != parameter.shape for moment in moments):
             raise ValueError("Adam's state has other shapes than the weights")
-    scheduler.load_state_dict(state["scheduler"])
+    parts.scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(state["rng"])
-    if device.type == "cuda" and state["cuda_rng"] is not None:
-        torch.cuda.set_rng_state(state["cuda_rng"], device)
+    if parts.device.type == "cuda" and state["cuda_rng"] is not None:
+        torch.cuda.set_rng_state(state["cuda_rng"], parts.device)
     return progress
 
 

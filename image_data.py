@@ -22,6 +22,10 @@ class ImageData:
     std: tuple[float, ...]
     source: str  # where the files came from, for people to read
 
+    def moments_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean, std), each (C, 1, 1)."""
+        return tuple(torch.tensor(m, device=device)[:, None, None] for m in (self.mean, self.std))
+
 
 def moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, standard deviation) of each channel of uint8 (N, C, H, W), pixels in [0, 1].

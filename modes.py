@@ -75,31 +75,32 @@ def first_line(error: Exception) -> str:
 
 
 class Graphed:
-    """`function` of one tensor, captured as one CUDA graph: called like the function, one launch.
+    """`function` of some tensors, captured as one CUDA graph: called like the function, one launch.
 
     Capturing: CUDA libraries, the allocator and optimizers set themselves up when they first run,
     which a graph cannot capture. So the function is run a few times to warm up, on the stream that
     then captures one more run without executing it. Whoever captures a training step restores the
     weights and all else that the warm-up changed, in place: a graph knows addresses, not variables.
 
-    Replaying: the same kernels on the same addresses. Hence the argument is copied to where the
-    graph reads it, and the results are valid until the next call. Whatever Python decided while
+    Replaying: the same kernels on the same addresses. Hence the arguments are copied to where the
+    graph reads them, and the results are valid until the next call. Whatever Python decided while
     capturing is fixed: shapes, branches, every number that is not a tensor on the device.
     """
 
-    def __init__(self, function: Callable, example: torch.Tensor):
+    def __init__(self, function: Callable, *examples: torch.Tensor):
         self.function = function  # keeps alive the weights whose addresses the graph has
-        self.argument = example.clone()
+        self.arguments = [example.clone() for example in examples]
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
-                function(self.argument)
+                function(*self.arguments)
             with torch.cuda.graph(self.graph, stream=stream):
-                self.results = function(self.argument)
+                self.results = function(*self.arguments)
 
-    def __call__(self, argument: torch.Tensor):
-        self.argument.copy_(argument)
+    def __call__(self, *arguments: torch.Tensor):
+        for there, new in zip(self.arguments, arguments, strict=True):
+            there.copy_(new)
         self.graph.replay()
         return self.results

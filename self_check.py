@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from models import build_model
 from modes import MODES, set_up_torch, why_not
-from training_step import adam, make_step
+from training_step import adam, halves, make_step
 
 # In fp32 every tensor is judged by itself. In TF32 and bf16 rounding alone makes gradients that are
 # sums of cancelling terms wrong by their own size, so all tensors of a kind are judged together.
@@ -96,14 +96,16 @@ def three_steps(
     optimizer = adam(model, lr=1e-3)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(epoch, 1))
     step, used, failures = make_step(
-        model, optimizer, images.to(device), labels.to(device), mode, precision, BATCH_SIZE
-    )
+        model, optimizer, images.to(device), labels.to(device), mode, precision, BATCH_SIZE,
+        halves(device),
+    )  # fmt: skip
     if used != mode:
         raise ModeFailed("; ".join(failures))
 
     start = [parameter.detach().clone() for parameter in model.parameters()]
     batches = torch.arange(2 * BATCH_SIZE, device=device).split(BATCH_SIZE)
-    losses = [step(idx)[0].clone() for idx in batches]
+    rows = torch.empty(BATCH_SIZE, 0, device=device)
+    losses = [step(idx, rows)[0].clone() for idx in batches]
     found = {
         "loss": {f"batch {i + 1}": loss for i, loss in enumerate(losses)},
         "gradient": {key: parameter.grad.clone() for key, parameter in model.named_parameters()},
@@ -116,7 +118,7 @@ def three_steps(
         }
     unmoved = all(map(torch.equal, start, model.parameters()))
     scheduler.step()
-    step(batches[0])
+    step(batches[0], rows)
     moved_by = sum(
         (after - before).square().sum()
         for before, after in zip(start, model.parameters(), strict=True)

@@ -24,10 +24,37 @@ PUBLISHED = dict(
     limit_train=None,  # images taken of the training split, None: all. Validation then takes a
     # ninth of that number, or a batch if that is more
     limit_test=None,  # images taken of the test set; None: all
+    # The published recipe has none of these. None: not used.
+    weight_decay=None,  # of AdamW, for all but biases and BatchNorm
+    warmup=None,  # epochs in which the learning rate rises to lr
+    label_smoothing=None,
+    ema=None,  # decay of the weights' moving average, which is then what is tested
+    normalize=None,  # "data": by the data's mean and standard deviation; None: to [-1, 1]
+    crop=None,  # this and the following: see augment.py
+    flip=None,
+    randaugment=None,
+    erase=None,
+    cutmix=None,
+    mixup=None,
+)
+AUGMENTATIONS = ("crop", "flip", "randaugment", "erase", "cutmix", "mixup")
+STRONG = PUBLISHED | dict(
+    patience=50,
+    lr=2e-3,
+    weight_decay=0.05,
+    warmup=3,
+    label_smoothing=0.1,
+    ema=0.999,
+    normalize="data",
+    crop=2,
+    flip=True,
+    erase=0.25,
+    cutmix=1.0,
 )
 RECIPES = {
     "published": PUBLISHED,
     "quick": PUBLISHED | dict(epochs=1, limit_train=1920, limit_test=1000),
+    "strong": STRONG,
 }
 WIDTH = 64  # channels of the first stage, as published
 
@@ -50,7 +77,8 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
         return Path(text)
 
     def of_recipe(key):
-        values = (f"{name}: {recipe[key] or 'all'}" for name, recipe in RECIPES.items())
+        none = "all" if key.startswith("limit") else "none"
+        values = (f"{name}: {recipe[key] or none}" for name, recipe in RECIPES.items())
         return f"default: the recipe's ({', '.join(values)})"
 
     parser = argparse.ArgumentParser(
@@ -79,6 +107,24 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
     add("--patience", type=count, help=of_recipe("patience"))
     add("--limit-train", type=count, help=of_recipe("limit_train"))
     add("--limit-test", type=count, help=of_recipe("limit_test"))
+    share, alpha = within(0, 1, float), within(0, 100, float)
+    for name, kind, what in (
+        ("weight_decay", within(0, 1e3, float), "AdamW's, for all but biases and BatchNorm"),
+        ("warmup", within(0, 10**9, int), "epochs of rising learning rate"),
+        ("label_smoothing", share, "share of the labels that goes to all classes"),
+        ("ema", share, "decay of the moving average of the weights, which is what is tested"),
+        ("crop", within(0, 4096, int), "pixels of border that random crops may take in"),
+        ("randaugment", within(0, 14, int), "operations an image"),
+        ("erase", share, "share of images of which a rectangle is erased"),
+        ("cutmix", alpha, "alpha of the shares of mixed images"),
+        ("mixup", alpha, "likewise; with both, an image takes one of the two"),
+    ):
+        flag = f"--{name.replace('_', '-')}"
+        add(flag, type=kind, help=f"{what}; 0: none; {of_recipe(name)}")
+    flips = f"mirror every other image; {of_recipe('flip')}"
+    add("--flip", action=argparse.BooleanOptionalAction, help=flips)
+    kinds = f"half: to [-1, 1]; data: by mean and deviation; {of_recipe('normalize')}"
+    add("--normalize", choices=["half", "data"], help=kinds)
     add("--seed", type=within(0, 10**9, int), default=0, help=f"split, order, weights; {default}")
     add("--width", type=count, default=WIDTH, help=f"channels of stage 1; {default}")
     add(
@@ -130,8 +176,12 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
         if getattr(settings, key) is None:
             setattr(settings, key, value)
     if settings.dry_run:
-        settings.epochs = 1
+        settings.epochs, settings.warmup = 1, None
         settings.limit_train = settings.limit_test = settings.batch_size
+    if (settings.warmup or 0) >= settings.epochs:
+        parser.error(f"--warmup {settings.warmup} must be less than --epochs {settings.epochs}")
+    if settings.ema == 1:
+        parser.error("--ema 1 would never take in new weights: use less")
     try:
         settings.device = choose_device(settings.device)
     except ValueError as error:

@@ -34,6 +34,7 @@ import checkpoint
 import data
 import parallel
 import run_folder
+from augment import Augmentation
 from environment import (
     describe_environment,
     device_name,
@@ -45,10 +46,10 @@ from models import MODELS, build_model, count_parameters
 from modes import set_up_torch
 from run_folder import RunError
 from self_check import self_check
-from settings import RECIPES, as_config, parse_settings  # noqa: F401 (train.RECIPES is for all)
+from settings import AUGMENTATIONS, RECIPES, as_config, parse_settings  # noqa: F401 (train.RECIPES is for all)
 from stop_signals import Stopped, leaving_at_once, watch_signals
 from tensorboard_log import log_epoch, log_test, open_writer
-from training_step import adam, choose_mode, logits_of, make_step
+from training_step import Average, adam, choose_mode, halves, logits_of, make_step, schedule
 
 EVAL_PIXELS = 1000 * 28 * 28  # in a batch: a matter of speed and memory, not of figures
 
@@ -85,8 +86,12 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         width=settings.width,
         seed=settings.seed,
     ).to(device, memory_format=torch.channels_last)
-    optimizer = adam(model, settings.lr)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=settings.epochs)
+    optimizer = adam(model, settings.lr, settings.weight_decay)
+    scheduler = schedule(optimizer, settings.epochs, settings.warmup)
+    average = Average(model, settings.ema) if settings.ema else None
+    shown = average.model if average else model  # what is validated, tested and kept
+    moments = halves(device) if settings.normalize != "data" else dataset.moments_on(device)
+    augmentation = Augmentation(**{key: getattr(settings, key) for key in AUGMENTATIONS})
 
     # `auto` looks at the length of the whole run, so that one that is resumed takes the same mode.
     n_steps = settings.epochs * len(train_idx) // settings.batch_size
@@ -97,12 +102,12 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
 
     # Go on where the run was stopped, if it has begun.
     environment = describe_environment(device)
-    parts = (model, optimizer, scheduler, device)
+    parts = checkpoint.Parts(model, optimizer, scheduler, device, average)
     progress = parallel.by_the_first(begin, settings, folder, config, environment, parts)
     if parallel.WORLD > 1:
-        state = checkpoint.state_of(*parts, progress, config)
+        state = checkpoint.state_of(parts, progress, config)
         state = parallel.of_the_first(checkpoint.copied(state, torch.device("cpu")))
-        progress = checkpoint.put_back(state, *parts, config)
+        progress = checkpoint.put_back(state, parts, config)
     history = progress.history  # one object an epoch, as in metrics.jsonl
 
     # Compiled or captured before the clock of the epochs starts.
@@ -110,8 +115,9 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
         print("compiling the training step, the first time up to a minute", flush=True)
     start = time.perf_counter()
     train_step, mode, failures = make_step(
-        model, optimizer, images, labels, mode, settings.precision, settings.batch_size
-    )
+        model, optimizer, images, labels, mode, settings.precision, settings.batch_size, moments,
+        augmentation, settings.label_smoothing or 0.0, average,
+    )  # fmt: skip
     set_up_seconds = time.perf_counter() - start
     for failure in failures:
         print(f"note: {failure}; going on in mode {mode}", file=sys.stderr)
@@ -126,9 +132,10 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             run_folder.check_in_place(folder, inode)
             if parallel.RANK:
                 return  # the first process does
-            state = checkpoint.state_of(model, optimizer, scheduler, device, progress, config)
+            state = checkpoint.state_of(parts, progress, config)
             save({folder / "last.pt": state} | (files or {}))
 
+        how = (settings.precision, moments, leave_if_stopped)
         on_a_terminal = sys.stderr and sys.stderr.isatty() and not parallel.RANK
         for row in history:
             log_epoch(writer, row)
@@ -148,6 +155,8 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             model.train()
             batches = data.shuffled(train_idx, settings.seed, epoch).to(device)
             batches = batches.split(settings.batch_size)
+            rows = augmentation.draw(len(train_idx), settings.seed, epoch).to(device)
+            rows = rows.split(settings.batch_size)  # of random numbers, one for each image
             losses = torch.zeros(len(batches), device=device)  # read once an epoch: reading waits
             correct = torch.zeros((), dtype=torch.int64, device=device)
             first, spent = 0, 0.0
@@ -163,15 +172,14 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
                     initial=first, total=len(batches), disable=not on_a_terminal,
                 ):  # fmt: skip
                     leave_if_stopped()
-                    losses[step], hits = train_step(batches[step])  # forward, loss, backward, Adam
+                    # forward, loss, backward, Adam
+                    losses[step], hits = train_step(batches[step], rows[step])
                     correct += hits
                 step = len(batches)
                 losses, correct = parallel.over_all(losses, correct)
                 losses = losses.double().cpu()
                 seconds = time.perf_counter() - start
-                val_loss, val_predictions = evaluate(
-                    model, settings.precision, val_images, val_labels, leave_if_stopped
-                )
+                val_loss, val_predictions = evaluate(shown, val_images, val_labels, *how)
             except Stopped:
                 if step < len(batches):
                     seconds = time.perf_counter() - start
@@ -209,7 +217,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
 
             files = {}
             if is_best := best_epoch_of(history) == epoch:
-                progress.best = checkpoint.copied(model.state_dict(), device)
+                progress.best = checkpoint.copied(shown.state_dict(), device)
                 files = {folder / "best.pt": progress.best}
             save_state(files | {folder / "metrics.jsonl": run_folder.metrics_text(history)})
             log_epoch(writer, row)
@@ -222,13 +230,12 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             )
 
         # The test set is used only here: with the last weights, and with the best.
-        test = (settings.precision, test_images, test_labels, leave_if_stopped)
         best_epoch = best_epoch_of(history)
-        _, predictions = evaluate(model, *test)
+        _, predictions = evaluate(shown, test_images, test_labels, *how)
         test_acc_last = accuracy(predictions, test_labels)
         if best_epoch != len(history):
-            model.load_state_dict(progress.best)
-            _, predictions = evaluate(model, *test)
+            shown.load_state_dict(progress.best)
+            _, predictions = evaluate(shown, test_images, test_labels, *how)
         run_folder.write_classes(folder / "test_predictions.npy", predictions, len(dataset.classes))
         run_folder.write_classes(folder / "test_labels.npy", test_labels, len(dataset.classes))
         train_seconds = sum(row["seconds"] for row in history)
@@ -276,7 +283,7 @@ def begin(settings, folder, config, environment, parts) -> checkpoint.Progress:
         there = run_folder.read_json(folder / "config.json", advice, model=str)
         run_folder.check_same_run(folder, config, there)
     run_folder.remove_strays(folder)
-    progress = checkpoint.take_up(folder, *parts, config)
+    progress = checkpoint.take_up(folder, parts, config)
     if progress.history or progress.begun:
         where = f"after epoch {len(progress.history)}"
         if progress.begun:
@@ -297,14 +304,14 @@ def best_epoch_of(history: list[dict]) -> int:
 
 
 @torch.inference_mode()
-def evaluate(model, precision, images, labels, leave_if_stopped) -> tuple[float, torch.Tensor]:
-    """(mean cross-entropy, predicted classes int64 (N,)) of `images` in evaluation mode."""
+def evaluate(model, images, labels, precision, moments, leave_if_stopped):
+    """(mean cross-entropy, predicted classes int64 (N,)) of `images`, in evaluation mode."""
     model.eval()
     loss, predictions = 0.0, []
     size = max(1, EVAL_PIXELS // images[0, 0].numel())
     for batch, batch_labels in zip(images.split(size), labels.split(size), strict=True):
         leave_if_stopped()
-        logits = logits_of(model, batch, precision)
+        logits = logits_of(model, batch, precision, moments)
         loss += F.cross_entropy(logits, batch_labels, reduction="sum").item()
         predictions.append(logits.argmax(1))
     return loss / len(labels), torch.cat(predictions)

@@ -1,9 +1,11 @@
 """One training step: forward, loss, backward and Adam, in every mode of modes.py.
 
-A step takes its images, by index, from those on the device and normalises them there.
+A step takes its images, by index, from those on the device, and augments and normalises them there.
 self_check.py compares the modes.
 """
 
+import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,14 +13,16 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import parallel
+from augment import Augmentation
 from data import normalize
 from modes import Graphed, autocast, compiled, first_line
 
-NORMALIZE = (0.5, 0.5)  # mean and standard deviation taken for all data, pixels in [0, 1]
+Moments = tuple[torch.Tensor, torch.Tensor]  # mean and standard deviation, each () or (C, 1, 1)
 FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}
 # `auto` compiles runs of at least so many steps. On two CPU cores compiling took 50 s and saved
 # about 10 ms a step of the baseline, which gains least. The figure for GPUs is a guess so far.
 COMPILE_PAYS_FROM = {"cpu": 8_000, "cuda": 20_000}
+NO_AUGMENTATION = Augmentation()
 
 
 def choose_precision(name: str, device: torch.device) -> str:
@@ -40,20 +44,84 @@ def choose_mode(name: str, device: torch.device, steps: int) -> str:
     return "+".join(parts) or "eager"
 
 
-def logits_of(model: nn.Module, images: torch.Tensor, precision: str) -> torch.Tensor:
+def halves(device: torch.device) -> Moments:
+    """Of the published recipe: pixels from 0 to 1 become values from -1 to 1, whatever the data."""
+    return torch.full((), 0.5, device=device), torch.full((), 0.5, device=device)
+
+
+def logits_of(
+    model: nn.Module, images: torch.Tensor, precision: str, moments: Moments
+) -> torch.Tensor:
     """uint8 images (N, C, H, W) -> float32 logits (N, num_classes), all on one device."""
-    mean, std = (torch.full((), value, device=images.device) for value in NORMALIZE)
-    with autocast(precision, images.device):
-        return model(normalize(images, mean, std)).float()
+    return run(model, normalize(images, *moments), precision)
 
 
-def adam(model: nn.Module, lr: float) -> torch.optim.Adam:
-    """Adam as one kernel. On a GPU its learning rate is a tensor, which a scheduler fills in place:
-    a number would be baked into a graph."""
+def run(model: nn.Module, normalized: torch.Tensor, precision: str) -> torch.Tensor:
+    with autocast(precision, normalized.device):
+        return model(normalized).float()
+
+
+def adam(model: nn.Module, lr: float, weight_decay: float | None = None) -> torch.optim.Adam:
+    """Adam as one kernel; with a weight decay AdamW, which spares biases and BatchNorm.
+
+    On a GPU the learning rate is a tensor, which a scheduler fills in place: a number would be
+    baked into a graph.
+    """
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     lr = torch.tensor(lr, device=device) if cuda else lr
-    return torch.optim.Adam(model.parameters(), lr, fused=True, capturable=cuda)
+    if not weight_decay:
+        return torch.optim.Adam(model.parameters(), lr, fused=True, capturable=cuda)
+    groups = [
+        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": weight_decay},
+        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr, fused=True, capturable=cuda)
+
+
+def schedule(optimizer, epochs: int, warmup: int | None = None):
+    """Cosine from the optimizer's learning rate to 0; with a warm-up of some epochs, linear."""
+    if not warmup:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
+
+    def factor(epoch):
+        if epoch < warmup:
+            return (epoch + 1) / (warmup + 1)
+        return (1 + math.cos(math.pi * (epoch - warmup) / (epochs - warmup))) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+
+
+class Average:
+    """The exponential moving average of a model: of its weights and BatchNorm's statistics.
+
+    Of the first steps less is kept: 1 - decay, but at least 9 / (10 + steps), is new in each.
+    """
+
+    def __init__(self, model: nn.Module, decay: float):
+        self.model = copy.deepcopy(model).requires_grad_(False)
+        self.decay = decay
+        self.steps = torch.zeros((), device=next(model.parameters()).device)
+
+    @torch.no_grad()
+    def update(self, model: nn.Module) -> None:
+        new = (9 / (10 + self.steps)).clamp(min=1 - self.decay)
+        for ours, theirs in zip(self.tensors(), model.state_dict().values(), strict=True):
+            if ours.is_floating_point():
+                ours.lerp_(theirs, new)
+            else:
+                ours.copy_(theirs)
+        self.steps += 1
+
+    def tensors(self):
+        return self.model.state_dict().values()
+
+    def state_dict(self) -> dict:
+        return {"model": self.model.state_dict(), "steps": self.steps}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.model.load_state_dict(state["model"])
+        self.steps.copy_(state["steps"])
 
 
 def load_adam(optimizer: torch.optim.Adam, state: dict) -> None:
@@ -74,28 +142,54 @@ def make_step(
     mode: str,
     precision: str,
     batch_size: int,
+    moments: Moments,
+    augmentation: Augmentation = NO_AUGMENTATION,
+    label_smoothing: float = 0.0,
+    average: Average | None = None,
 ) -> tuple[Callable, str, list[str]]:
     """(step, the mode it runs in, why it runs in no faster one).
 
-    step(idx) trains on images[idx], idx int64 (n,) on the device, and returns the mean loss and the
-    number of correct predictions, on the device and valid until the next call. Only batches of
-    `batch_size` take the fast way, for compiled code and graphs are of one shape; the last, partial
-    batch of an epoch is run eagerly. Where compiling or capturing fails, the next simpler mode is
-    taken. When this returns, everything is compiled and captured, and weights, BatchNorm's buffers,
-    Adam's state and the random generators are as they were.
+    step(idx, rows) trains on images[idx], idx int64 (n,) and rows float32 (n, augmentation.columns)
+    on the device, and returns the mean loss and the number of predictions that are the image's own
+    label, on the device and valid until the next call. Only batches of `batch_size` take the fast
+    way, for compiled code and graphs are of one shape; the last, partial batch of an epoch is run
+    eagerly. Where compiling or capturing fails, the next simpler mode is taken. When this returns,
+    everything is compiled and captured, and weights, BatchNorm's buffers, Adam's state, the average
+    and the random generators are as they were.
     """
 
-    def forward(idx):
-        logits = logits_of(model, images[idx], precision)
-        loss = F.cross_entropy(logits, labels[idx])
-        return loss, (logits.argmax(1) == labels[idx]).sum()
+    def batch_of(idx, rows):
+        """(normalised images, share of their own label in the loss, None for all of it)."""
+        batch = normalize(augmentation.of_pixels(images[idx], rows), *moments)
+        return augmentation.of_normalized(batch, rows)
+
+    def loss_of(logits, own, others, share, reduction="mean"):
+        if share is None:
+            return F.cross_entropy(
+                logits, own, reduction=reduction, label_smoothing=label_smoothing
+            )
+        losses = [
+            F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
+            for target in (own, others)
+        ]
+        mixed = share * losses[0] + (1 - share) * losses[1]
+        return mixed.mean() if reduction == "mean" else mixed.sum()
+
+    def forward(idx, rows):
+        batch, share = batch_of(idx, rows)
+        own = labels[idx]
+        logits = run(model, batch, precision)
+        loss = loss_of(logits, own, own.roll(1), share)
+        return loss, (logits.argmax(1) == own).sum()
 
     def step_with(forward):
-        def step(idx):
+        def step(idx, rows):
             optimizer.zero_grad()
-            loss, hits = forward(idx)
+            loss, hits = forward(idx, rows)
             loss.backward()
             optimizer.step()
+            if average:
+                average.update(model)
             return loss.detach(), hits
 
         return step
@@ -103,26 +197,29 @@ def make_step(
     if parallel.WORLD > 1:
         shared = parallel.share(model)
 
-        def forward_of_part(idx):
-            part = parallel.part_of(idx)
-            logits = logits_of(shared, images[part], precision)
+        def forward_of_part(idx, rows):
+            batch, share = batch_of(idx, rows)  # all of it, for images are mixed across parts
+            own, part = labels[idx], parallel.part_of
+            others, share = part(own.roll(1)), None if share is None else part(share)
+            logits = run(shared, part(batch), precision)
             # Summed over the processes: the mean over the batch. Gradients will be averaged.
-            loss = F.cross_entropy(logits, labels[part], reduction="sum") / len(idx)
-            return loss * parallel.WORLD, (logits.argmax(1) == labels[part]).sum()
+            loss = loss_of(logits, part(own), others, share, reduction="sum") / len(idx)
+            return loss * parallel.WORLD, (logits.argmax(1) == part(own)).sum()
 
         return step_with(forward_of_part), "eager", []
 
     eager, failures = step_with(forward), []
     if mode == "eager":
         return eager, mode, failures
-    restore = snapshot(model, optimizer)
+    restore = snapshot(model, optimizer, average)
     idx = torch.arange(batch_size, device=images.device) % len(images)
+    rows = torch.full((batch_size, augmentation.columns), 0.5, device=images.device)
     model.train()
     while mode != "eager":
         try:
             step = step_with(compiled(forward) if "compile" in mode else forward)
-            fast = Graphed(step, idx) if "graph" in mode else step
-            fast(idx)  # torch.compile compiles when it is first called
+            fast = Graphed(step, idx, rows) if "graph" in mode else step
+            fast(idx, rows)  # torch.compile compiles when it is first called
             break
         except Exception as error:  # compilers, drivers and out of memory raise what they like
             failures.append(f"mode {mode} failed ({first_line(error)})")
@@ -131,12 +228,20 @@ def make_step(
             restore()
     if mode == "eager":
         return eager, mode, failures
-    return lambda idx: (fast if len(idx) == batch_size else eager)(idx), mode, failures
+
+    def fast_where_it_fits(idx, rows):
+        return (fast if len(idx) == batch_size else eager)(idx, rows)
+
+    return fast_where_it_fits, mode, failures
 
 
-def snapshot(model: nn.Module, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+def snapshot(
+    model: nn.Module, optimizer: torch.optim.Optimizer, average: Average | None = None
+) -> Callable[[], None]:
     """A function that puts everything a step changes back to what it is now, in place."""
     tensors = [*model.parameters(), *model.buffers()]
+    if average:
+        tensors += [*average.tensors(), average.steps]
     before = [tensor.detach().clone() for tensor in tensors]
     state = {
         parameter: {key: value.clone() for key, value in values.items()}

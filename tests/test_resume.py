@@ -276,7 +276,8 @@ def take_up(folder):
     optimizer = adam(model, 1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
     cpu = torch.device("cpu")
-    return checkpoint.take_up(folder, model, optimizer, scheduler, cpu, config), model, optimizer
+    parts = checkpoint.Parts(model, optimizer, scheduler, cpu)
+    return checkpoint.take_up(folder, parts, config), model, optimizer
 
 
 def same_weights(model, state):
