@@ -26,14 +26,14 @@ def small_step(mode="eager", steps_before=0):
     optimizer = training_step.adam(model, 1e-3)
     images = torch.randint(0, 256, (40, 1, 28, 28)).byte()
     labels = torch.randint(0, 10, (40,))
-    eager, *_ = training_step.make_step(model, optimizer, images, labels, "eager", "fp32", 16)
+    what = (model, optimizer, images, labels)
+    halves, no_rows = training_step.halves(CPU), torch.empty(16, 0)
+    eager, *_ = training_step.make_step(*what, "eager", "fp32", 16, halves)
     model.train()
     for _ in range(steps_before):
-        eager(torch.arange(16))
-    step, used, failures = training_step.make_step(
-        model, optimizer, images, labels, mode, "fp32", 16
-    )
-    return model, optimizer, step, used, failures
+        eager(torch.arange(16), no_rows)
+    step, used, failures = training_step.make_step(*what, mode, "fp32", 16, halves)
+    return model, optimizer, lambda idx: step(idx, no_rows), used, failures
 
 
 def state_of(model, optimizer):
@@ -154,20 +154,20 @@ def test_the_self_check_passes_for_every_model(capsys):
 
 
 def wrong_gradient(forward):
-    def wrong(idx):
-        loss, hits = forward(idx)
+    def wrong(idx, rows):
+        loss, hits = forward(idx, rows)
         return loss + 0.02 * (loss - loss.detach()), hits  # the same loss, gradients 2 % too large
 
     return wrong
 
 
 def batch_baked_in(forward):
-    return lambda idx: forward(torch.arange(len(idx)))
+    return lambda idx, rows: forward(torch.arange(len(idx)), rows)
 
 
 def fails_to_compile(forward):
-    def failing(idx):
-        forward(idx)[0].backward()  # BatchNorm's buffers and gradients are touched already
+    def failing(idx, rows):
+        forward(idx, rows)[0].backward()  # BatchNorm's buffers and gradients are touched already
         raise NotImplementedError("no such compiler\nand a long trace")
 
     return failing
@@ -195,7 +195,7 @@ def test_the_self_check_finds_what_a_warm_up_left_behind(monkeypatch, capsys):
     monkeypatch.setattr(self_check, "VARIANTS", [("compile", "fp32")])
     flags = ["--self-check", "--model", "se", "--width", "8"]
     assert train.main([*flags, "--device", "cpu"]) == 0
-    monkeypatch.setattr(training_step, "snapshot", lambda model, optimizer: lambda: None)
+    monkeypatch.setattr(training_step, "snapshot", lambda *_: lambda: None)
     assert train.main([*flags, "--device", "cpu"]) == 1
     assert "step of" in capsys.readouterr().out
 

@@ -1,0 +1,213 @@
+"""The parts of the recipe `strong`, each against its formula, and all against an obvious loop."""
+
+import copy
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO
+from test_resume import StopAt
+
+import checkpoint
+import data
+import train
+import training_step
+from augment import Augmentation
+from models import build_model
+from settings import AUGMENTATIONS, PUBLISHED, STRONG, parse_settings
+
+CPU = torch.device("cpu")
+FLAGS = ["--model", "cbam_blocks", "--recipe", "strong", "--width", "8", "--device", "cpu"]
+FLAGS += ["--limit-train", "168", "--limit-test", "100", "--epochs", "3", "--warmup", "1"]
+FLAGS += ["--mixup", "0.5", "--randaugment", "1", "--data-dir", str(REPO / "data"), "--keep-last"]
+FOLDER = "fashion_mnist/strong/cbam_blocks/seed0"
+
+
+def test_adamw_decays_the_weights_alone():
+    """Algorithm 2 of Loshchilov and Hutter (arXiv 1711.05101), in float64."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(7, 5)
+    optimizer = training_step.adam(layer, 1e-2, weight_decay=0.3)
+    values = {key: p.detach().double() for key, p in layer.named_parameters()}
+    m, v = dict.fromkeys(values, 0.0), dict.fromkeys(values, 0.0)
+    for t in range(1, 5):
+        optimizer.zero_grad()
+        layer(torch.rand(3, 7)).square().sum().backward()
+        optimizer.step()
+        for key, parameter in layer.named_parameters():
+            gradient = parameter.grad.double()
+            m[key] = 0.9 * m[key] + 0.1 * gradient
+            v[key] = 0.999 * v[key] + 0.001 * gradient**2
+            decay = 0.3 if key == "weight" else 0.0
+            step = (m[key] / (1 - 0.9**t)) / ((v[key] / (1 - 0.999**t)).sqrt() + 1e-8)
+            values[key] -= 1e-2 * (step + decay * values[key])
+            torch.testing.assert_close(parameter.double(), values[key], rtol=1e-5, atol=1e-7)
+
+
+def test_warm_up_then_cosine():
+    optimizer = training_step.adam(torch.nn.Linear(2, 2), 0.4)
+    scheduler = training_step.schedule(optimizer, epochs=10, warmup=3)
+    found = []
+    for _ in range(10):
+        found.append(float(scheduler.get_last_lr()[0]))
+        optimizer.step()
+        scheduler.step()
+    cosine = [0.2 * (1 + math.cos(math.pi * i / 7)) for i in range(7)]
+    assert found == pytest.approx([0.1, 0.2, 0.3, *cosine]) and found[3] == pytest.approx(0.4)
+    assert float(scheduler.get_last_lr()[0]) == pytest.approx(0)
+
+
+def test_the_average_is_a_moving_average():
+    model = torch.nn.BatchNorm1d(3)
+    average = training_step.Average(model, decay=0.9)
+    expected = model.weight.detach().double()
+    for t in range(100):
+        with torch.no_grad():
+            model.weight.copy_(torch.rand(3))
+            model.running_mean.fill_(t)
+        model.num_batches_tracked.fill_(t)
+        average.update(model)
+        new = max(0.1, 9 / (10 + t))
+        expected += new * (model.weight.detach().double() - expected)
+    torch.testing.assert_close(average.model.weight.double(), expected, rtol=1e-5, atol=1e-6)
+    assert average.model.num_batches_tracked == 99
+    assert 85 < average.model.running_mean[0] < 95  # about 9 steps behind
+    again = training_step.Average(model, decay=0.9)
+    again.load_state_dict(copy.deepcopy(average.state_dict()))
+    assert torch.equal(again.model.weight, average.model.weight) and again.steps == 100
+
+
+@pytest.fixture(scope="module")
+def strong_run(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("strong")
+    assert train.main([*FLAGS, "--runs", str(runs)]) == 0
+    return runs / FOLDER
+
+
+def test_the_loop_equals_an_obvious_one(strong_run, fashion_mnist):
+    """Augmented, mixed, smoothed, decayed, warmed up, averaged: as one would write it down."""
+    train_idx, val_idx = data.split_indices(60_000, seed=0)
+    train_idx, val_idx = train_idx[:168], val_idx[:64]
+    mean, std = fashion_mnist.mean[0], fashion_mnist.std[0]
+    augmentation = Augmentation(crop=2, flip=True, randaugment=1, erase=0.25, cutmix=1.0, mixup=0.5)
+    model = build_model("cbam_blocks", width=8, seed=0).to(memory_format=torch.channels_last)
+    averaged = copy.deepcopy(model)
+    decayed = [p for p in model.parameters() if p.dim() > 1]
+    spared = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=2e-3, weight_decay=0.05)
+    steps, expected = 0, []
+    for epoch, lr in ((1, 1e-3), (2, 2e-3), (3, 1e-3)):
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        model.train()
+        order, total = data.shuffled(train_idx, 0, epoch), 0.0
+        rows = augmentation.draw(168, 0, epoch)
+        for part in (slice(64), slice(64, 128), slice(128, 168)):
+            idx = order[part]
+            pixels = augmentation.of_pixels(fashion_mnist.train_images[idx], rows[part])
+            images, share = augmentation.of_normalized((pixels / 255 - mean) / std, rows[part])
+            one_hot = F.one_hot(fashion_mnist.train_labels[idx], 10).float()
+            targets = share[:, None] * one_hot + (1 - share[:, None]) * one_hot.roll(1, 0)
+            targets = 0.9 * targets + 0.1 / 10
+            loss = -(targets * F.log_softmax(model(images), 1)).sum(1).mean()
+            model.zero_grad()
+            loss.backward()
+            optimizer.step()
+            new = max(1e-3, 9 / (10 + steps))
+            steps += 1
+            for key, value in averaged.state_dict().items():
+                fresh = model.state_dict()[key]
+                value.copy_(new * fresh + (1 - new) * value if fresh.is_floating_point() else fresh)
+            total += loss.item() * len(idx)
+        with torch.no_grad():
+            logits = averaged.eval()((fashion_mnist.train_images[val_idx] / 255 - mean) / std)
+        val_loss = F.cross_entropy(logits, fashion_mnist.train_labels[val_idx]).item()
+        expected.append((lr, total / 168, val_loss))
+    found = [json.loads(line) for line in (strong_run / "metrics.jsonl").read_text().splitlines()]
+    found = [(row["lr"], row["train_loss"], row["val_loss"]) for row in found]
+    for ours, obvious in zip(found, expected, strict=True):
+        assert ours == pytest.approx(obvious, rel=2e-4)
+
+
+def test_what_is_tested_and_kept_is_the_average(strong_run):
+    last = checkpoint.load(strong_run / "last.pt")
+    best = torch.load(strong_run / "best.pt", weights_only=True)
+    if json.loads((strong_run / "result.json").read_text())["best_epoch"] == 3:
+        key = "layer1.0.conv1.weight"
+        assert torch.equal(best[key], last["average"]["model"][key])
+        assert not torch.equal(best[key], last["model"][key])
+    assert last["average"]["steps"] == 9
+
+
+@pytest.mark.parametrize("n", [3, 6])
+def test_stopped_and_taken_up_again_it_ends_the_same(strong_run, tmp_path, monkeypatch, n):
+    flags = [*FLAGS, "--runs", str(tmp_path)]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "watch_signals", lambda: StopAt(n))
+        assert train.main(flags) == 130
+    assert train.main(flags) == 0
+    ends = [checkpoint.load(folder / "last.pt") for folder in (strong_run, tmp_path / FOLDER)]
+    for part in ("model", "average"):
+        states = [end[part].get("model", end[part]) for end in ends]
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    predictions = [np.load(f / "test_predictions.npy") for f in (strong_run, tmp_path / FOLDER)]
+    assert np.array_equal(*predictions)
+
+
+@pytest.mark.slow
+def test_compiled_it_does_the_same(strong_run, tmp_path):
+    assert train.main([*FLAGS, "--mode", "compile", "--runs", str(tmp_path)]) == 0
+    losses = [
+        [json.loads(line)["train_loss"] for line in (f / "metrics.jsonl").read_text().splitlines()]
+        for f in (strong_run, tmp_path / FOLDER)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_a_snapshot_undoes_the_average_too():
+    torch.manual_seed(0)
+    model = build_model("se", width=8, seed=0)
+    optimizer, average = training_step.adam(model, 1e-3), training_step.Average(model, 0.9)
+    images, labels = torch.randint(0, 256, (16, 1, 28, 28)).byte(), torch.randint(0, 10, (16,))
+    step, *_ = training_step.make_step(
+        model, optimizer, images, labels, "eager", "fp32", 16, training_step.halves(CPU),
+        average=average,
+    )  # fmt: skip
+    before = copy.deepcopy(average.state_dict())
+    restore = training_step.snapshot(model, optimizer, average)
+    step(torch.arange(16), torch.empty(16, 0))
+    assert average.steps == 1
+    restore()
+    assert average.steps == 0
+    after = average.state_dict()["model"]
+    assert all(torch.equal(value, after[key]) for key, value in before["model"].items())
+
+
+def test_every_part_has_a_flag_and_can_be_left_out():
+    off = ["--weight-decay", "0", "--warmup", "0", "--label-smoothing", "0", "--ema", "0"]
+    off += ["--crop", "0", "--no-flip", "--erase", "0", "--cutmix", "0", "--normalize", "half"]
+    settings = parse_settings(["--model", "se", "--recipe", "strong", *off])
+    assert not any(getattr(settings, key) for key in AUGMENTATIONS)
+    assert settings.overrides.keys() == STRONG.keys() - PUBLISHED.keys() | {
+        key for key in STRONG if STRONG[key] != PUBLISHED[key]
+    } - {"lr", "patience"}
+    assert all(PUBLISHED[key] is None for key in AUGMENTATIONS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--warmup", "3", "--epochs", "3"], "must be less than --epochs 3"),
+        (["--ema", "1"], "never take in new weights"),
+        (["--erase", "1.5"], "is not from 0 to 1"),
+        (["--normalize", "all"], "invalid choice"),
+    ],
+)
+def test_wrong_parts_are_usage_errors(flags, words, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        parse_settings(["--model", "se", *flags])
+    assert words in capsys.readouterr().err
