@@ -124,7 +124,11 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(finished_run, tmp_pa
 
 @pytest.mark.parametrize(
     ("signum", "code", "jobs"),
-    [(signal.SIGTERM, 143, 1), (signal.SIGINT, 130, 2), (signal.SIGHUP, 129, 2)],
+    [
+        (signal.SIGTERM, 143, 1),
+        (signal.SIGINT, 130, 2),
+        pytest.param(signal.SIGHUP, 129, 2, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_stops_the_children_too(tmp_path, signum, code, jobs):
     environment = {"PYTHON": sys.executable, "RUNS": str(tmp_path), "OUT": str(tmp_path)}
