@@ -243,10 +243,6 @@ def test_selective_kernel_equals_a_slow_reference(stride):
     assert_as_slow(opened(sk(6, stride)), slow_selective_kernel, 6, 5, 6)
 
 
-def test_every_module_has_a_reference():
-    assert SLOW.keys() == {name for name in ATTENTION if not name.endswith("_static")}
-
-
 @pytest.mark.parametrize("name", [*ATTENTION, "sk"])
 def test_gradients_of_modules_in_float64(name):
     module = opened(ATTENTION[name](4) if name != "sk" else sk(4))

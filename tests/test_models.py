@@ -40,7 +40,7 @@ def test_published_models_come_first_in_table_order():
     assert list(MODELS)[:4] == ["baseline", "se", "cbam_blocks", "cbam_classifier"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", COUNTS)
 def test_exact_parameter_counts(name):
     assert count_parameters(build_model(name)) == COUNTS[name]
 
