@@ -3,9 +3,11 @@
 To add one: write a class `Module(channels)` whose output has the shape of its input (N, C, H, W),
 add one line to ATTENTION, and one to MODELS in models.py that says where it goes.
 
+Weights start as PyTorch starts them unless a module says otherwise; some authors start biases at 0.
 Reductions are rounded down, hidden widths are at least 1. Every module works on maps of 1x1 and on
 single images, where BatchNorm has no variance (batch_norm). Means and maxima are taken by `mean`
 and `amax`, not by adaptive pooling: the same values, and deterministic backward passes on CUDA.
+(Where maxima tie, `amax` shares the gradient out among them.)
 """
 
 import math
@@ -164,7 +166,8 @@ class Triplet(nn.Module):
     """Triplet attention (Misra, Nalamada, Arasanipalai, Hou, WACV 2021, arXiv 2010.03045).
 
     The mean of three gated copies of x: by positions (H, W), and, rotated, by (C, W) and (H, C), so
-    that channels and positions interact. The gates are CBAM's, but BatchNorm's weight starts at 1.
+    that channels and positions interact. The gates are CBAM's, but BatchNorm's weight starts at 1,
+    as in the file triplet_attention.py of the authors.
     """
 
     def __init__(self, channels: int):
@@ -183,8 +186,9 @@ class BAM(nn.Module):
     """Bottleneck Attention Module (Park, Woo, Lee, Kweon, BMVC 2018, arXiv 1807.06514).
 
     (1 + sigmoid(channel(x) + spatial(x))) x, eq. 1 and 2. channel: mean over H and W, two layers.
-    spatial: 1x1, two 3x3 with dilation 4, 1x1 to one channel. BatchNorm and ReLU between layers.
-    The authors' code multiplies channel and spatial where the paper adds them: as in the paper.
+    spatial: 1x1, two 3x3 with dilation 4, 1x1 to one channel. They are added as in the paper, where
+    the authors' code multiplies them; BatchNorm and ReLU stand between the layers as in that code,
+    where the paper has a BatchNorm at the end.
     """
 
     def __init__(self, channels: int, reduction: int = 16, dilation: int = 4):
@@ -245,9 +249,10 @@ class Coordinate(nn.Module):
 class GE(nn.Module):
     """Gather-Excite with learned gathering, GE-theta (Hu et al., NeurIPS 2018, arXiv 1810.12348).
 
-    sigmoid(up(gather(x))) x: depthwise 3x3 convolutions of stride 2, each with BatchNorm and
-    all but the last with ReLU, gather from neighbourhoods of `extent` x `extent`; nearest
-    neighbours scale up. The paper's other two: without parameters, and with SE's two layers behind.
+    sigmoid(up(gather(x))) x: depthwise 3x3 convolutions of stride 2, each with BatchNorm and all
+    but the last with ReLU, shrink the map by `extent`; nearest neighbours scale it up. This is the
+    paper's E8. Its others have one kernel as large as the map, which would depend on the size of
+    images, no parameters, or SE's two layers behind. Of a 4x4 map the last one sees one pixel.
     """
 
     def __init__(self, channels: int, extent: int = 8):
@@ -267,10 +272,11 @@ class GE(nn.Module):
 
 
 class SimAM(nn.Module):
-    """Simple, parameter-free attention (Yang et al., ICML 2021).
+    """A Simple, Parameter-Free Attention Module (Yang et al., ICML 2021).
 
     sigmoid(y) x, y = d^2 / (4 (v + lambda)) + 1/2, with d = x - mean and v = sum d^2 / (HW - 1)
-    over a channel's positions: the inverse of eq. 5. A 1x1 map has d = v = 0, a constant gate.
+    over a channel's positions: the inverse of eq. 5. lambda is 1e-4, the authors' for CIFAR. A 1x1
+    map has d = v = 0, a constant gate.
     """
 
     def __init__(self, channels: int, regularizer: float = 1e-4):
@@ -288,13 +294,14 @@ class SimAM(nn.Module):
 
 
 class MHSA(nn.Module):
-    """Multi-head self-attention over positions, a transformer layer in the place of a convolution
+    """Multi-head self-attention over positions, as in a transformer, in the place of a convolution
     (BoTNet, Srinivas et al., CVPR 2021, arXiv 2101.11605).
 
     softmax((q k^T + q r^T) / sqrt(d)) v for each head, figure 4; q, k, v by one 1x1 convolution
     without bias. r is the sum of a row's and a column's embedding of the key's position relative to
     the query's, shared by all heads. Distances beyond `reach` count as `reach` (Shaw et al. 2018),
-    so that any map will do: maps up to 8x8 are as in the paper.
+    so that any map will do; up to 8x8 it is the paper's, with embeddings to spare on smaller maps.
+    BoTNet has it in bottleneck blocks, before BatchNorm and ReLU; here BatchNorm alone follows.
     """
 
     def __init__(self, channels: int, heads: int = 4, reach: int = 7):

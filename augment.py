@@ -2,15 +2,16 @@
 
 torchvision.transforms.v2 draws one set of parameters a batch, from a generator of its own. Here
 each image has its own, and all random numbers of an epoch are drawn beforehand, from (seed, epoch),
-one row for each image of the epoch. An augmentation is then a function of images and of such rows:
+one row for each image of the epoch. An augmentation is then a function of images and of such draws:
 the same in every mode, capturable in a CUDA graph, and nothing about it has to be saved.
 
     augmentation = Augmentation(crop=4, flip=True, cutmix=1.0)
-    rows = augmentation.draw(54_000, seed, epoch)            # (54000, augmentation.columns)
-    images = augmentation.of_pixels(images, rows[:64])       # uint8 (64, C, H, W), then normalised
-    images, share = augmentation.of_normalized(images, rows[:64])
+    draws = augmentation.draw(54_000, seed, epoch)           # (54000, augmentation.columns)
+    images = augmentation.of_pixels(images, draws[:64])      # uint8 (64, C, H, W), then normalised
+    images, share = augmentation.of_normalized(images, draws[:64])
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +24,13 @@ class Augmentation:
     """What is done to the images of a batch. None, 0 and False: not done."""
 
     crop: int | None = None  # pixels of black around the image, of which a crop is taken at random
-    flip: bool | None = None  # left to right, one image in two
+    flip: bool | None = None  # left to right, each image with probability 1/2
     randaugment: int | None = None  # operations of OPERATIONS, one after the other
     erase: float | None = None  # share of images of which a rectangle is erased
     cutmix: float | None = None  # alpha of the Beta distribution of shares
-    mixup: float | None = None  # likewise; where both are given, an image takes one of the two
+    # Likewise, of MixUp (Zhang et al., ICLR 2018, arXiv 1710.09412). Where both are given, an image
+    # takes one of the two.
+    mixup: float | None = None
 
     @property
     def parts(self) -> dict[str, slice]:
@@ -58,15 +61,15 @@ class Augmentation:
     def draw(self, n: int, seed: int, epoch: int) -> torch.Tensor:
         """float32 (n, columns) in [0, 1), fixed by (seed, epoch): uniform, but Beta for shares."""
         generator = np.random.default_rng((seed, epoch, 1))  # data.shuffled has (seed, epoch)
-        rows = generator.random((n, self.columns), dtype=np.float32)
+        draws = generator.random((n, self.columns), dtype=np.float32)
         for name, alpha in (("cutmix", self.cutmix), ("mixup", self.mixup)):
             if alpha:
-                rows[:, self.parts[name].start] = generator.beta(alpha, alpha, n)
-        return torch.from_numpy(rows)
+                draws[:, self.parts[name].start] = generator.beta(alpha, alpha, n)
+        return torch.from_numpy(draws)
 
-    def of_pixels(self, images: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Crop, flip, RandAugment: uint8 (N, C, H, W) -> the same, one row for each image."""
-        part = {name: rows[:, columns] for name, columns in self.parts.items()}
+    def of_pixels(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
+        """Crop, flip, RandAugment: uint8 (N, C, H, W) -> the same, a row of draws an image."""
+        part = {name: draws[:, columns] for name, columns in self.parts.items()}
         if self.crop or self.flip:
             images = crop_and_flip(images, self.crop or 0, part["crop"], part["flip"])
         for i in range(self.randaugment or 0):
@@ -74,39 +77,34 @@ class Augmentation:
         return images
 
     def of_normalized(
-        self, images: torch.Tensor, rows: torch.Tensor
+        self, images: torch.Tensor, draws: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Erasing, CutMix, MixUp: float (N, C, H, W) -> (the same, share (N,) or None).
 
-        What is erased becomes 0, the mean. Image i is mixed with image i - 1, and `share` is the
-        share of its own label in the loss.
+        What is erased becomes 0: the mean if the data's moments normalise, else mid-grey. Every
+        image i is mixed with image i - 1, with a share of its own; in the papers a batch has one.
+        `share`: of its own label in the loss.
         """
-        part = {name: rows[:, columns] for name, columns in self.parts.items()}
+        part = {name: draws[:, columns] for name, columns in self.parts.items()}
         if self.erase:
             images = erase(images, self.erase, part["erase"])
         if not self.mixes:
             return images, None
-        n, _, height, width = images.shape
-        share = torch.ones(n, device=images.device)  # of each pixel, in MixUp
-        kept = torch.ones(n, height, width, dtype=torch.bool, device=images.device)  # in CutMix
+        height, width = images.shape[2:]
+        # weight: of each pixel of image i, (N, 1 or H, 1 or W); the rest is of image i - 1.
         if self.cutmix:
-            kept = ~cut(height, width, part["cutmix"])
-            share = kept.float().mean((1, 2))
+            weight = of_cutmix = (~cut(height, width, part["cutmix"])).float()
         if self.mixup:
-            share = part["mixup"][:, 0]
-        weight = share[:, None, None].expand(n, height, width)
+            weight = of_mixup = part["mixup"][:, :, None]
         if self.cutmix and self.mixup:
-            takes_cutmix = part["which"][:, 0] < 0.5
-            weight = torch.where(takes_cutmix[:, None, None], kept.float(), weight)
-            share = torch.where(takes_cutmix, kept.float().mean((1, 2)), share)
-        elif self.cutmix:
-            weight = kept.float()
+            weight = torch.where(part["which"][:, :, None] < 0.5, of_cutmix, of_mixup)
+        share = weight.mean((1, 2))
         weight = weight[:, None]
         return images * weight + images.roll(1, 0) * (1 - weight), share
 
 
 def crop_and_flip(images, padding: int, offsets: torch.Tensor, flips: torch.Tensor):
-    """A crop of the image's own size out of the padded image; every other one mirrored."""
+    """A crop of the image's own size out of the padded image, mirrored with probability 1/2."""
     n, _, height, width = images.shape
     device = images.device
     rows = torch.arange(height, device=device).expand(n, height)
@@ -138,7 +136,7 @@ def erase(images: torch.Tensor, probability: float, u: torch.Tensor) -> torch.Te
     """
     height, width = images.shape[2:]
     area = height * width * (0.02 + 0.31 * u[:, 1])
-    ratio = torch.exp(np.log(0.3) + np.log(3.3 / 0.3) * u[:, 2])
+    ratio = 0.3 * (3.3 / 0.3) ** u[:, 2]
     tall = (area * ratio).sqrt().round().clamp(1, height)
     wide = (area / ratio).sqrt().round().clamp(1, width)
     top = (u[:, 3] * (height - tall + 1)).floor()
@@ -200,20 +198,24 @@ def randaugment(images: torch.Tensor, which: torch.Tensor, sign: torch.Tensor) -
 
 
 def moved(x: torch.Tensor, chosen: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    """Sheared, shifted or turned around the middle, nearest pixels, black outside; or as it is."""
+    """Sheared (seen from the corner), shifted, or turned (around the middle); or as it is.
+
+    Nearest pixels, black outside.
+    """
     height, width = x.shape[2:]
     m = sign * MAGNITUDE
     amount = {
         name: torch.where(chosen == OPERATIONS.index(name), m * most, 0.0)
         for name, most in (
             ("shear_x", 0.3), ("shear_y", 0.3), ("translate_x", 150 / 331 * width),
-            ("translate_y", 150 / 331 * height), ("rotate", np.pi / 6),
+            ("translate_y", 150 / 331 * height), ("rotate", math.pi / 6),
         )
     }  # fmt: skip
     cosine, sine = torch.cos(amount["rotate"]), torch.sin(amount["rotate"])
     # Where in the image the pixel at (column, row), seen from the middle, comes from.
-    to_column = (cosine, sine + amount["shear_x"], -amount["translate_x"].trunc())
-    to_row = (amount["shear_y"] - sine, cosine, -amount["translate_y"].trunc())
+    shear_x, shear_y = amount["shear_x"], amount["shear_y"]
+    to_column = (cosine, sine + shear_x, shear_x * height / 2 - amount["translate_x"].trunc())
+    to_row = (shear_y - sine, cosine, shear_y * width / 2 - amount["translate_y"].trunc())
     rows = torch.arange(height, device=x.device)[:, None] - (height - 1) / 2
     columns = torch.arange(width, device=x.device)[None] - (width - 1) / 2
 
@@ -257,14 +259,15 @@ def autocontrast(x: torch.Tensor) -> torch.Tensor:
 
 
 def equalize(images: torch.Tensor) -> torch.Tensor:
-    """Histogram equalisation of each channel, as PIL does it: uint8 -> int64."""
-    n, channels, height, width = images.shape
+    """Histogram equalisation of each channel, as PIL does it: uint8 -> int64.
+
+    The histogram by sorting: on CUDA, counting with scatter_add_ cannot be captured in a graph.
+    """
+    n, channels = images.shape[:2]
     values = images.reshape(n, channels, -1).long()
-    counts = torch.zeros(n, channels, 256, dtype=torch.int64, device=images.device)
-    counts.scatter_add_(2, values, torch.ones_like(values))
-    last = values.amax(2, keepdim=True)
-    step = (height * width - counts.gather(2, last)) // 255
-    below = counts.cumsum(2) - counts
+    levels = torch.arange(256, device=images.device).expand(n, channels, 256).contiguous()
+    below = torch.searchsorted(values.sort(2).values, levels)  # (N, C, 256): pixels that are darker
+    step = below.gather(2, values.amax(2, keepdim=True)) // 255  # all but the brightest, shared out
     table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
     equalized = table.gather(2, values)
     return torch.where(step > 0, equalized, values).view_as(images)

@@ -20,6 +20,7 @@ import argparse
 import copy
 import functools
 import json
+import re
 import signal
 import sys
 import time
@@ -58,9 +59,9 @@ NUMBERS = (
 
 def shape_of(image: str) -> tuple[int, int, int]:
     """(3, 32, 32) of "3x32x32". Raises ValueError."""
+    if not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}x[1-9]\d{0,3}", image, re.ASCII):
+        raise ValueError(image)
     channels, height, width = map(int, image.split("x"))
-    if not (1 <= channels <= 1024 and 1 <= height <= 4096 and 1 <= width <= 4096):
-        raise ValueError
     return channels, height, width
 
 

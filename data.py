@@ -71,7 +71,7 @@ DATASETS = {
 
 def is_folder(name: str) -> bool:
     """Whether a --dataset is a folder of images rather than a name of DATASETS."""
-    return name not in DATASETS and ("/" in name or Path(name).is_dir())
+    return name not in DATASETS and ("/" in name or (name != "" and Path(name).is_dir()))
 
 
 def name_of(dataset: str) -> str:
@@ -84,7 +84,11 @@ def what_is_wrong_with(dataset: str, image_size: int | None) -> str | None:
     if not is_folder(dataset):
         if dataset not in DATASETS:
             return f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}, or a folder"
-        return image_size and f"--image-size is for folders of images, not for {dataset}"
+        if image_size is not None:
+            return f"--image-size is for folders of images, not for {dataset}"
+        return None
+    if not str(Path(dataset).resolve()).isprintable():
+        return "--dataset: a path with characters that cannot be printed: rename it"
     name = name_of(dataset)
     if name in DATASETS:
         return f"{dataset}: its results would be taken for those of the data set {name}: rename it"
@@ -118,7 +122,7 @@ def split_indices(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """A random split of range(n) into int64 (train_idx, val_idx), fixed by `seed` alone."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
-    n_val = round(n * val_fraction)
+    n_val = max(1, round(n * val_fraction))
     return order[n_val:], order[:n_val]
 
 

@@ -13,8 +13,8 @@ import parallel
 
 HERE = Path(__file__).resolve().parent
 SOURCES = (
-    "models.py", "attention.py", "data.py", "image_folder.py", "settings.py", "train.py",
-    "training_step.py", "modes.py",
+    "models.py", "attention.py", "data.py", "fashion_mnist.py", "image_data.py", "image_folder.py",
+    "augment.py", "settings.py", "train.py", "training_step.py", "modes.py", "parallel.py",
 )  # fmt: skip
 
 

@@ -21,10 +21,12 @@ class ImageData:
     mean: tuple[float, ...]  # of the training images, per channel, pixels in [0, 1]
     std: tuple[float, ...]
     source: str  # where the files came from, for people to read
+    key: str | None = None  # of the content, where the name does not say what it is
 
     def moments_on(self, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean, std), each (C, 1, 1)."""
-        return tuple(torch.tensor(m, device=device)[:, None, None] for m in (self.mean, self.std))
+        """(mean, std), each (C, 1, 1). Images of one value have no std, which is divided by."""
+        std = [max(value, 1 / 255) for value in self.std]
+        return tuple(torch.tensor(m, device=device)[:, None, None] for m in (self.mean, std))
 
 
 def moments(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -5,8 +5,8 @@
 
 Images may lie deeper below their class. In grey if all are grey, else in RGB. Images of one size
 keep it; others, and all with an --image-size, are scaled until their shorter side has that many
-pixels (64 by default) and cropped in the middle. Images come in the order of their file names,
-classes in that of theirs.
+pixels (64 by default) and cropped in the middle. How a camera was held (EXIF) is not looked at.
+Images come in the order of their file names, classes in that of theirs.
 
 What was decoded is kept in the folder, as .decoded.<key>.npz, under a key of all file names and
 contents, so that the next run starts at once and a changed folder is read anew.
@@ -72,13 +72,29 @@ def in_class_folders(folder: Path) -> Labelled:
     classes = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
     images = []
     for path in classes:
-        found = [p for p in path.rglob("[!.]*") if p.suffix.lower() in ENDINGS and p.is_file()]
+        if not path.name.isprintable():  # nor are bytes that are not UTF-8
+            raise DataError(f"{str(path)!r} cannot be written in a table: rename it")
+        found = images_below(path)
         if not found:
             raise DataError(f"{path} has no images: add some, or delete it")
         images += [(image, path.name) for image in found]
     if len(classes) < 2:
         raise DataError(f"{folder} needs a folder of images for each of two classes or more")
     return sorted(images, key=lambda image: (image[0].name, image[1], image[0]))
+
+
+def images_below(folder: Path) -> list[Path]:
+    """Raises OSError for a folder that cannot be read: nothing is left out in silence."""
+
+    def stop(error):
+        raise error
+
+    return [
+        Path(place, name)
+        for place, _, names in os.walk(folder, onerror=stop)
+        for name in names
+        if name[0] != "." and Path(name).suffix.lower() in ENDINGS and Path(place, name).is_file()
+    ]
 
 
 def divided(images: Labelled) -> tuple[Labelled, Labelled]:
@@ -117,7 +133,7 @@ def load(folder: Path, train: Labelled, test: Labelled, image_size: int | None) 
     mean, std = moments(train_images)
     source = f"read from {folder}, key {key}"
     return ImageData(
-        train_images, train_labels, test_images, test_labels, classes, mean, std, source
+        train_images, train_labels, test_images, test_labels, classes, mean, std, source, key
     )
 
 
@@ -130,7 +146,7 @@ def key_of(folder: Path, paths: list[Path], image_size: int | None) -> str:
 
 
 def read_kept(path: Path, n: int) -> np.ndarray | None:
-    """The images kept in `path`, uint8 (n, C, H, W). numpy looks at their checksum."""
+    """The images kept in `path`, uint8 (n, C, H, W), if it is whole. numpy looks at checksums."""
     if not path.is_file():
         return None
     try:
@@ -138,7 +154,8 @@ def read_kept(path: Path, n: int) -> np.ndarray | None:
     except Exception as error:  # a damaged file raises what it likes
         print(f"note: {path} is damaged ({error}) and made anew", file=sys.stderr)
         return None
-    return images if len(images) == n else None
+    fits = images.dtype == np.uint8 and images.ndim == 4 and len(images) == n
+    return images if fits and images.shape[1] in (1, 3) else None
 
 
 def keep(path: Path, images: np.ndarray) -> None:
@@ -212,7 +229,11 @@ def raise_if_bad(paths: list[Path], found: list) -> None:
     bad = [(path, error) for path, error in zip(paths, found, strict=True)
            if isinstance(error, Exception)]  # fmt: skip
     if bad:
-        some = "; ".join(f"{path} ({str(error).split(chr(10))[0]})" for path, error in bad[:5])
+        some = "; ".join(
+            f"{str(path) if str(path).isprintable() else ascii(str(path))} "
+            f"({str(error).split(chr(10))[0] or type(error).__name__})"
+            for path, error in bad[:5]
+        )
         more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
         raise DataError(f"{len(bad):,} images cannot be read: mend or delete them: {some}{more}")
 

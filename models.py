@@ -105,14 +105,14 @@ def before_bn2(model: ResNet18, module: Callable) -> None:
 
 def after_stages(model: ResNet18, module: Callable) -> None:
     for stage in (model.layer1, model.layer2, model.layer3):
-        append(stage, module)
+        append_to_stage(stage, module)
 
 
 def before_pooling(model: ResNet18, module: Callable) -> None:
-    append(model.layer4, module)
+    append_to_stage(model.layer4, module)
 
 
-def append(stage: nn.Sequential, module: Callable) -> None:
+def append_to_stage(stage: nn.Sequential, module: Callable) -> None:
     attention = module(stage[-1].conv2.out_channels)
     stage.append(nn.Sequential(OrderedDict(attention=attention)))  # its keys: layerS.2.attention.*
 
@@ -142,6 +142,7 @@ PLACES = {
     "conv2_of_layer4": for_conv2_of_layer4,  # instead of the second convolution of its two blocks
     "conv1": for_conv1,  # instead of conv1 and bn1 in every block
 }
+REPLACING = ("conv2_of_layer4", "conv1")  # the places of modules that take over a convolution
 MODULES = ATTENTION | {"sk": SelectiveKernel}  # which takes over a convolution and a BatchNorm
 
 MODELS = {
@@ -197,27 +198,36 @@ def resolve(name: str, place: str | None, reduction: int | None) -> tuple[str, s
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
     module, own_place = MODELS[name]
-    if place is None:
-        place = own_place
-    elif module not in ATTENTION:
-        raise ValueError(f"model {name} has no attention that could be put elsewhere")
-    if module and (place not in PLACES or (place == "conv1") == (module in ATTENTION)):
+    if place is not None:
+        if module is None or own_place in REPLACING:
+            raise ValueError(f"model {name} has no attention that could be put elsewhere")
+        if place in REPLACING:
+            raise ValueError(f"model {name}: {place} is for modules that replace a convolution")
+    place = place or own_place
+    if module and place not in PLACES:
         raise ValueError(f"model {name}: no place {place!r}: choose from {', '.join(PLACES)}")
     if reduction is None:
         return module, place, {}
-    if not module or "reduction" not in inspect.signature(MODULES[module]).parameters:
+    if default_reduction(module) is None:
         raise ValueError(f"model {name} has no reduction that could be set")
     return module, place, {"reduction": reduction}
 
 
+def default_reduction(module: str | None) -> int | None:
+    """That of a module that has one."""
+    parameters = inspect.signature(MODULES[module]).parameters if module else {}
+    return parameters["reduction"].default if "reduction" in parameters else None
+
+
 def name_of(name: str, place: str | None = None, reduction: int | None = None) -> str:
     """What a model is called: "se_r8", "eca_classifier"; its name in MODELS where it has one."""
-    module, place, options = resolve(name, place, reduction)
+    module, place, _ = resolve(name, place, reduction)
     if (module, place) != MODELS[name]:
-        others = [other for other, is_like in MODELS.items() if is_like == (module, place)]
-        name = others[0] if others else f"{module}_{place}"
-    default = options and inspect.signature(MODULES[module]).parameters["reduction"].default
-    return name if reduction in (None, default) else f"{name}_r{reduction}"
+        name = f"{module}_{place}"
+        for other, module_and_place in MODELS.items():
+            if module_and_place == (module, place):
+                name = other
+    return name if reduction in (None, default_reduction(module)) else f"{name}_r{reduction}"
 
 
 def count_parameters(model: nn.Module) -> int:

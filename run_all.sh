@@ -165,7 +165,10 @@ set_command() {  # MODEL SEED: the command of one run, in the array `command`
 }
 
 is_done() {  # MODEL SEED: a result that keeps to its recipe
-  grep -qs '"overrides": {}' "$RUNS/$dataset/$RECIPE/$1/seed$2/result.json"
+  local folder=$RUNS/$dataset/$RECIPE/$1/seed$2
+  grep -qs '"overrides": {}' "$folder/result.json" || return 1
+  # Of folders of images there may be several of one name.
+  [[ ! -d $DATASET ]] || grep -qsF "\"dataset\": \"$(realpath -- "$DATASET")\"" "$folder/config.json"
 }
 
 list_runs() {  # "MODEL SEED" of every run of this shard, a line each

@@ -1,9 +1,10 @@
 """The report's sections: findings.py's numbers in words and tables, as lines of Markdown."""
 
+import re
 from collections import Counter
 
 from findings import CONTROL, Cost, Findings
-from studies import Run, Study, in_table_order
+from studies import Run, Study, image_of, in_table_order, n_classes_of
 from verdicts import Comparison
 
 Lines = list[str]
@@ -291,18 +292,21 @@ def class_table(f: Findings) -> Lines:
     if f.by_class is None:
         return ["Not made: a run lacks usable `test_predictions.npy` and `test_labels.npy`."]
     models = list(f.by_class.against)
-    rows = []
+    rows, held = [], []
     for i, name in enumerate(f.by_class.classes):
+        name = re.sub(r"([*_`|\\<])", r"\\\1", name)
         cells = [name, f"{f.by_class.baseline[i]:.2f}"]
         for model in models:
             c = f.by_class.against[model][i]
             text = f"{c.difference:+.2f}"
             cells.append(text if c.verdict == "not distinguishable" else f"**{text}**")
         rows.append(cells)
+        verdicts = {f.by_class.against[model][i].verdict for model in models}
+        held.append(verdicts != {"not distinguishable"})
     n_compared, shown = len(rows) * len(models), ""
     if len(rows) > 40:
         shown = f"Of {len(rows)} classes those with a difference that holds. "
-        rows = [row for row in rows if any("**" in cell for cell in row)]
+        rows = [row for row, holds in zip(rows, held, strict=True) if holds]
     return [
         *table(["class", "baseline %", *(label(f.study, model) for model in models)], rows),
         "",
@@ -530,7 +534,8 @@ def missing_section(found: list[Findings], problems: Lines) -> Lines:
         if not f.costs:
             lines.append(
                 f"{f.study.title}: no FLOPs and no inference time: run `python benchmark.py "
-                f"--width {f.study.width} --out` with the folder of this report"
+                f"--width {f.study.width} --image {image_of(f.study)} --classes "
+                f"{n_classes_of(f.study)} --out` with the folder of this report"
             )
     if all(f.study.quick for f in found):
         lines.append("every full run: `./run_all.sh full`")

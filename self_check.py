@@ -15,9 +15,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from augment import Augmentation
 from models import build_model
 from modes import MODES, set_up_torch, why_not
-from training_step import adam, halves, make_step
+from training_step import Average, adam, halves, make_step
 
 # In fp32 every tensor is judged by itself. In TF32 and bf16 rounding alone makes gradients that are
 # sums of cancelling terms wrong by their own size, so all tensors of a kind are judged together.
@@ -27,21 +28,23 @@ TOLERANCE = {"fp32": 5e-3, "tf32": 1e-1, "bf16": 3e-1}
 BATCH_SIZE = 64
 VARIANTS = [(mode, precision) for precision in ("fp32", "bf16") for mode in MODES]
 VARIANTS = [*VARIANTS[1:], ("eager", "tf32")]
+EVERYTHING = Augmentation(crop=2, flip=True, randaugment=1, erase=0.25, cutmix=1.0, mixup=0.2)
 
 
 def self_check(names: list[str], device: torch.device, width: int) -> bool:
     """Prints a line for each model, mode and precision; True if all errors are within tolerance."""
     good = True
-    for name in names:
-        expected = three_steps(name, "eager", "fp32", device, width)
+    # The last model once more, with all that a recipe may add to a step.
+    for name, everything in [*((name, False) for name in names), (names[-1], True)]:
+        expected = three_steps(name, "eager", "fp32", device, width, everything)
         for mode, precision in VARIANTS:
-            label = f"{name:16s} {mode:14s} {precision:5s}"
+            label = f"{name:18s} {'+ all' if everything else '     '} {mode:14s} {precision:5s}"
             if impossible := why_not(mode, precision, device):
                 print(f"{label} skipped: {impossible}")
                 continue
             start = time.perf_counter()
             try:
-                found = three_steps(name, mode, precision, device, width)
+                found = three_steps(name, mode, precision, device, width, everything)
             except ModeFailed as error:
                 print(f"{label} FAILED  {error}", flush=True)
                 good = False
@@ -69,12 +72,13 @@ class ModeFailed(RuntimeError):
 
 
 def three_steps(
-    name: str, mode: str, precision: str, device: torch.device, width: int
+    name: str, mode: str, precision: str, device: torch.device, width: int, everything: bool
 ) -> dict[str, dict[str, torch.Tensor]]:
     """{what: {whose: value}} after two steps without a learning rate and one with it.
 
     Two batches, for a graph may have one baked in; learning rate 0, then 1e-3, for the same reason.
     What the warm-up of a mode may have left behind shows in the buffers and in Adam's state.
+    everything: with augmentation, mixed and smoothed labels, weight decay and the weights' average.
     """
     set_up_torch(precision)
     generator = torch.Generator().manual_seed(0)
@@ -93,19 +97,21 @@ def three_steps(
         if not parameter.any():  # likewise the last layer of GC
             nn.init.normal_(parameter, std=0.1, generator=generator)
     model = model.to(device, memory_format=torch.channels_last)
-    optimizer = adam(model, lr=1e-3)
+    augmentation = EVERYTHING if everything else Augmentation()
+    average = Average(model, decay=0.5) if everything else None
+    optimizer = adam(model, lr=1e-3, weight_decay=0.1 if everything else None)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: min(epoch, 1))
     step, used, failures = make_step(
         model, optimizer, images.to(device), labels.to(device), mode, precision, BATCH_SIZE,
-        halves(device),
+        halves(device), augmentation, 0.1 if everything else 0.0, average,
     )  # fmt: skip
     if used != mode:
         raise ModeFailed("; ".join(failures))
 
     start = [parameter.detach().clone() for parameter in model.parameters()]
     batches = torch.arange(2 * BATCH_SIZE, device=device).split(BATCH_SIZE)
-    rows = torch.empty(BATCH_SIZE, 0, device=device)
-    losses = [step(idx, rows)[0].clone() for idx in batches]
+    draws = augmentation.draw(2 * BATCH_SIZE, seed=0, epoch=1).to(device).split(BATCH_SIZE)
+    losses = [step(*batch)[0].clone() for batch in zip(batches, draws, strict=True)]
     found = {
         "loss": {f"batch {i + 1}": loss for i, loss in enumerate(losses)},
         "gradient": {key: parameter.grad.clone() for key, parameter in model.named_parameters()},
@@ -116,9 +122,11 @@ def three_steps(
             key: optimizer.state[parameter][part].clone()
             for key, parameter in model.named_parameters()
         }
+    if average:
+        found["average"] = {key: v.clone() for key, v in average.model.named_buffers()}
     unmoved = all(map(torch.equal, start, model.parameters()))
     scheduler.step()
-    step(batches[0], rows)
+    step(batches[0], draws[0])
     moved_by = sum(
         (after - before).square().sum()
         for before, after in zip(start, model.parameters(), strict=True)

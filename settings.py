@@ -12,7 +12,7 @@ import torch
 
 import data
 from environment import choose_device
-from models import MODELS, PLACES, name_of
+from models import MODELS, PLACES, REPLACING, name_of
 from modes import MODES, PRECISIONS, why_not
 from training_step import choose_precision
 
@@ -89,7 +89,7 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
     add, default = parser.add_argument, "default: %(default)s"
     count = within(1, 10**9, int)
     add("--model", choices=MODELS)
-    add("--place", choices=[place for place in PLACES if place != "conv1"],
+    add("--place", choices=[place for place in PLACES if place not in REPLACING],
         help="put the model's attention there instead: models.PLACES")  # fmt: skip
     add("--reduction", type=count, help="of the module's hidden width; default: the module's own")
     add(
@@ -113,7 +113,7 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
         ("warmup", within(0, 10**9, int), "epochs of rising learning rate"),
         ("label_smoothing", share, "share of the labels that goes to all classes"),
         ("ema", share, "decay of the moving average of the weights, which is what is tested"),
-        ("crop", within(0, 4096, int), "pixels of border that random crops may take in"),
+        ("crop", within(0, 256, int), "pixels of border that random crops may take in"),
         ("randaugment", within(0, 14, int), "operations an image"),
         ("erase", share, "share of images of which a rectangle is erased"),
         ("cutmix", alpha, "alpha of the shares of mixed images"),
@@ -121,7 +121,7 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
     ):
         flag = f"--{name.replace('_', '-')}"
         add(flag, type=kind, help=f"{what}; 0: none; {of_recipe(name)}")
-    flips = f"mirror every other image; {of_recipe('flip')}"
+    flips = f"mirror images with probability 1/2; {of_recipe('flip')}"
     add("--flip", action=argparse.BooleanOptionalAction, help=flips)
     kinds = f"half: to [-1, 1]; data: by mean and deviation; {of_recipe('normalize')}"
     add("--normalize", choices=["half", "data"], help=kinds)
@@ -166,15 +166,22 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
     if data.is_folder(settings.dataset):
         settings.dataset = str(Path(settings.dataset).resolve())
     settings.base_model = settings.model
-    if settings.place or settings.reduction:
+    if settings.model and (settings.place or settings.reduction):
         try:
             settings.model = name_of(settings.model, settings.place, settings.reduction)
         except ValueError as error:
             parser.error(str(error))
+        if settings.model in MODELS:  # said in other words
+            settings.base_model, settings.place, settings.reduction = settings.model, None, None
+        elif not settings.model.endswith(f"_r{settings.reduction}"):
+            settings.reduction = None  # the module's own
     recipe = RECIPES[settings.recipe]
     for key, value in recipe.items():
         if getattr(settings, key) is None:
             setattr(settings, key, value)
+    for key in recipe.keys() - {"limit_train", "limit_test"}:
+        if getattr(settings, key) in (0, False, "half"):
+            setattr(settings, key, None)  # not used: one way to say it
     if settings.dry_run:
         settings.epochs, settings.warmup = 1, None
         settings.limit_train = settings.limit_test = settings.batch_size

@@ -36,6 +36,7 @@ METRIC_COLUMNS = ("epoch", "val_acc", "train_loss")
 # Runs are compared only where these are the same in config.json.
 SETTINGS = (
     "epochs", "batch_size", "lr", "patience", "limit_train", "limit_test", "width", "precision",
+    "data", "image_size",
 )  # fmt: skip
 COST_WORDS = ("model", "precision", "mode", "device", "torch")
 COST_NUMBERS = (
@@ -301,12 +302,19 @@ def costs_of(study: Study, rows: list[dict], mode="eager", precision="fp32") -> 
     return {row["model"]: row for row in rows if row["batch_size"] == size}
 
 
+def image_of(study: Study) -> str:
+    """As benchmark.py has it, "1x28x28", which it also is where files do not say so."""
+    return "x".join(map(str, study.any_run.result.get("image") or (1, 28, 28)))
+
+
+def n_classes_of(study: Study) -> int:
+    return len(study.any_run.result.get("classes") or range(10))
+
+
 def is_for(row: dict, study: Study) -> bool:
-    """Whether images and classes were those of the study, in files that say so."""
-    result = study.any_run.result
-    image = "x".join(map(str, result.get("image") or (1, 28, 28)))
-    n_classes = len(result.get("classes") or range(10))
-    return (row.get("image", "1x28x28"), row.get("classes", 10)) == (image, n_classes)
+    """Whether images and classes were those of the study."""
+    shape = row.get("image", "1x28x28"), row.get("classes", 10)
+    return shape == (image_of(study), n_classes_of(study))
 
 
 def fastest_costs_of(study: Study, rows: list[dict]) -> dict[str, dict]:

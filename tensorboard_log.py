@@ -74,8 +74,8 @@ def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
     figure, axes = plt.subplots(figsize=(7, 7), layout="constrained")
     axes.imshow(matrix, cmap="Blues")
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    axes.set_xticks(range(k), classes, rotation=90)
-    axes.set_yticks(range(k), classes)
+    axes.set_xticks(range(k), classes, rotation=90, parse_math=False)
+    axes.set_yticks(range(k), classes, parse_math=False)
     if k <= 20:  # more numbers would not be legible
         for (true, predicted), count in np.ndenumerate(matrix):
             color = "white" if count > matrix.max() / 2 else "black"
@@ -91,5 +91,9 @@ def draw_wrong(images, labels, predictions, classes) -> plt.Figure:
         axes.axis("off")
     for axes, i in zip(grid.flat, wrong, strict=False):
         axes.imshow(images[i].permute(1, 2, 0).numpy(), cmap="gray")
-        axes.set_title(f"{classes[labels[i]]}\ntaken for {classes[predictions[i]]}", fontsize=8)
+        axes.set_title(
+            f"{classes[labels[i]]}\ntaken for {classes[predictions[i]]}",
+            fontsize=8,
+            parse_math=False,
+        )
     return figure

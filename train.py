@@ -70,6 +70,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     if settings.limit_train:
         train_idx = train_idx[: settings.limit_train]
         val_idx = val_idx[: max(settings.batch_size, settings.limit_train // 9)]
+    check_batches(len(train_idx), settings.batch_size, dataset.train_images.shape)
     images, labels = dataset.train_images.to(device), dataset.train_labels.to(device)
     val_images, val_labels = images[val_idx], labels[val_idx]
     test_images = dataset.test_images[: settings.limit_test].to(device)
@@ -90,7 +91,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     scheduler = schedule(optimizer, settings.epochs, settings.warmup)
     average = Average(model, settings.ema) if settings.ema else None
     shown = average.model if average else model  # what is validated, tested and kept
-    moments = halves(device) if settings.normalize != "data" else dataset.moments_on(device)
+    moments = halves(device) if settings.normalize is None else dataset.moments_on(device)
     augmentation = Augmentation(**{key: getattr(settings, key) for key in AUGMENTATIONS})
 
     # `auto` looks at the length of the whole run, so that one that is resumed takes the same mode.
@@ -98,7 +99,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     mode = choose_mode(settings.mode, device, n_steps)
     if len(train_idx) < settings.batch_size:
         mode = "eager"  # the other modes are for full batches
-    config = as_config(settings) | {"mode": mode}
+    config = as_config(settings) | {"mode": mode, "data": dataset.key}
 
     # Go on where the run was stopped, if it has begun.
     environment = describe_environment(device)
@@ -155,8 +156,8 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             model.train()
             batches = data.shuffled(train_idx, settings.seed, epoch).to(device)
             batches = batches.split(settings.batch_size)
-            rows = augmentation.draw(len(train_idx), settings.seed, epoch).to(device)
-            rows = rows.split(settings.batch_size)  # of random numbers, one for each image
+            draws = augmentation.draw(len(train_idx), settings.seed, epoch).to(device)
+            draws = draws.split(settings.batch_size)
             losses = torch.zeros(len(batches), device=device)  # read once an epoch: reading waits
             correct = torch.zeros((), dtype=torch.int64, device=device)
             first, spent = 0, 0.0
@@ -173,7 +174,7 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
                 ):  # fmt: skip
                     leave_if_stopped()
                     # forward, loss, backward, Adam
-                    losses[step], hits = train_step(batches[step], rows[step])
+                    losses[step], hits = train_step(batches[step], draws[step])
                     correct += hits
                 step = len(batches)
                 losses, correct = parallel.over_all(losses, correct)
@@ -272,6 +273,17 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
     run_folder.write_json(folder / "result.json", result)  # last: it means that all is there
     run_folder.discard_states(folder, settings.keep_last)
     return result
+
+
+def check_batches(n: int, batch_size: int, shape: torch.Size) -> None:
+    """Raises DataError for what BatchNorm cannot normalise: one image, and one pixel of it left."""
+    if n == 0:
+        raise data.DataError("there is no image to train on beside those to validate: add some")
+    if 1 in (batch_size, n % batch_size) and max(shape[2:]) <= 8:
+        raise data.DataError(
+            f"of {n:,} images of {shape[2]}x{shape[3]}, one would be left for a batch of its own, "
+            "too small for BatchNorm: use another --batch-size"
+        )
 
 
 def begin(settings, folder, config, environment, parts) -> checkpoint.Progress:
@@ -403,7 +415,8 @@ def finished(settings: argparse.Namespace, folder: Path) -> dict | None:
     if settings.overwrite or not (folder / "result.json").exists():
         return None
     there = run_folder.read_json(folder / "config.json", model=str)
-    config = as_config(settings) | {"mode": there.get("mode")}  # it is done, in whatever mode
+    # It is done, in whatever mode, and the data are not read again.
+    config = as_config(settings) | {key: there.get(key) for key in ("mode", "data")}
     run_folder.check_same_run(folder, config, there)
     result = run_folder.read_json(folder / "result.json", **SUMMARY)
     # It may have been killed after its result was written, before these went.

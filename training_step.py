@@ -100,21 +100,25 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).requires_grad_(False)
+        self.pairs = list(
+            zip(self.model.state_dict().values(), model.state_dict().values(), strict=True)
+        )
         self.decay = decay
         self.steps = torch.zeros((), device=next(model.parameters()).device)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
+    def update(self) -> None:
+        """Takes in what the model is now."""
         new = (9 / (10 + self.steps)).clamp(min=1 - self.decay)
-        for ours, theirs in zip(self.tensors(), model.state_dict().values(), strict=True):
+        for ours, theirs in self.pairs:
             if ours.is_floating_point():
                 ours.lerp_(theirs, new)
             else:
                 ours.copy_(theirs)
         self.steps += 1
 
-    def tensors(self):
-        return self.model.state_dict().values()
+    def tensors(self) -> list[torch.Tensor]:
+        return [ours for ours, _ in self.pairs] + [self.steps]
 
     def state_dict(self) -> dict:
         return {"model": self.model.state_dict(), "steps": self.steps}
@@ -134,6 +138,25 @@ def load_adam(optimizer: torch.optim.Adam, state: dict) -> None:
         group |= {"lr": torch.tensor(lr, device=device) if cuda else lr, "capturable": cuda}
 
 
+def loss_of(
+    logits: torch.Tensor,
+    own: torch.Tensor,
+    others: torch.Tensor,
+    share: torch.Tensor | None,
+    label_smoothing: float,
+    reduction: str = "mean",
+) -> torch.Tensor:
+    """Cross-entropy with the labels `own`; of mixed images with those of `others`, too."""
+    if share is None:
+        return F.cross_entropy(logits, own, reduction=reduction, label_smoothing=label_smoothing)
+    of_own, of_others = (
+        F.cross_entropy(logits, labels, reduction="none", label_smoothing=label_smoothing)
+        for labels in (own, others)
+    )
+    mixed = share * of_own + (1 - share) * of_others
+    return mixed.mean() if reduction == "mean" else mixed.sum()
+
+
 def make_step(
     model: nn.Module,
     optimizer: torch.optim.Adam,
@@ -149,47 +172,36 @@ def make_step(
 ) -> tuple[Callable, str, list[str]]:
     """(step, the mode it runs in, why it runs in no faster one).
 
-    step(idx, rows) trains on images[idx], idx int64 (n,) and rows float32 (n, augmentation.columns)
-    on the device, and returns the mean loss and the number of predictions that are the image's own
-    label, on the device and valid until the next call. Only batches of `batch_size` take the fast
-    way, for compiled code and graphs are of one shape; the last, partial batch of an epoch is run
-    eagerly. Where compiling or capturing fails, the next simpler mode is taken. When this returns,
-    everything is compiled and captured, and weights, BatchNorm's buffers, Adam's state, the average
-    and the random generators are as they were.
+    step(idx, draws) trains on images[idx], idx int64 (n,), draws float32 (n, augmentation.columns),
+    both on the device. It returns the mean loss and the number of predictions that are the image's
+    own label, on the device and valid until the next call.
+
+    Only batches of `batch_size` take the fast way, for compiled code and graphs are of one shape;
+    the last, partial batch of an epoch is run eagerly. Where compiling or capturing fails, the next
+    simpler mode is taken. When this returns, everything is compiled and captured, and weights,
+    BatchNorm's buffers, Adam's state, the average and the random generators are as they were.
     """
 
-    def batch_of(idx, rows):
+    def batch_of(idx, draws):
         """(normalised images, share of their own label in the loss, None for all of it)."""
-        batch = normalize(augmentation.of_pixels(images[idx], rows), *moments)
-        return augmentation.of_normalized(batch, rows)
+        batch = normalize(augmentation.of_pixels(images[idx], draws), *moments)
+        return augmentation.of_normalized(batch, draws)
 
-    def loss_of(logits, own, others, share, reduction="mean"):
-        if share is None:
-            return F.cross_entropy(
-                logits, own, reduction=reduction, label_smoothing=label_smoothing
-            )
-        losses = [
-            F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
-            for target in (own, others)
-        ]
-        mixed = share * losses[0] + (1 - share) * losses[1]
-        return mixed.mean() if reduction == "mean" else mixed.sum()
-
-    def forward(idx, rows):
-        batch, share = batch_of(idx, rows)
+    def forward(idx, draws):
+        batch, share = batch_of(idx, draws)
         own = labels[idx]
         logits = run(model, batch, precision)
-        loss = loss_of(logits, own, own.roll(1), share)
+        loss = loss_of(logits, own, own.roll(1), share, label_smoothing)
         return loss, (logits.argmax(1) == own).sum()
 
     def step_with(forward):
-        def step(idx, rows):
+        def step(idx, draws):
             optimizer.zero_grad()
-            loss, hits = forward(idx, rows)
+            loss, hits = forward(idx, draws)
             loss.backward()
             optimizer.step()
             if average:
-                average.update(model)
+                average.update()
             return loss.detach(), hits
 
         return step
@@ -197,13 +209,13 @@ def make_step(
     if parallel.WORLD > 1:
         shared = parallel.share(model)
 
-        def forward_of_part(idx, rows):
-            batch, share = batch_of(idx, rows)  # all of it, for images are mixed across parts
+        def forward_of_part(idx, draws):
+            batch, share = batch_of(idx, draws)  # all of it, for images are mixed across parts
             own, part = labels[idx], parallel.part_of
             others, share = part(own.roll(1)), None if share is None else part(share)
             logits = run(shared, part(batch), precision)
             # Summed over the processes: the mean over the batch. Gradients will be averaged.
-            loss = loss_of(logits, part(own), others, share, reduction="sum") / len(idx)
+            loss = loss_of(logits, part(own), others, share, label_smoothing, "sum") / len(idx)
             return loss * parallel.WORLD, (logits.argmax(1) == part(own)).sum()
 
         return step_with(forward_of_part), "eager", []
@@ -213,13 +225,13 @@ def make_step(
         return eager, mode, failures
     restore = snapshot(model, optimizer, average)
     idx = torch.arange(batch_size, device=images.device) % len(images)
-    rows = torch.full((batch_size, augmentation.columns), 0.5, device=images.device)
+    draws = torch.full((batch_size, augmentation.columns), 0.5, device=images.device)
     model.train()
     while mode != "eager":
         try:
             step = step_with(compiled(forward) if "compile" in mode else forward)
-            fast = Graphed(step, idx, rows) if "graph" in mode else step
-            fast(idx, rows)  # torch.compile compiles when it is first called
+            fast = Graphed(step, idx, draws) if "graph" in mode else step
+            fast(idx, draws)  # torch.compile compiles when it is first called
             break
         except Exception as error:  # compilers, drivers and out of memory raise what they like
             failures.append(f"mode {mode} failed ({first_line(error)})")
@@ -229,8 +241,8 @@ def make_step(
     if mode == "eager":
         return eager, mode, failures
 
-    def fast_where_it_fits(idx, rows):
-        return (fast if len(idx) == batch_size else eager)(idx, rows)
+    def fast_where_it_fits(idx, draws):
+        return (fast if len(idx) == batch_size else eager)(idx, draws)
 
     return fast_where_it_fits, mode, failures
 
@@ -241,7 +253,7 @@ def snapshot(
     """A function that puts everything a step changes back to what it is now, in place."""
     tensors = [*model.parameters(), *model.buffers()]
     if average:
-        tensors += [*average.tensors(), average.steps]
+        tensors += average.tensors()
     before = [tensor.detach().clone() for tensor in tensors]
     state = {
         parameter: {key: value.clone() for key, value in values.items()}

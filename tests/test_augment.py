@@ -24,7 +24,8 @@ def as_torchvision(name, image, sign):
     height, width = image.shape[1:]
 
     def affine(angle=0.0, translate=(0, 0), shear=(0.0, 0.0)):
-        return TF.affine(image, angle, list(translate), 1.0, list(shear))
+        corner = [0, 0] if shear != (0.0, 0.0) else None
+        return TF.affine(image, angle, list(translate), 1.0, list(shear), center=corner)
 
     match name:
         case "identity":

@@ -10,9 +10,11 @@ import torch
 import torchvision
 from conftest import REPO, is_one_line
 from PIL import Image
+from test_resume import StopAt
 
 import data
 import image_folder
+import report
 import train
 from image_data import moments
 
@@ -176,6 +178,82 @@ def test_wrong_names_are_usage_errors(tmp_path, capsys):
             train.main(["--model", "se", *flags])
         error = capsys.readouterr().err
         assert is_one_line(error) and words in error
+
+
+def stopped_run(folder, runs, monkeypatch, *flags):
+    flags = ["--model", "baseline", "--width", "16", "--epochs", "2", "--dataset", str(folder)]
+    flags += ["--runs", str(runs), "--device", "cpu"]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "watch_signals", lambda: StopAt(2))
+        assert train.main(flags) == 130
+    return flags
+
+
+def test_a_run_does_not_go_on_with_other_images(tmp_path, monkeypatch, capsys):
+    folder = make(tmp_path / "pets", {"cat": 60, "dog": 60}, size=(12, 12))
+    flags = stopped_run(folder, tmp_path / "runs", monkeypatch)
+    make(folder, {"cat": 1}, size=(12, 12), seed=9)
+    capsys.readouterr()
+    assert train.main(flags) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "holds a run with data = " in error and "--overwrite" in error
+    make(folder, {"cat": 1}, size=(12, 12), seed=0)  # as it was
+    assert train.main(flags) == 0
+
+
+def test_runs_of_other_images_or_sizes_are_not_compared(tmp_path, capsys):
+    runs = tmp_path / "runs"
+    for model, place, size in (
+        ("baseline", "a", "9"), ("se", "a", "9"), ("eca", "b", "9"), ("gc", "a", "12"),
+    ):  # fmt: skip
+        folder = make(tmp_path / place / "pets", {"cat": 90, "dog": 90}, seed=ord(place))
+        flags = ["--model", model, "--width", "16", "--epochs", "1", "--image-size", size]
+        flags += ["--dataset", str(folder), "--device", "cpu", "--runs", str(runs)]
+        assert train.main(flags) == 0
+    assert report.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| se (quick) | 1 |" in text
+    assert "eca (quick)" not in text and "gc (quick)" not in text
+    assert text.count("left out, it has other settings: data ") == 2
+    assert "--image 3x9x9 --classes 2" in text  # what would fill the gap
+
+
+def test_what_was_kept_but_does_not_fit_is_made_anew(tmp_path):
+    folder = make(tmp_path / "pets", {"cat": 4, "dog": 4})
+    first = data.load_dataset(str(folder))
+    (kept,) = folder.glob(".decoded.*.npz")
+    for other in (np.zeros((8, 2, 7, 9), np.uint8), np.zeros((8, 3, 7, 9)), np.uint8(3)):
+        np.savez(kept, images=other)
+        assert torch.equal(data.load_dataset(str(folder)).train_images, first.train_images)
+
+
+@pytest.mark.parametrize(
+    ("counts", "size", "flags", "words"),
+    [
+        ({"cat": 39, "dog": 39}, 8, ["--batch-size", "58"], "use another --batch-size"),
+        ({"cat": 2, "dog": 2}, 12, [], None),
+        ({"cat": 12, "$\\frac$": 12}, 12, [], None),
+    ],
+)
+def test_few_small_and_oddly_named(tmp_path, capsys, counts, size, flags, words):
+    folder = make(tmp_path / "pets", counts, size=(size, size))
+    flags = ["--model", "baseline", "--width", "16", "--epochs", "1", "--device", "cpu", *flags]
+    code = train.main([*flags, "--dataset", str(folder), "--runs", str(tmp_path / "runs")])
+    error = capsys.readouterr().err.splitlines()
+    if words:
+        assert code == 1 and len(error) == 2 and words in error[1]
+    else:
+        assert code == 0
+
+
+def test_images_of_one_value_are_normalised_to_numbers(tmp_path):
+    folder = tmp_path / "black"
+    for name in ("a", "b"):
+        (folder / name).mkdir(parents=True)
+        for i in range(40):
+            Image.fromarray(np.zeros((12, 12), np.uint8)).save(folder / name / f"{i}.png")
+    flags = ["--model", "baseline", "--width", "16", "--normalize", "data", "--dry-run"]
+    assert train.main([*flags, "--dataset", str(folder), "--device", "cpu"]) == 0
 
 
 def test_moments_are_exact():

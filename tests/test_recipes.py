@@ -69,7 +69,7 @@ def test_the_average_is_a_moving_average():
             model.weight.copy_(torch.rand(3))
             model.running_mean.fill_(t)
         model.num_batches_tracked.fill_(t)
-        average.update(model)
+        average.update()
         new = max(0.1, 9 / (10 + t))
         expected += new * (model.weight.detach().double() - expected)
     torch.testing.assert_close(average.model.weight.double(), expected, rtol=1e-5, atol=1e-6)
@@ -187,15 +187,29 @@ def test_a_snapshot_undoes_the_average_too():
     assert all(torch.equal(value, after[key]) for key, value in before["model"].items())
 
 
+OFF = ["--weight-decay", "0", "--warmup", "0", "--label-smoothing", "0", "--ema", "0"]
+OFF += ["--crop", "0", "--no-flip", "--erase", "0", "--cutmix", "0", "--normalize", "half"]
+
+
 def test_every_part_has_a_flag_and_can_be_left_out():
-    off = ["--weight-decay", "0", "--warmup", "0", "--label-smoothing", "0", "--ema", "0"]
-    off += ["--crop", "0", "--no-flip", "--erase", "0", "--cutmix", "0", "--normalize", "half"]
-    settings = parse_settings(["--model", "se", "--recipe", "strong", *off])
+    settings = parse_settings(["--model", "se", "--recipe", "strong", *OFF])
     assert not any(getattr(settings, key) for key in AUGMENTATIONS)
-    assert settings.overrides.keys() == STRONG.keys() - PUBLISHED.keys() | {
-        key for key in STRONG if STRONG[key] != PUBLISHED[key]
-    } - {"lr", "patience"}
-    assert all(PUBLISHED[key] is None for key in AUGMENTATIONS)
+    changed = {key for key in STRONG if STRONG[key] != PUBLISHED[key]} - {"lr", "patience"}
+    assert settings.overrides == dict.fromkeys(changed)
+    published = parse_settings(["--model", "se", *OFF, "--randaugment", "0", "--mixup", "0"])
+    assert published.overrides == {} and published.normalize is None
+
+
+def test_a_model_said_in_other_words_is_the_same_run():
+    def said(*flags):
+        settings = vars(parse_settings(["--model", *flags]))
+        return {key: settings[key] for key in ("model", "base_model", "place", "reduction")}
+
+    assert said("se") == said("se", "--reduction", "16") == said("se", "--place", "blocks")
+    assert said("cbam_classifier") == said("cbam_blocks", "--place", "classifier")
+    assert said("eca", "--place", "classifier")["model"] == "eca_classifier"
+    both = said("se", "--place", "classifier", "--reduction", "16")
+    assert both == said("se", "--place", "classifier")
 
 
 @pytest.mark.parametrize(
