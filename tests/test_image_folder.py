@@ -32,7 +32,7 @@ def make(folder, counts, size=(9, 7), mode="RGB", seed=0):
 
 
 def test_fashion_mnist_as_pngs_gives_the_same_tensors_and_metrics(fashion_mnist, tmp_path):
-    n_train, n_test = 3_000, 300
+    n_train, n_test = 1_000, 100
     folder = tmp_path / "pngs"
     for part in ("train", "test"):
         images, labels = (getattr(fashion_mnist, f"{part}_{what}") for what in ("images", "labels"))

@@ -125,7 +125,7 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(finished_run, tmp_pa
 @pytest.mark.parametrize(
     ("signum", "code", "jobs"),
     [
-        (signal.SIGTERM, 143, 1),
+        pytest.param(signal.SIGTERM, 143, 1, marks=pytest.mark.slow),
         (signal.SIGINT, 130, 2),
         pytest.param(signal.SIGHUP, 129, 2, marks=pytest.mark.slow),
     ],
