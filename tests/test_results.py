@@ -19,14 +19,35 @@ def test_the_readme_has_results():
     assert FOLDERS
 
 
-def test_the_table_of_modules_is_what_benchmark_py_writes():
-    place, table = re.search("<!-- benchmark.py: (.*) -->\n(.*)<!-- end of", README, re.S).groups()
-    path = REPO / place / "benchmark.json"
-    if not path.exists():
+def block(script):
+    """(the folder it is of, the table) that the README has of a script."""
+    marks = rf"<!-- {script}: (\S*) -->\n(.*)<!-- end of {script} -->"
+    place, table = re.search(marks, README, re.DOTALL).groups()
+    if not (REPO / place).exists():
         pytest.skip("the container does not hold the results")
-    rows = json.loads(path.read_text())
-    assert table == benchmark.markdown(rows) == path.with_suffix(".md").read_text()
+    return REPO / place, table
+
+
+def test_the_table_of_modules_is_what_benchmark_py_writes():
+    place, table = block("benchmark.py")
+    rows = json.loads((place / "benchmark.json").read_text())
+    assert table == benchmark.markdown(rows) == (place / "benchmark.md").read_text()
     assert [row["model"] for row in rows if row["mode"] == "eager"] == list(MODELS)
+
+
+def test_the_table_of_gates_is_that_of_explain_json():
+    place, table = block("explain.py")
+    lines = ["| model | accuracy % | gates fixed | hardly vary, stage 1 to 4 |"]
+    lines.append("|---|---|---|---|")
+    for row in json.loads((place / "explain.json").read_text()):
+        fixed = row["test_acc_gates_fixed"]
+        stages = [row["gates"].get(f"layer{i}") for i in (1, 2, 3, 4)]
+        share = ", ".join(f"{stage['hardly_vary']:.0%}" for stage in stages if stage)
+        lines.append(
+            f"| `{row['model']}` (quick) | {row['test_acc']:.2f} | "
+            f"{'-' if fixed is None else f'{fixed:.2f}'} | {share or '-'} |"
+        )
+    assert table == "\n".join(lines) + "\n"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)

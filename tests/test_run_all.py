@@ -12,6 +12,7 @@ from conftest import REPO, copy_run, is_one_line
 
 import benchmark
 import data
+import explain
 import report
 import speed
 import train
@@ -188,6 +189,7 @@ def test_readme_commands_exist(command, capsys):
             "benchmark.py": benchmark,
             "report.py": report,
             "data.py": data,
+            "explain.py": explain,
             "speed.py": speed,
         }
         with pytest.raises(SystemExit):
