@@ -150,14 +150,17 @@ class Fixed(nn.Module):
 
 
 @torch.no_grad()
-def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[dict, dict]:
-    """({module: gates (N, C)}, {module: Fixed}) over normalised images."""
+def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict, dict]:
+    """(probabilities (N, num_classes), {module: gates (N, C)}, {module: Fixed}), in one pass.
+
+    images: normalised.
+    """
     modules = attention_modules(model)
-    gates = {name: [] for name in modules}
+    probabilities, gates = [], {name: [] for name in modules}
     products, squares = {}, {}
     with evaluation(model), captured(modules) as seen:
         for batch in images.split(BATCH):
-            model(batch)
+            probabilities.append(model(batch).softmax(1))
             for name, (inputs, outputs) in seen.items():
                 gates[name].append(factor(inputs, outputs, (2, 3)).cpu())
                 products[name] = products.get(name, 0) + (inputs * outputs).sum(0)
@@ -166,7 +169,8 @@ def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[dict, dict]:
         name: Fixed(torch.where(squares[name] > 0, products[name] / squares[name], 1.0))
         for name in modules
     }
-    return {name: torch.cat(parts) for name, parts in gates.items()}, fixed
+    gates = {name: torch.cat(parts) for name, parts in gates.items()}
+    return torch.cat(probabilities), gates, fixed
 
 
 def gate_numbers(gates: dict[str, torch.Tensor]) -> dict[str, dict]:
@@ -276,8 +280,12 @@ def load_model(checkpoint: Path, config: dict, dataset: data.ImageData, seed=Non
             width=config["width"],
             seed=seed,
         )
-        if seed is None:
-            model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
+    except ValueError as error:
+        raise ExplainError(f"{checkpoint.parent / 'config.json'}: {error}") from None
+    if seed is not None:
+        return model.eval()
+    try:
+        model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
     except FileNotFoundError:
         raise ExplainError(f"{checkpoint} is not there: train the run to its end first") from None
     except Exception as error:  # damaged files raise what they like
@@ -307,15 +315,16 @@ def explain(checkpoint: Path, dataset: data.ImageData, config: dict, args) -> tu
     test = dataset.test_images[: args.limit_test]
     labels = dataset.test_labels[: args.limit_test].to(device)
     images = data.normalize(test.to(device), mean, std)
-    probabilities = predict(model, images)
+    probabilities, gates, fixed = gates_of(model, images)
     predictions = probabilities.argmax(1)
     if args.images is None:
         args.images = chosen(labels, predictions)  # other models are then shown the same
     at = torch.tensor(args.images, device=device)
 
-    gates, fixed = gates_of(model, images)
-    with replaced(model, fixed):
-        fixed_predictions = predict(model, images).argmax(1)
+    fixed_predictions = predictions
+    if gates:
+        with replaced(model, fixed):
+            fixed_predictions = predict(model, images).argmax(1)
     few = slice(0, args.limit_cam)
     maps = grad_cam(model, images[few], predictions[few])
     size = tuple(images.shape[2:])
@@ -498,6 +507,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def print_numbers(row: dict) -> None:
+    """The gist of one entry of explain.json."""
     print(
         f"\n{row['model']}, seed {row['seed']}: {row['test_acc']:.2f} % of {row['test_images']:,}"
     )

@@ -46,7 +46,12 @@ from models import MODELS, build_model, count_parameters
 from modes import set_up_torch
 from run_folder import RunError
 from self_check import self_check
-from settings import AUGMENTATIONS, RECIPES, as_config, parse_settings  # noqa: F401 (train.RECIPES is for all)
+from settings import (
+    AUGMENTATIONS,
+    RECIPES,  # noqa: F401 (train.RECIPES is for all)
+    as_config,
+    parse_settings,
+)
 from stop_signals import Stopped, leaving_at_once, watch_signals
 from tensorboard_log import log_epoch, log_test, open_writer
 from training_step import Average, adam, choose_mode, halves, logits_of, make_step, schedule

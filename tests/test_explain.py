@@ -89,8 +89,8 @@ def test_fixed_gates_of_a_control_change_nothing_and_of_a_module_do():
         for module in explain.attention_modules(model).values():
             nn.init.normal_(module.fc1.weight)
             nn.init.normal_(module.fc2.weight, std=3)
-        gates, fixed = explain.gates_of(model, IMAGES)
-        before = explain.predict(model, IMAGES)
+        before, gates, fixed = explain.gates_of(model, IMAGES)
+        assert torch.equal(explain.predict(model, IMAGES), before)
         with explain.replaced(model, fixed):
             after = explain.predict(model, IMAGES)
         assert torch.allclose(before, after, atol=1e-5) == same
@@ -145,7 +145,7 @@ def test_every_model_and_colour(name):
     images = torch.rand(2, 3, 20, 24)
     maps = explain.grad_cam(model, images, torch.tensor([1, 6]))
     assert maps["layer4"].isfinite().all() and maps["layer3"].shape[0] == 2
-    gates, fixed = explain.gates_of(model, images)
+    _, gates, fixed = explain.gates_of(model, images)
     gated = name not in ("baseline", "sk", "bot")
     assert bool(gates) == gated and all(g.isfinite().all() for g in gates.values())
     with explain.replaced(model, fixed):
