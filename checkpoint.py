@@ -26,6 +26,8 @@ from environment import is_out_of_memory
 from files import write_atomically
 from training_step import Average, load_adam
 
+LENGTH = (64).to_bytes(2, "little")  # of the sha256 at the end of a file
+
 
 @dataclass
 class Parts:
@@ -140,6 +142,13 @@ def load(path: Path) -> dict:
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
 
 
+def load_weights(path: Path) -> dict:
+    """A best.pt, or a state_dict that torch.save wrote, which does not end with its sha256."""
+    if path.read_bytes()[-66:-64] == LENGTH:
+        return load(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def serialized(state: dict) -> bytearray:
     """The bytes of a .pt file, which are a zip archive, with their sha256 as its comment.
 
@@ -149,7 +158,7 @@ def serialized(state: dict) -> bytearray:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     body = bytearray(buffer.getbuffer())
-    body[-2:] = (64).to_bytes(2, "little")  # an archive ends with the length of its comment
+    body[-2:] = LENGTH  # an archive ends with the length of its comment
     return body + digest_of(body)
 
 

@@ -2,274 +2,82 @@
 
     python explain.py --run runs/fashion_mnist/published/se/seed0
     python explain.py --checkpoint PATH/best.pt --images 3 17 42 --out results
-    python explain.py --run RUN --run OTHER_RUN       # side by side, on the same images
+    python explain.py --compare RUN RUN RUN           # models side by side on the same images
 
-Writes OUT/explain_<model>_seed<k>.png for each run, and OUT/explain.json. By default it shows of
-every class the first test image that the (first) model gets right and the first that it gets wrong.
+Writes OUT/explain_<model>_seed<k>.png for each run, OUT/explain_compare.png for several, and
+OUT/explain.json, from which report.py makes a section of the report. By default it shows of every
+class the first test image that the (first) model gets right and the first that it gets wrong. One
+model of full width takes half a minute on two CPU cores.
 
-Grad-CAM (Selvaraju et al., ICCV 2017, arXiv 1610.02391), at the ends of stages 3 and 4: the maps
-that speak for the predicted class, summed with the class score's mean gradients as weights.
-
-The gate of a module is what it multiplies its input by: the least-squares factor g of output = g x
-input, over the positions of each channel (one number a channel) or over the channels of each
-position (a map). For SE and ECA the first is exact, for CBAM it is both gates together; of a module
-that adds, such as GC, it says how much is added in the input's own direction.
+A picture has Grad-CAM at the ends of stages 3 and 4 for the predicted class (grad_cam.py), the gate
+of every position in the last block of each stage (gates.py), and below, for each class, the mean
+gate of every channel.
 
 Beside the pictures, over --limit-test images: mean, spread and saturation of the gates, how many
 hardly vary from image to image; the accuracy with every gate fixed at its mean (gate ablation);
-deletion and insertion scores of Grad-CAM and of random maps (Petsiuk et al., BMVC 2018, arXiv
-1806.07421); and how much the maps change when the weights are random (Adebayo et al., NeurIPS 2018,
-arXiv 1810.03292).
+and over --limit-cam of them: deletion and insertion scores of Grad-CAM and of random maps, and how
+much the maps change when the weights are random.
 """
 
 import argparse
-import contextlib
 import io
 import json
+import os
 import signal
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
+import checkpoint
 import data
 from environment import choose_device
 from files import write_atomically
+from gates import gate_maps_of, gate_numbers, gates_of, replaced, stage_of
+from grad_cam import (
+    LAYERS,
+    correlation,
+    deletion_and_insertion,
+    enlarged,
+    grad_cam,
+    predict,
+    scaled,
+)
 from models import build_model
 
 matplotlib.use("Agg")  # the figures never go to a window
 import matplotlib.pyplot as plt
 
-LAYERS = ("layer3", "layer4")
-STAGES = ("layer1", "layer2", "layer3", "layer4", "classifier")
-BATCH = 250
-STEPS = 14  # of deletion and insertion
+LIMIT_TEST = 2000
+OTHER_SEED = 10**6  # of the random weights
 
 
 class ExplainError(RuntimeError):
     """There is nothing to explain. The message says in one line why and what to do."""
 
 
-# --- Grad-CAM -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def captured(modules: dict[str, nn.Module]):
-    """Within the block every forward pass leaves (input, output) of each module in a dict."""
-    seen, hooks = {}, []
-    for name, module in modules.items():
-        hooks.append(
-            module.register_forward_hook(
-                lambda _, inputs, output, name=name: seen.__setitem__(name, (inputs[0], output))
-            )
-        )
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-@contextlib.contextmanager
-def evaluation(model: nn.Module):
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
-
-
-def grad_cam(
-    model: nn.Module, images: torch.Tensor, classes: torch.Tensor, layers: tuple[str, ...] = LAYERS
-) -> dict[str, torch.Tensor]:
-    """{layer: maps (N, h, w)} of what speaks for `classes` (N,) in normalised images (N, C, H, W).
-
-    relu(sum_k a_k A_k), a_k the mean of d score / d A_k over positions, the score a logit (eq. 1
-    and 2). A map of zeros is empty: nothing there speaks for the class. The model is left in the
-    mode it was in, without hooks and gradients.
-    """
-    with evaluation(model), torch.enable_grad():
-        with captured({layer: getattr(model, layer) for layer in layers}) as seen:
-            score = model(images).gather(1, classes[:, None]).sum()
-        activations = [seen[layer][1] for layer in layers]
-        gradients = torch.autograd.grad(score, activations)
-    maps = {}
-    for layer, activation, gradient in zip(layers, activations, gradients, strict=True):
-        weights = gradient.mean((2, 3), keepdim=True)
-        maps[layer] = F.relu((weights * activation).sum(1)).detach()
-    return maps
-
-
-def scaled(maps: torch.Tensor) -> torch.Tensor:
-    """Each map from 0 to 1; an empty one stays 0."""
-    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low).clamp(min=1e-12)
-
-
-def enlarged(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-
-
-# --- Gates ----------------------------------------------------------------------------------------
-
-
-def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Those that gate: {"layer1.0.attention": module, ...}, without the empty places."""
-    names = ("attention", "attention_before_bn2")
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name.split(".")[-1] in names and not isinstance(module, nn.Identity)
-    }
-
-
-def stage_of(name: str) -> str:
-    return name.split(".")[0] if name.startswith("layer") else "classifier"
-
-
-def factor(inputs: torch.Tensor, outputs: torch.Tensor, dims) -> torch.Tensor:
-    """The g that makes |output - g x input| least, summed over `dims`; 1 where all inputs are 0."""
-    squares = inputs.square().sum(dims)
-    products = (inputs * outputs).sum(dims)
-    return torch.where(squares > 0, products / squares.clamp(min=1e-30), 1.0)
-
-
-class Fixed(nn.Module):
-    """In place of a module: its gate, averaged over images, whatever the image."""
-
-    def __init__(self, gate: torch.Tensor):
-        super().__init__()
-        self.gate = gate  # (C, H, W)
-
-    def forward(self, x):
-        return x * self.gate
-
-
-@torch.no_grad()
-def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict, dict]:
-    """(probabilities (N, num_classes), {module: gates (N, C)}, {module: Fixed}), in one pass.
-
-    images: normalised.
-    """
-    modules = attention_modules(model)
-    probabilities, gates = [], {name: [] for name in modules}
-    products, squares = {}, {}
-    with evaluation(model), captured(modules) as seen:
-        for batch in images.split(BATCH):
-            probabilities.append(model(batch).softmax(1))
-            for name, (inputs, outputs) in seen.items():
-                gates[name].append(factor(inputs, outputs, (2, 3)).cpu())
-                products[name] = products.get(name, 0) + (inputs * outputs).sum(0)
-                squares[name] = squares.get(name, 0) + inputs.square().sum(0)
-    fixed = {
-        name: Fixed(torch.where(squares[name] > 0, products[name] / squares[name], 1.0))
-        for name in modules
-    }
-    gates = {name: torch.cat(parts) for name, parts in gates.items()}
-    return torch.cat(probabilities), gates, fixed
-
-
-def gate_numbers(gates: dict[str, torch.Tensor]) -> dict[str, dict]:
-    """{stage: numbers}, of gates (N, C) of each module. Spread: standard deviations."""
-    numbers = {}
-    for stage in STAGES:
-        of_stage = [g for name, g in gates.items() if stage_of(name) == stage]
-        if of_stage:
-            every = torch.cat(of_stage, dim=1)
-            over_images = every.std(0, correction=0)
-            numbers[stage] = {
-                "mean": every.mean().item(),
-                "spread_over_channels": every.mean(0).std(correction=0).item(),
-                "spread_over_images": over_images.mean().item(),
-                "saturated": ((every < 0.05) | (every > 0.95)).float().mean().item(),
-                "hardly_vary": (over_images < 0.01).float().mean().item(),
-            }
-    return numbers
-
-
-@contextlib.contextmanager
-def replaced(model: nn.Module, others: dict[str, nn.Module]):
-    """Within the block the modules of these names are others."""
-    own = {name: model.get_submodule(name) for name in others}
-
-    def put(modules):
-        for name, module in modules.items():
-            parent, _, last = name.rpartition(".")
-            setattr(model.get_submodule(parent), last, module)
-
-    put(others)
-    try:
-        yield
-    finally:
-        put(own)
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Probabilities (N, num_classes) of normalised images."""
-    with evaluation(model):
-        return torch.cat([model(batch).softmax(1) for batch in images.split(BATCH)])
-
-
-# --- Is Grad-CAM faithful? ------------------------------------------------------------------------
-
-
-def deletion_and_insertion(
-    model: nn.Module, images: torch.Tensor, classes: torch.Tensor, maps: torch.Tensor
-) -> tuple[float, float]:
-    """Mean probability of `classes` while pixels go, and while they come, most important first.
-
-    maps: (N, H, W). What is not there is 0 in normalised pixels. Of a good map deletion is low and
-    insertion high.
-    """
-    n, _, height, width = images.shape
-    rank = (
-        maps.flatten(1).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    )  # 0: most important
-    rank = rank.view(n, 1, height, width)
-    scores = []
-    for keep_first in (False, True):
-        total = 0.0
-        for step in range(STEPS + 1):
-            first = rank < step * height * width / STEPS
-            shown = images * (first if keep_first else ~first)
-            total += predict(model, shown).gather(1, classes[:, None]).mean().item()
-        scores.append(total / (STEPS + 1))
-    return scores[0], scores[1]
-
-
-def correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """The mean correlation of the maps (N, h, w) of a with those of b; None if all are constant."""
-    a, b = (m.flatten(1) - m.flatten(1).mean(1, keepdim=True) for m in (a, b))
-    norms = a.norm(dim=1) * b.norm(dim=1)
-    if not (norms > 0).any():
-        return None
-    return ((a * b).sum(1)[norms > 0] / norms[norms > 0]).mean().item()
-
-
 # --- Runs -----------------------------------------------------------------------------------------
 
 
-def read_config(checkpoint: Path) -> dict:
-    """The settings of the run that `checkpoint` is of."""
-    path = checkpoint.parent / "config.json"
+def read_config(path: Path) -> dict:
+    """The settings of the run that the checkpoint `path` is of."""
+    config_path = path.parent / "config.json"
     try:
-        config = json.loads(path.read_text())
+        config = json.loads(config_path.read_text())
         for key in ("model", "dataset", "width", "seed", "data_dir"):
             config[key]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ExplainError(
-            f"{path}, which says what model it is, cannot be read ({error})"
+            f"{config_path}, which says what model it is, cannot be read ({error})"
         ) from None
     return config
 
 
-def load_model(checkpoint: Path, config: dict, dataset: data.ImageData, seed=None) -> nn.Module:
-    """The model with the weights in `checkpoint`, or, with a seed, with weights of that seed."""
+def load_model(path: Path, config: dict, dataset: data.ImageData, seed=None) -> nn.Module:
+    """The model with the weights in `path`, or, with a seed, with weights of that seed."""
     try:
         model = build_model(
             config.get("base_model") or config["model"],
@@ -281,168 +89,263 @@ def load_model(checkpoint: Path, config: dict, dataset: data.ImageData, seed=Non
             seed=seed,
         )
     except ValueError as error:
-        raise ExplainError(f"{checkpoint.parent / 'config.json'}: {error}") from None
-    if seed is not None:
-        return model.eval()
-    try:
-        model.load_state_dict(torch.load(checkpoint, map_location="cpu", weights_only=True))
-    except FileNotFoundError:
-        raise ExplainError(f"{checkpoint} is not there: train the run to its end first") from None
-    except Exception as error:  # damaged files raise what they like
-        reason = str(error).strip().split("\n")[0]
-        raise ExplainError(f"{checkpoint} is not of {config['model']}: {reason}") from None
-    return model.eval()
+        raise ExplainError(f"{path.parent / 'config.json'}: {error}") from None
+    if seed is None:
+        try:
+            model.load_state_dict(checkpoint.load_weights(path))
+        except FileNotFoundError:
+            raise ExplainError(f"{path} is not there: train the run to its end first") from None
+        except Exception as error:  # damaged files raise what they like
+            reason = str(error).strip().split("\n")[0]
+            raise ExplainError(f"{path} is not of {config['model']}: {reason}") from None
+    return model.to(memory_format=torch.channels_last).eval()
 
 
 def chosen(labels: torch.Tensor, predictions: torch.Tensor) -> list[int]:
-    """Of every class the first image that is right and the first that is wrong."""
-    right = predictions == labels
+    """Of every class the first image that is right, and then the first that is wrong."""
     picked = []
-    for label in labels.unique().tolist():
-        for wanted in (True, False):
-            found = ((labels == label) & (right == wanted)).nonzero().flatten()
+    for right in (True, False):
+        for label in labels.unique().tolist():
+            found = ((labels == label) & ((predictions == labels) == right)).nonzero().flatten()
             picked += found[:1].tolist()
     return picked
 
 
-def explain(checkpoint: Path, dataset: data.ImageData, config: dict, args) -> tuple[dict, dict]:
-    """(what goes into explain.json, what is drawn)."""
+@dataclass
+class Explained:
+    """What is drawn of one model. Everything is on the CPU."""
+
+    name: str
+    classes: list[str]
+    pixels: torch.Tensor  # uint8 (n, C, H, W), the images shown
+    labels: list[int]
+    predictions: list[int]
+    probabilities: list[float]  # of the predicted classes
+    cams: dict[str, torch.Tensor]  # layer -> maps (n, H, W), each from 0 to 1
+    gate_maps: dict[str, torch.Tensor]  # stage -> (n, h, w)
+    gates_by_class: dict[str, torch.Tensor]  # stage -> mean gates (classes, C)
+
+
+def explain(path: Path, dataset: data.ImageData, config: dict, args) -> tuple[dict, Explained]:
+    """(an entry of explain.json, what is drawn). args.images is filled in where it is None."""
     device = args.device
     mean, std = dataset.moments_on(device)
     if config.get("normalize") != "data":
         mean, std = torch.full_like(mean, 0.5), torch.full_like(std, 0.5)
-    model = load_model(checkpoint, config, dataset).to(device)
-    test = dataset.test_images[: args.limit_test]
-    labels = dataset.test_labels[: args.limit_test].to(device)
+    model = load_model(path, config, dataset).to(device)
+    test = dataset.test_images[: limit_of(config, args)]
+    labels = dataset.test_labels[: len(test)].to(device)
     images = data.normalize(test.to(device), mean, std)
+    images = images.contiguous(memory_format=torch.channels_last)
     probabilities, gates, fixed = gates_of(model, images)
     predictions = probabilities.argmax(1)
     if args.images is None:
         args.images = chosen(labels, predictions)  # other models are then shown the same
-    at = torch.tensor(args.images, device=device)
-
-    fixed_predictions = predictions
-    if gates:
-        with replaced(model, fixed):
-            fixed_predictions = predict(model, images).argmax(1)
-    few = slice(0, args.limit_cam)
-    maps = grad_cam(model, images[few], predictions[few])
-    size = tuple(images.shape[2:])
-    guide = enlarged(maps["layer4"], size)
-    generator = torch.Generator().manual_seed(0)
-    random_maps = torch.rand(guide.shape, generator=generator).to(device)
-    random_model = load_model(checkpoint, config, dataset, seed=10**6).to(device)
-    random_cams = grad_cam(random_model, images[few], predictions[few])
-    scores = [
-        deletion_and_insertion(model, images[few], predictions[few], m)
-        for m in (guide, random_maps)
-    ]
 
     def accuracy(classes):
         return 100 * (classes == labels).double().mean().item()
+
+    # Do the gates carry accuracy? Each is fixed at its mean.
+    predictions_fixed = predictions
+    if gates:
+        with replaced(model, fixed):
+            predictions_fixed = predict(model, images).argmax(1)
+    right, right_fixed = predictions == labels, predictions_fixed == labels
+
+    # Is Grad-CAM faithful? Beside random maps, and beside those of random weights.
+    few, classes = images[: args.limit_cam], predictions[: args.limit_cam]
+    maps = grad_cam(model, few, classes)
+    size = tuple(images.shape[2:])
+    guide = enlarged(maps["layer4"], size)
+    random_maps = torch.rand(guide.shape, generator=torch.Generator().manual_seed(0)).to(device)
+    deletion, insertion = deletion_and_insertion(model, few, classes, guide)
+    deletion_random, insertion_random = deletion_and_insertion(model, few, classes, random_maps)
+    random_model = load_model(path, config, dataset, seed=OTHER_SEED).to(device)
+    random_cams = grad_cam(random_model, few, classes)
 
     numbers = {
         "model": config["model"],
         "dataset": data.name_of(config["dataset"]),
         "recipe": config.get("recipe"),
+        "overrides": config.get("overrides", {}),
+        "quick": config.get("quick", False),
         "seed": config["seed"],
-        "width": config["width"],
         "test_images": len(labels),
         "test_acc": accuracy(predictions),
-        "test_acc_gates_fixed": accuracy(fixed_predictions) if gates else None,
+        "test_acc_gates_fixed": accuracy(predictions_fixed) if gates else None,
+        "lost": (right & ~right_fixed).sum().item(),  # images, with gates fixed
+        "won": (~right & right_fixed).sum().item(),
         "gates": gate_numbers(gates),
-        "cam_images": len(guide),
+        "cam_images": len(few),
         "empty_maps": {k: (m.amax((1, 2)) <= 0).double().mean().item() for k, m in maps.items()},
-        "deletion": scores[0][0],
-        "insertion": scores[0][1],
-        "deletion_random": scores[1][0],
-        "insertion_random": scores[1][1],
+        "deletion": deletion,
+        "insertion": insertion,
+        "deletion_random": deletion_random,
+        "insertion_random": insertion_random,
         "correlation_with_random_weights": {
             layer: correlation(maps[layer], random_cams[layer]) for layer in LAYERS
         },
         "images": args.images,
     }
-    modules = attention_modules(model)
-    last_of_stage = {stage_of(name): name for name in modules}  # the last block of each
-    with torch.no_grad(), captured(modules) as seen:
-        model(images[at])
-    shown_maps = {
-        stage: factor(*seen[name], 1) for stage, name in last_of_stage.items()
-        if seen[name][0].shape[2] > 1
-    }  # fmt: skip
-    drawn = {
-        "title": f"{config['model']}, seed {config['seed']}, {numbers['dataset']}",
-        "pixels": test[args.images],
-        "labels": labels[at].tolist(),
-        "predictions": predictions[at].tolist(),
-        "probabilities": probabilities[at].amax(1).tolist(),
-        "cams": {
-            k: enlarged(scaled(m), size).cpu()
-            for k, m in grad_cam(model, images[at], predictions[at]).items()
-        },
-        "gate_maps": {stage: maps.cpu() for stage, maps in shown_maps.items()},
-        "gates": {stage: gates[name][args.images] for stage, name in last_of_stage.items()},
-        "classes": dataset.classes,
+    at = torch.tensor(args.images, device=device)
+    cams = grad_cam(model, images[at], predictions[at])
+    last_of_stage = {stage_of(name): of_module.float() for name, of_module in gates.items()}
+    on_cpu = labels.cpu()
+    by_class = {
+        stage: torch.stack([of_stage[on_cpu == label].mean(0) for label in on_cpu.unique()])
+        for stage, of_stage in last_of_stage.items()
     }
-    return numbers, drawn
+    return numbers, Explained(
+        name=f"{config['model']}, seed {config['seed']}" + ", quick run" * numbers["quick"],
+        classes=dataset.classes,
+        pixels=test[args.images],
+        labels=labels[at].tolist(),
+        predictions=predictions[at].tolist(),
+        probabilities=probabilities[at].amax(1).tolist(),
+        cams={layer: enlarged(scaled(m), size).cpu() for layer, m in cams.items()},
+        gate_maps={stage: m.cpu() for stage, m in gate_maps_of(model, images[at]).items()},
+        gates_by_class=by_class,
+    )
 
 
-# --- Picture --------------------------------------------------------------------------------------
+def is_kept(paths: list[Path], out: Path) -> bool:
+    """Whether explain.json is of these runs, in this order, and younger than their weights."""
+    try:
+        rows = json.loads((out / "explain.json").read_text())
+        found = [[row[key] for key in ("model", "recipe", "overrides", "seed")] for row in rows]
+        configs = [read_config(path) for path in paths]
+        wanted = [
+            [config[key] for key in ("model", "recipe", "overrides", "seed")] for config in configs
+        ]
+        written = (out / "explain.json").stat().st_mtime
+        return found == wanted and all(path.stat().st_mtime < written for path in paths)
+    except (OSError, ValueError, LookupError, TypeError):
+        return False  # it is then made anew
 
 
-def draw(drawn: dict, path: Path) -> None:
-    """A row for each image: itself, Grad-CAM, the gates' maps, and every channel's gate."""
-    n = len(drawn["labels"])
-    columns = ["image", *(f"Grad-CAM, {layer}" for layer in drawn["cams"])]
-    columns += [f"gate map, {stage}" for stage in drawn["gate_maps"]]
-    strips = list(drawn["gates"])
-    widths = [1.0] * len(columns) + [1.6] * len(strips)
-    columns += [f"channel gates, {stage}" for stage in strips]
-    figure, grid = plt.subplots(
-        n, len(columns), figsize=(1.15 * sum(widths) + 1.2, 1.2 * n + 0.9), squeeze=False,
-        gridspec_kw={"width_ratios": widths}, layout="constrained",
-    )  # fmt: skip
-    limits = {stage: (g.min().item(), g.max().item()) for stage, g in drawn["gates"].items()}
-    map_limits = {s: (m.min().item(), m.max().item()) for s, m in drawn["gate_maps"].items()}
-    for row, axes in zip(range(n), grid, strict=True):
-        pixels = drawn["pixels"][row].permute(1, 2, 0).numpy()
-        grey = pixels.shape[2] == 1
-        cells = iter(axes)
-        for cell in axes:
-            cell.set_xticks([])
-            cell.set_yticks([])
-        cell = next(cells)
-        cell.imshow(pixels, cmap="gray", vmin=0, vmax=255)
-        true, predicted = (drawn["classes"][drawn[k][row]] for k in ("labels", "predictions"))
-        right = drawn["labels"][row] == drawn["predictions"][row]
-        verdict = "right" if right else f"taken for {predicted}"
-        words = f"{true}\n{verdict}, {drawn['probabilities'][row]:.0%}"
-        cell.set_ylabel(words, fontsize=7, rotation=0, ha="right", va="center", parse_math=False)
-        for cam in drawn["cams"].values():
-            cell = next(cells)
-            cell.imshow(pixels if grey else pixels.mean(2), cmap="gray", vmin=0, vmax=255)
-            if cam[row].max() > 0:
-                cell.imshow(cam[row].numpy(), cmap="cividis", alpha=0.65, vmin=0, vmax=1)
+def limit_of(config: dict, args) -> int:
+    """How many test images: --limit-test, or else as many as the run has, up to LIMIT_TEST."""
+    return args.limit_test or min(config.get("limit_test") or LIMIT_TEST, LIMIT_TEST)
+
+
+# --- Pictures -------------------------------------------------------------------------------------
+
+INCH = dict(tile=0.68, caption=0.26, gap=0.05, between=0.3, top=0.6, strip=1.3, side=1.0)
+
+
+def draw_model(e: Explained, path: Path) -> None:
+    """Every image, its Grad-CAM and gate maps, and the channels' gates of each class."""
+    headings, tiles = ["image"], []
+    for i, label in enumerate(e.labels):
+        said = verdict(e, i).replace("\n", " ")  # of one that is right, the probability is enough
+        said = said if said.startswith("✗") else f"{e.probabilities[i]:.0%}"
+        tiles.append([image_tile(e, i, f"{short(e.classes[label])}\n{said}")])
+    for layer, maps in e.cams.items():
+        headings.append(f"Grad-CAM\n{layer}")
+        for i, row in enumerate(tiles):
+            row.append(cam_tile(e, i, maps[i]))
+    for stage, maps in e.gate_maps.items():
+        low, high = maps.min().item(), maps.max().item()
+        headings.append(f"gate, {stage}\n{low:.2f} to {high:.2f}")
+        for i, row in enumerate(tiles):
+            row.append([dict(X=maps[i].numpy(), cmap="cividis", vmin=low, vmax=high), ""])
+    draw(e.name, headings, tiles, e.gates_by_class, e.classes, path)
+
+
+def draw_comparison(models: list[Explained], path: Path) -> None:
+    """Every image, and where each model looks for what it takes it for."""
+    first = models[0]
+    headings = ["image"]
+    tiles = [[image_tile(first, i, short(first.classes[first.labels[i]]))]
+             for i in range(len(first.labels))]  # fmt: skip
+    for e in models:
+        headings.append(e.name.replace(", quick run", "").replace(", ", "\n"))
+        for i, row in enumerate(tiles):
+            heat, _ = cam_tile(e, i, e.cams["layer4"][i])
+            row.append([heat, verdict(e, i)])
+    title = "Grad-CAM at layer4" + ", quick runs" * any("quick" in e.name for e in models)
+    draw(title, headings, tiles, {}, first.classes, path)
+
+
+def image_tile(e: Explained, i: int, caption: str) -> list:
+    return [dict(X=e.pixels[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255), caption]
+
+
+def cam_tile(e: Explained, i: int, heat: torch.Tensor) -> list:
+    """The map over the grey image; empty where nothing speaks for the class."""
+    if not heat.max() > 0:
+        return [None, "empty map"]
+    grey = e.pixels[i].float().mean(0).numpy() / 255
+    colours = matplotlib.colormaps["cividis"](heat.numpy())[..., :3]
+    return [dict(X=0.35 * grey[..., None] + 0.65 * colours), ""]
+
+
+def verdict(e: Explained, i: int) -> str:
+    """The predicted class; one that is wrong begins with a cross."""
+    label, predicted = e.labels[i], e.predictions[i]
+    if label == predicted:
+        return f"{short(e.classes[label])}\n{e.probabilities[i]:.0%}"
+    return f"✗ {short(e.classes[predicted])}\n{e.probabilities[i]:.0%}"
+
+
+def short(name: str) -> str:
+    return name if len(name) <= 13 else name[:12] + "…"
+
+
+def draw(title, headings, tiles, gates_by_class, classes, path) -> None:
+    """Two images a row, each with its tiles; below, a strip of channel gates for each stage.
+
+    tiles: for each image a list of [arguments of imshow or None, caption].
+    """
+    inch, n = INCH, len(tiles)
+    blocks = min(n, 2)
+    rows = -(-n // 2)
+    step = inch["tile"] + inch["gap"]
+    block = len(headings) * step
+    width = max(blocks * block + (blocks - 1) * inch["between"] + 2 * inch["gap"], 4.0)
+    row_height = inch["tile"] + inch["caption"]
+    height = inch["top"] + rows * row_height
+    strips = inch["strip"] + 0.45 if gates_by_class else 0
+    figure = plt.figure(figsize=(width, height + strips))
+
+    def place(left, top, wide, high):  # in inches from the upper left corner
+        total = height + strips
+        axes = figure.add_axes([left / width, 1 - (top + high) / total, wide / width, high / total])
+        axes.set_xticks([])
+        axes.set_yticks([])
+        return axes
+
+    figure.text(0.5, 1 - 0.15 / (height + strips), title, ha="center", va="center", fontsize=10)
+    for i, of_image in enumerate(tiles):
+        left = inch["gap"] + i // rows * (block + inch["between"])
+        top = inch["top"] + i % rows * row_height
+        for j, (shown, caption) in enumerate(of_image):
+            axes = place(left + j * step, top, inch["tile"], inch["tile"])
+            if shown:
+                axes.imshow(**shown, aspect="auto")
             else:
-                cell.text(0.5, 0.5, "empty map", transform=cell.transAxes, fontsize=7,
-                          ha="center", va="center", color="white")  # fmt: skip
-        for stage, gate_map in drawn["gate_maps"].items():
-            low, high = map_limits[stage]
-            next(cells).imshow(gate_map[row].numpy(), cmap="cividis", vmin=low, vmax=high)
-        for stage, gates in drawn["gates"].items():
-            low, high = limits[stage]
-            strip = gates[row][None].numpy()
-            next(cells).imshow(strip, cmap="cividis", aspect="auto", vmin=low, vmax=high)
-    for cell, name in zip(grid[0], columns, strict=True):
-        stage = name.split(", ")[-1]
-        low, high = (limits if name.startswith("channel") else map_limits).get(stage, (None, None))
-        scale = (
-            f"\n{low:.2f} to {high:.2f}" if name.split(",")[0].endswith(("map", "gates")) else ""
-        )
-        cell.set_title(name.replace(", ", "\n") + scale, fontsize=7)
-    figure.suptitle(drawn["title"], fontsize=9)
+                axes.spines[:].set_color("0.7")
+            wrong = "✗" in caption
+            axes.set_xlabel(caption, fontsize=5.5, labelpad=1.5, linespacing=1.0, parse_math=False,
+                            weight="bold" if wrong else "normal")  # fmt: skip
+            if i % rows == 0:
+                axes.set_title(headings[j], fontsize=5.5, pad=3)
+    margin, stages = inch["side"], list(gates_by_class)
+    for k, stage in enumerate(stages):
+        gates = gates_by_class[stage]
+        gates = gates[:, gates.mean(0).argsort()].numpy()
+        wide = (width - margin - 0.1) / len(stages)
+        axes = place(margin + k * wide, height + 0.35, wide - 0.1, inch["strip"] - 0.05)
+        low, high = gates.min(), gates.max()
+        axes.imshow(gates, cmap="cividis", aspect="auto", vmin=low, vmax=high)
+        axes.set_title(f"channel gates, {stage}: {low:.2f} to {high:.2f}", fontsize=5.5, pad=3)
+        axes.set_xlabel("channels, by mean gate", fontsize=5.5, labelpad=1.5)
+        if k == 0 and len(gates) <= 20:
+            axes.set_yticks(range(len(gates)), [short(name) for name in classes[: len(gates)]],
+                            fontsize=5.5, parse_math=False)  # fmt: skip
+            axes.tick_params(length=0, pad=2)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150)
+    figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
     plt.close(figure)
     write_atomically(path, buffer.getbuffer())
 
@@ -457,60 +360,73 @@ def main(argv: list[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--run", type=Path, action="append", default=[], help="a run's folder; may be repeated")
-    add(
-        "--checkpoint",
-        type=Path,
-        action="append",
-        default=[],
-        help="a best.pt, in its run's folder",
-    )
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="a run's folder")
+    which.add_argument("--checkpoint", type=Path, help="a best.pt, in its run's folder")
+    which.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="runs' folders")
     add("--images", type=int, nargs="+", metavar="I", help="of the test set, counted from 0")
-    add("--limit-test", type=int, help="test images that the numbers are of; default: all")
-    add("--limit-cam", type=int, default=200,
+    limit = f"test images that the numbers are of; default: the run's, up to {LIMIT_TEST:,}"
+    add("--limit-test", type=int, help=limit)
+    add("--limit-cam", type=int, default=100,
         help="of these, images that Grad-CAM is judged on; default: %(default)s")  # fmt: skip
     add("--data-dir", type=Path, help="default: the run's")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help="folder; default: %(default)s")
+    add("--keep", action="store_true", help="do nothing where OUT/explain.json is of these runs")
     args = parser.parse_args(argv)
-    checkpoints = [folder / "best.pt" for folder in args.run] + args.checkpoint
-    if not checkpoints:
-        parser.error("name a --run or a --checkpoint")
     if min(args.limit_cam, 1 if args.limit_test is None else args.limit_test) < 1:
         parser.error("--limit-test and --limit-cam must be at least 1")
     try:
         args.device = choose_device(args.device)
     except ValueError as error:
         parser.error(str(error))
+    folders = args.compare or ([args.run] if args.run else [])
+    paths = [folder / "best.pt" for folder in folders] or [args.checkpoint]
+    if args.keep and is_kept(paths, args.out):
+        print(f"kept: {args.out / 'explain.json'}")
+        return 0
     try:
-        rows = []
-        for checkpoint in checkpoints:
-            config = read_config(checkpoint)
+        rows, drawn = [], []
+        configs = [read_config(path) for path in paths]
+        check_writable(args.out)  # before the work, not after
+        for path, config in zip(paths, configs, strict=True):
             place = args.data_dir or Path(config["data_dir"])
             dataset = data.load_dataset(config["dataset"], place, config.get("image_size"))
-            n = len(dataset.test_images[: args.limit_test])
+            n = len(dataset.test_images[: limit_of(config, args)])
             if args.images and not 0 <= min(args.images) <= max(args.images) < n:
-                raise ExplainError(f"--images must be from 0 to {n - 1}, the test images there are")
-            numbers, drawn = explain(checkpoint, dataset, config, args)
-            path = args.out / f"explain_{config['model']}_seed{config['seed']}.png"
-            draw(drawn, path)
+                raise ExplainError(
+                    f"--images must be from 0 to {n - 1}, the test images that are looked at: see "
+                    "--limit-test"
+                )
+            if drawn and dataset.classes != drawn[0].classes:
+                raise ExplainError(f"{path} has other classes than {paths[0]}: compare like models")
+            numbers, explained = explain(path, dataset, config, args)
+            picture = args.out / f"explain_{config['model']}_seed{config['seed']}.png"
+            draw_model(explained, picture)
             rows.append(numbers)
-            print(f"written: {path}")
+            drawn.append(explained)
+            print_numbers(numbers, picture)
+        if len(drawn) > 1:
+            draw_comparison(drawn, args.out / "explain_compare.png")
+            print(f"written: {args.out / 'explain_compare.png'}")
         write_atomically(args.out / "explain.json", json.dumps(rows, indent=2) + "\n")
     except (data.DataError, ExplainError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    for row in rows:
-        print_numbers(row)
     print(f"written: {args.out / 'explain.json'}")
     return 0
 
 
-def print_numbers(row: dict) -> None:
+def check_writable(folder: Path) -> None:
+    """Makes the folder where there is none. Raises OSError."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written: choose another --out")
+
+
+def print_numbers(row: dict, picture: Path) -> None:
     """The gist of one entry of explain.json."""
-    print(
-        f"\n{row['model']}, seed {row['seed']}: {row['test_acc']:.2f} % of {row['test_images']:,}"
-    )
+    print(f"{row['model']}, seed {row['seed']}: {row['test_acc']:.2f} % of {row['test_images']:,}")
     if row["test_acc_gates_fixed"] is not None:
         print(f"  with every gate fixed at its mean: {row['test_acc_gates_fixed']:.2f} %")
     for stage, g in row["gates"].items():
@@ -522,7 +438,8 @@ def print_numbers(row: dict) -> None:
     print(
         f"  Grad-CAM, {row['cam_images']} images: deletion {row['deletion']:.3f} (random maps "
         f"{row['deletion_random']:.3f}), insertion {row['insertion']:.3f} "
-        f"({row['insertion_random']:.3f})"
+        f"({row['insertion_random']:.3f})\nwritten: {picture}",
+        flush=True,
     )
 
 

@@ -52,10 +52,11 @@ class Findings:
     relative: dict[str, Cost]  # model -> its cost beside the baseline's
     front: list[str]  # models that no other beats in accuracy and inference time, ties as ties
     missing: list[str]  # runs that would complete the table
+    explained: list[dict]  # rows of explain.json that are of this study's runs
 
 
-def find(study: Study, cost_rows: list[dict]) -> Findings:
-    """Everything about one study. cost_rows: benchmark.json's."""
+def find(study: Study, cost_rows: list[dict], explained: list[dict] = ()) -> Findings:
+    """Everything about one study. cost_rows: benchmark.json's; explained: explained_of()'s."""
     costs, fastest = costs_of(study, cost_rows), fastest_costs_of(study, cost_rows)
     against = against_baseline(study)
     return Findings(
@@ -70,6 +71,7 @@ def find(study: Study, cost_rows: list[dict]) -> Findings:
         relative=relative_costs(study, costs, fastest),
         front=pareto_front(study, against, costs),
         missing=missing_runs(study),
+        explained=list(explained),
     )
 
 

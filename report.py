@@ -1,7 +1,7 @@
 """From run folders to a report: is a model better than the baseline, and what does it cost?
 
-    python report.py                                  # runs/ and results/benchmark.json -> results/
-    python report.py --runs DIR --out DIR             # benchmark.json may lie in either
+    python report.py                                  # runs/ -> results/
+    python report.py --runs DIR --out DIR             # either may hold benchmark.json, explain.json
     python report.py --compare DIR                    # another recipe, precision or GPU beside it
     python report.py --out results/mine --readme README.md    # and the README's block of it
     python report.py --power --sd 0.15 --difference 0.2       # how many seeds does that take?
@@ -31,6 +31,7 @@ from pathlib import Path
 
 import sections
 import verdicts
+from explained import explained_of, pictures_of, read_explained
 from figures import FIGURES, draw_figures
 from files import write_atomically
 from findings import Findings, accuracies, compared, find
@@ -47,14 +48,20 @@ def make_report(runs_dir: Path, out: Path, compare: Path | None, readme: Path | 
         reasons = "; ".join(problems) or "run `python train.py --model baseline` first"
         raise ReportError(f"no finished run below {runs_dir}: {reasons}")
     costs, damaged = read_costs([out / "benchmark.json", runs_dir / "benchmark.json"])
-    problems += damaged
-    found = [find(study, costs) for study in studies]
+    seen, of_seen = read_explained([out / "explain.json", runs_dir / "explain.json"])
+    problems += damaged + of_seen
+    found = []
+    for study in studies:
+        rows, others = explained_of(study, seen)
+        found.append(find(study, costs, rows))
+        problems += others
     beside = compare_runs(found[0], compare, problems) if compare else []
     texts = {"results.csv": results_csv(studies), "summary.json": summary_json(found, costs)}
     figures = draw_figures(found[0])
-    shown = [name for name in FIGURES if name in figures]
+    pictures = pictures_of(found[0].explained, out)
+    shown = [name for name in FIGURES if name in figures] + list(pictures)
     texts["report.md"] = sections.write_report(found, costs, problems, shown, beside)
-    texts["report.html"] = as_page(texts["report.md"], figures)
+    texts["report.html"] = as_page(texts["report.md"], figures | pictures)
     if readme:
         readme = readme.resolve()
         new_readme = with_block(readme, out, found[0])
@@ -149,6 +156,7 @@ def summary_json(found: list[Findings], costs: list[dict]) -> str:
             "costs": {model: asdict(cost) for model, cost in f.relative.items()},
             "pareto_front": f.front,
             "missing": f.missing,
+            "explained": f.explained,
         }
         for f in found
     ]  # fmt: skip

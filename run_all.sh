@@ -7,11 +7,11 @@
 #   ./run_all.sh plan [quick|full]   the commands that would run, what is done marked; runs nothing
 #   ./run_all.sh test [PYTEST_ARGUMENT ...]
 #
-# Environment: MODELS, SEEDS, RECIPE, DATASET, RUNS (run folders), OUT (benchmark and report), and
+# Environment: MODELS, SEEDS, RECIPE, DATASET, RUNS (run folders), OUT (what is made of them), and
 # PYTHON (python3). Where that Python lacks a pinned requirement, .venv is made and used instead.
 #   JOBS=n      n runs at a time, each on a GPU of its own while there are enough; logs in RUNS/logs
 #   SHARD=i/n   every n-th run from the i-th on, counted from 0, for an array of workers that share
-#               RUNS; no benchmark and no report, which a last call without SHARD makes
+#               RUNS; what is made of all runs is left to a last call without SHARD
 # Exit code: 0 all done, 1 something failed (the rest was still tried), 2 wrong usage,
 # 130 / 143 stopped by SIGINT / SIGTERM after the run at work has saved.
 set -euo pipefail
@@ -157,6 +157,18 @@ set_defaults() {  # quick | full
   benchmark=("$PYTHON" benchmark.py --models "${models[@]}" --keep --out "$OUT")
   [[ $1 != quick ]] || benchmark+=(--modes eager --batch-sizes 64)  # nothing that compiles
   report=("$PYTHON" report.py --runs "$RUNS" --out "$OUT")
+  explain=("$PYTHON" explain.py --keep --out "$OUT")
+  if [[ $1 == quick ]]; then explain+=(--limit-cam 40); else explain+=(--limit-test 10000); fi
+}
+
+set_explained() {  # [done]: ends its command with the runs of the first seed, or those that are done
+  local model
+  explain+=(--compare)
+  for model in "${models[@]}"; do
+    if (($# == 0)) || is_done "$model" "${seeds[0]}"; then
+      explain+=("$RUNS/$dataset/$RECIPE/$model/seed${seeds[0]}")
+    fi
+  done
 }
 
 set_command() {  # MODEL SEED: the command of one run, in the array `command`
@@ -196,6 +208,7 @@ print_plan() {
   done < <(list_runs)
   [[ $SHARD == 0/1 ]] || return 0
   print_command "${benchmark[@]}"
+  (set_explained && print_command "${explain[@]}")
   print_command "${report[@]}"
 }
 
@@ -271,6 +284,10 @@ start_in_slot() {  # SLOT LOG: `command` on the slot's GPU, or on its share of t
   fi
 }
 
+attempt() {  # COMMAND ...: one that fails is taken note of in `failed`
+  run "$@" || failed+=("$(print_command "$@")")
+}
+
 work() {
   local failed=()
   check_names
@@ -281,8 +298,10 @@ work() {
   print_plan
   train_all
   if [[ $SHARD == 0/1 ]]; then
-    run "${benchmark[@]}" || failed+=("$(print_command "${benchmark[@]}")")
-    run "${report[@]}" || failed+=("$(print_command "${report[@]}")")
+    set_explained "done"
+    attempt "${benchmark[@]}"
+    [[ ${explain[-1]} == --compare ]] || attempt "${explain[@]}"  # if any run is done
+    attempt "${report[@]}"
   fi
   if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2

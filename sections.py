@@ -3,11 +3,11 @@
 import re
 from collections import Counter
 
+from explained import explained_section
 from findings import CONTROL, Cost, Findings
 from studies import Run, Study, image_of, in_table_order, n_classes_of
+from tables import Lines, image, interval, label, number, p_value, table
 from verdicts import Comparison
-
-Lines = list[str]
 
 
 def write_report(
@@ -34,6 +34,8 @@ def study_section(f: Findings, figures: Lines) -> Lines:
             "narrow, and says nothing about the models at full size and length.",
             "",
         ]
+    seen = [name for name in figures if name.startswith("explain_")]
+    seen = explained_section(study, f.explained, seen) if f.explained else []
     sections = [
         ("What was found", finding(f), []),
         ("The published table, with ours beside it" if study.published else "Every model",
@@ -44,38 +46,13 @@ def study_section(f: Findings, figures: Lines) -> Lines:
                                           "accuracy_vs_params.png"]),
         ("Class by class", class_table(f), []),
         ("Learning", [], ["learning_curves.png"]),
+        ("What attention attends to", seen, []),
     ]  # fmt: skip
     for heading, content, pictures in sections:
         shown = [picture for name in pictures if name in figures for picture in [image(name), ""]]
         if content or shown:
             lines += [f"### {heading}", "", *content, *([""] if content else []), *shown]
     return lines
-
-
-def image(name: str) -> str:
-    caption = name.removesuffix(".png").replace("_", " ").replace(" vs ", " against ")
-    return f"![{caption}]({name})"
-
-
-def table(header: Lines, rows: list[Lines]) -> Lines:
-    lines = [header, ["---"] * len(header), *rows]
-    return [f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |" for cells in lines]
-
-
-def label(study: Study, model: str) -> str:
-    return f"{model} (quick)" if study.quick else model
-
-
-def interval(bounds: tuple[float, float] | None) -> str:
-    return "-" if bounds is None else f"{bounds[0]:+.2f} to {bounds[1]:+.2f}"
-
-
-def number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def p_value(p: float | None) -> str:
-    return "< 0.001" if p is not None and p < 0.001 else number(p, ".3f")
 
 
 # --- What was found -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: curves, and at the end hyper-parameters and two pictures.
+"""What TensorBoard shows of a run: curves, and at the end hyper-parameters, pictures and gates.
 
 tensorboard --logdir runs
 """
@@ -15,7 +15,13 @@ from torch.utils.tensorboard.summary import hparams
 matplotlib.use("Agg")  # the figures never go to a window
 import matplotlib.pyplot as plt
 
+from data import normalize
+from gates import attention_modules, gates_of, stage_of
+from grad_cam import enlarged, grad_cam, scaled
+
 HPARAMS = ("model", "dataset", "recipe", "seed", "width", "epochs", "batch_size", "lr", "precision")
+SHOWN = 12  # misclassified images
+GATED = 32  # test images whose gates are shown: enough for a histogram, and soon done
 
 
 def open_writer(folder: Path) -> SummaryWriter:
@@ -49,10 +55,13 @@ def log_test(
     labels: torch.Tensor,
     predictions: torch.Tensor,
     classes: list[str],
+    model: torch.nn.Module,
+    moments: tuple[torch.Tensor, torch.Tensor],
 ) -> None:
-    """Test accuracy, hyper-parameters, confusion matrix, misclassified images.
+    """Test accuracy, hyper-parameters, confusion matrix, misclassified images, Grad-CAM, gates.
 
-    images: uint8 (N, C, H, W); labels, predictions: int64 (N,).
+    images: uint8 (N, C, H, W); labels, predictions: int64 (N,); moments: (mean, std) by which the
+    model's images are normalised.
     """
     epoch = result["epochs_run"]
     writer.add_scalar("accuracy/test", result["test_acc"], epoch)
@@ -60,12 +69,40 @@ def log_test(
     # Not writer.add_hparams: that opens a second run in a folder of its own.
     for summary in hparams(shown, {"accuracy/test": result["test_acc"]}):
         writer.file_writer.add_summary(summary)
+    for stage, gates in gates_by_stage(model, normalize(images[:GATED], *moments)).items():
+        writer.add_histogram(f"gates/{stage}", gates, epoch)
+    wrong = (predictions != labels).nonzero().flatten()[:SHOWN]
+    if len(wrong):
+        maps = grad_cam(model, normalize(images[wrong], *moments), predictions[wrong])
+        writer.add_images("grad_cam", beside_maps(images[wrong], maps), epoch)
     images, labels, predictions = images.cpu(), labels.cpu(), predictions.cpu()
     title = f"{config['model']}, seed {config['seed']}, test set"
     writer.add_figure(
         "confusion_matrix", draw_confusion(labels, predictions, classes, title), epoch
     )
     writer.add_figure("misclassified", draw_wrong(images, labels, predictions, classes), epoch)
+
+
+def gates_by_stage(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{stage: the gates of all its modules, flat}, of normalised images; see gates.py."""
+    if not attention_modules(model):
+        return {}
+    found = {}
+    for name, gates in gates_of(model, images)[1].items():
+        found.setdefault(stage_of(name), []).append(gates.flatten())
+    return {stage: torch.cat(parts) for stage, parts in found.items()}
+
+
+def beside_maps(images: torch.Tensor, maps: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Each image with its maps to the right, fourfold: float (N, 3, 4 H, (1 + maps) 4 W)."""
+    grey_or_colour = images.float().cpu() / 255
+    tiles = [grey_or_colour.expand(-1, 3, -1, -1)]
+    for heat in maps.values():
+        heat = enlarged(scaled(heat), tuple(images.shape[2:])).cpu()
+        colours = torch.from_numpy(matplotlib.colormaps["cividis"](heat.numpy())[..., :3])
+        grey = grey_or_colour.mean(1, keepdim=True)
+        tiles.append(0.35 * grey + 0.65 * colours.permute(0, 3, 1, 2))
+    return torch.cat(tiles, dim=3).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
 
 
 def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
@@ -84,8 +121,9 @@ def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
 
 
 def draw_wrong(images, labels, predictions, classes) -> plt.Figure:
-    """The first 20 misclassified images of the test set."""
-    figure, grid = plt.subplots(4, 5, figsize=(9, 9), layout="constrained")
+    """The first misclassified images of the test set."""
+    figure, grid = plt.subplots(3, SHOWN // 3, figsize=(8, 7))
+    figure.subplots_adjust(0, 0.01, 1, 0.93, 0.05, 0.3)  # a layout that is found costs more time
     wrong = (predictions != labels).nonzero().flatten().tolist()
     for axes in grid.flat:
         axes.axis("off")

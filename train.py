@@ -273,7 +273,10 @@ def train(settings: argparse.Namespace, folder: Path) -> dict:
             "quick": settings.quick,
             "overrides": settings.overrides,
         }
-        log_test(writer, config, result, test_images, test_labels, predictions, dataset.classes)
+        log_test(
+            writer, config, result, test_images, test_labels, predictions, dataset.classes,
+            shown, moments,
+        )  # fmt: skip
     run_folder.check_in_place(folder, inode)
     run_folder.write_json(folder / "result.json", result)  # last: it means that all is there
     run_folder.discard_states(folder, settings.keep_last)

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from conftest import REPO, is_one_line, train_small
 
 import explain
+import grad_cam
 from attention import ATTENTION
+from gates import attention_modules, factor, gate_numbers, gates_of, replaced
 from models import MODELS, build_model
 
 IMAGES = torch.rand(6, 1, 28, 28) * 2 - 1
@@ -32,12 +34,12 @@ def opened(name, **more):
 def test_the_last_map_has_a_closed_form(name):
     """Global pooling and a linear layer: relu(sum_k W[c, k] A_k) / (HW)."""
     model = opened(name)
-    with explain.captured({"layer4": model.layer4}) as seen, torch.no_grad():
+    with grad_cam.captured({"layer4": model.layer4}) as seen, torch.no_grad():
         model(IMAGES)
     activation = seen["layer4"][1]
     weights = model.fc.weight[CLASSES][:, :, None, None]
     expected = F.relu((weights * activation).sum(1)) / activation[0, 0].numel()
-    found = explain.grad_cam(model, IMAGES, CLASSES)["layer4"]
+    found = grad_cam.grad_cam(model, IMAGES, CLASSES)["layer4"]
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-7)
     assert found.amax() > 0
 
@@ -45,8 +47,8 @@ def test_the_last_map_has_a_closed_form(name):
 def test_grad_cam_equals_captum_s():
     attr = pytest.importorskip("captum.attr", reason="needs captum")
     model = opened("cbam_blocks")
-    found = explain.grad_cam(model, IMAGES, CLASSES)
-    for layer in explain.LAYERS:
+    found = grad_cam.grad_cam(model, IMAGES, CLASSES)
+    for layer in grad_cam.LAYERS:
         theirs = attr.LayerGradCam(model, getattr(model, layer)).attribute(
             IMAGES, CLASSES, relu_attributions=True
         )
@@ -56,7 +58,7 @@ def test_grad_cam_equals_captum_s():
 def test_grad_cam_leaves_nothing_behind():
     model = opened("se").train()
     with torch.no_grad():
-        explain.grad_cam(model, IMAGES, CLASSES)
+        grad_cam.grad_cam(model, IMAGES, CLASSES)
     assert model.training and not any(m._forward_hooks for m in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -64,38 +66,36 @@ def test_grad_cam_leaves_nothing_behind():
 def test_an_empty_map_stays_empty():
     model = opened("baseline")
     nn.init.constant_(model.fc.weight, -1.0)  # nothing speaks for any class
-    maps = explain.grad_cam(model, IMAGES, CLASSES)["layer4"]
+    maps = grad_cam.grad_cam(model, IMAGES, CLASSES)["layer4"]
     assert torch.equal(maps, torch.zeros_like(maps))
-    assert torch.equal(explain.scaled(maps), torch.zeros_like(maps))
+    assert torch.equal(grad_cam.scaled(maps), torch.zeros_like(maps))
 
 
 def test_gates_are_those_of_the_formulas():
     x = torch.randn(4, 16, 5, 6)
     se = ATTENTION["se"](16)
     gate = torch.sigmoid(se.fc2(F.relu(se.fc1(x.mean((2, 3))))))
-    torch.testing.assert_close(explain.factor(x, se(x), (2, 3)), gate)
+    torch.testing.assert_close(factor(x, se(x), (2, 3)), gate)
     spatial = ATTENTION["cbam"](16).spatial
     nn.init.normal_(spatial.bn.weight)
-    maps = explain.factor(x, spatial.eval()(x), 1)
+    maps = factor(x, spatial.eval()(x), 1)
     torch.testing.assert_close(maps[:, None] * x, spatial(x))
-    assert torch.equal(
-        explain.factor(torch.zeros(2, 3, 4, 4), x[:2, :3, :4, :4], 1), torch.ones(2, 4, 4)
-    )
+    assert torch.equal(factor(torch.zeros(2, 3, 4, 4), x[:2, :3, :4, :4], 1), torch.ones(2, 4, 4))
 
 
 def test_fixed_gates_of_a_control_change_nothing_and_of_a_module_do():
     for name, same in (("se_static", True), ("se", False)):
         model = opened(name)
-        for module in explain.attention_modules(model).values():
+        for module in attention_modules(model).values():
             nn.init.normal_(module.fc1.weight)
             nn.init.normal_(module.fc2.weight, std=3)
-        before, gates, fixed = explain.gates_of(model, IMAGES)
-        assert torch.equal(explain.predict(model, IMAGES), before)
-        with explain.replaced(model, fixed):
-            after = explain.predict(model, IMAGES)
+        before, gates, fixed = gates_of(model, IMAGES)
+        assert torch.equal(grad_cam.predict(model, IMAGES), before)
+        with replaced(model, fixed):
+            after = grad_cam.predict(model, IMAGES)
         assert torch.allclose(before, after, atol=1e-5) == same
-        assert torch.equal(explain.predict(model, IMAGES), before)  # all is put back
-        vary = explain.gate_numbers(gates)["layer1"]["spread_over_images"]
+        assert torch.equal(grad_cam.predict(model, IMAGES), before)  # all is put back
+        vary = gate_numbers(gates)["layer1"]["spread_over_images"]
         assert (vary < 1e-5) == same
 
 
@@ -105,7 +105,7 @@ def test_gate_numbers():
         "layer1.1.attention": torch.tensor([[0.5], [0.5]]),
         "attention": torch.tensor([[0.96], [0.96]]),
     }
-    numbers = explain.gate_numbers(gates)
+    numbers = gate_numbers(gates)
     assert numbers.keys() == {"layer1", "classifier"}
     assert numbers["layer1"]["mean"] == pytest.approx(0.5)
     assert numbers["layer1"]["spread_over_images"] == pytest.approx(0.5 / 3)
@@ -126,37 +126,37 @@ def test_deletion_and_insertion_know_a_good_map():
     images, classes = torch.ones(3, 1, 28, 28), torch.ones(3, dtype=torch.int64)
     good = torch.zeros(3, 28, 28)
     good[:, :14, :14] = 1
-    of_good = explain.deletion_and_insertion(Sum(), images, classes, good)
-    of_bad = explain.deletion_and_insertion(Sum(), images, classes, -good)
+    of_good = grad_cam.deletion_and_insertion(Sum(), images, classes, good)
+    of_bad = grad_cam.deletion_and_insertion(Sum(), images, classes, -good)
     assert of_good[0] < 0.7 < of_bad[0] and of_good[1] > 0.9 > of_bad[1]
 
 
 def test_correlation_of_maps():
     maps = torch.rand(5, 7, 7)
-    assert explain.correlation(maps, 3 * maps + 1) == pytest.approx(1)
-    assert explain.correlation(maps, -maps) == pytest.approx(-1)
-    assert abs(explain.correlation(torch.rand(200, 7, 7), torch.rand(200, 7, 7))) < 0.05
-    assert explain.correlation(maps, torch.zeros(5, 7, 7)) is None
+    assert grad_cam.correlation(maps, 3 * maps + 1) == pytest.approx(1)
+    assert grad_cam.correlation(maps, -maps) == pytest.approx(-1)
+    assert abs(grad_cam.correlation(torch.rand(200, 7, 7), torch.rand(200, 7, 7))) < 0.05
+    assert grad_cam.correlation(maps, torch.zeros(5, 7, 7)) is None
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_and_colour(name):
     model = opened(name, in_channels=3, num_classes=7)
     images = torch.rand(2, 3, 20, 24)
-    maps = explain.grad_cam(model, images, torch.tensor([1, 6]))
+    maps = grad_cam.grad_cam(model, images, torch.tensor([1, 6]))
     assert maps["layer4"].isfinite().all() and maps["layer3"].shape[0] == 2
-    _, gates, fixed = explain.gates_of(model, images)
+    _, gates, fixed = gates_of(model, images)
     gated = name not in ("baseline", "sk", "bot")
     assert bool(gates) == gated and all(g.isfinite().all() for g in gates.values())
-    with explain.replaced(model, fixed):
-        assert explain.predict(model, images).isfinite().all()
+    with replaced(model, fixed):
+        assert grad_cam.predict(model, images).isfinite().all()
 
 
 def test_the_script_on_runs_side_by_side(finished_run, tmp_path, capsys):
     assert train_small("baseline", tmp_path / "runs", "--epochs", "1") == 0
     other = tmp_path / "runs/fashion_mnist/published/baseline/seed0"
     flags = ["--limit-test", "300", "--limit-cam", "10", "--data-dir", str(REPO / "data")]
-    runs = ["--run", str(finished_run), "--run", str(other)]
+    runs = ["--compare", str(finished_run), str(other)]
     assert explain.main([*runs, *flags, "--out", str(tmp_path / "out")]) == 0
     rows = json.loads((tmp_path / "out" / "explain.json").read_text())
     assert [row["model"] for row in rows] == ["cbam_blocks", "baseline"]
@@ -164,13 +164,18 @@ def test_the_script_on_runs_side_by_side(finished_run, tmp_path, capsys):
     assert rows[1]["test_acc_gates_fixed"] is None and rows[0]["gates"].keys() == {
         "layer1", "layer2", "layer3", "layer4",
     }  # fmt: skip
-    for row in rows:
-        picture = matplotlib.image.imread(tmp_path / "out" / f"explain_{row['model']}_seed0.png")
+    for name in ("cbam_blocks_seed0", "baseline_seed0", "compare"):
+        picture = matplotlib.image.imread(tmp_path / "out" / f"explain_{name}.png")
         assert picture.shape[0] > 500 and picture.std() > 0.1
     assert "with every gate fixed" in capsys.readouterr().out
     again = tmp_path / "again"
     assert explain.main([*runs, *flags, "--out", str(again)]) == 0
     assert json.loads((again / "explain.json").read_text()) == rows
+
+    made = (again / "explain.json").stat().st_mtime_ns
+    for wanted, kept in ((runs, True), (["--run", str(other)], False)):
+        assert explain.main([*wanted, *flags, "--keep", "--out", str(again)]) == 0
+        assert ((again / "explain.json").stat().st_mtime_ns == made) == kept
 
 
 def test_accuracy_is_that_of_the_run(finished_run, tmp_path):
@@ -185,9 +190,10 @@ def test_accuracy_is_that_of_the_run(finished_run, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "code", "words"),
     [
-        ([], 2, "name a --run or a --checkpoint"),
+        ([], 2, "--run --checkpoint --compare"),
+        (["--run", "RUN", "--checkpoint", "RUN/best.pt"], 2, "not allowed with"),
         (["--run", "nowhere"], 1, "nowhere/config.json"),
-        (["--run", "RUN", "--images", "10000"], 1, "from 0 to 9999"),
+        (["--run", "RUN", "--images", "100"], 1, "from 0 to 99"),
         (["--run", "RUN", "--images", "-1"], 1, "from 0 to"),
         (["--run", "RUN", "--limit-test", "0"], 2, "at least 1"),
         (["--run", "RUN", "--device", "cuda:9"], 2, "cuda:9"),
@@ -203,6 +209,7 @@ def test_what_cannot_be_explained_is_one_line(finished_run, tmp_path, capsys, fl
     se = config | {"model": "se", "base_model": "se"}
     (other / "config.json").write_text(json.dumps(se))
     (other / "best.pt").write_bytes((finished_run / "best.pt").read_bytes())
+    flags = [*flags, "--limit-cam", "2"]
     flags = [flag.replace("RUN", str(finished_run)).replace("OTHER", str(other)) for flag in flags]
     try:
         found = explain.main([*flags])

@@ -9,7 +9,9 @@ from conftest import REPO
 
 import benchmark
 import report
+from explained import ablation_table, explained_of, read_explained
 from models import MODELS
+from studies import read_studies
 
 README = (REPO / "README.md").read_text()
 FOLDERS = re.findall("<!-- report.py: (.*) -->", README)
@@ -37,17 +39,10 @@ def test_the_table_of_modules_is_what_benchmark_py_writes():
 
 def test_the_table_of_gates_is_that_of_explain_json():
     place, table = block("explain.py")
-    lines = ["| model | accuracy % | gates fixed | hardly vary, stage 1 to 4 |"]
-    lines.append("|---|---|---|---|")
-    for row in json.loads((place / "explain.json").read_text()):
-        fixed = row["test_acc_gates_fixed"]
-        stages = [row["gates"].get(f"layer{i}") for i in (1, 2, 3, 4)]
-        share = ", ".join(f"{stage['hardly_vary']:.0%}" for stage in stages if stage)
-        lines.append(
-            f"| `{row['model']}` (quick) | {row['test_acc']:.2f} | "
-            f"{'-' if fixed is None else f'{fixed:.2f}'} | {share or '-'} |"
-        )
-    assert table == "\n".join(lines) + "\n"
+    (study,), _ = read_studies(place / "runs")
+    rows, problems = explained_of(study, *read_explained([place / "explain.json"])[:1])
+    assert not problems and len(rows) == 5
+    assert table == "\n".join(ablation_table(study, rows)) + "\n"
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
@@ -56,7 +51,8 @@ def test_results_and_readme_are_what_report_py_writes(folder, tmp_path):
         pytest.skip("the container does not hold the results")
     out, readme = tmp_path / folder, tmp_path / "README.md"
     out.mkdir(parents=True)
-    shutil.copy(REPO / folder / "benchmark.json", out)
+    for kept in ["benchmark.json", *(REPO / folder).glob("explain*")]:
+        shutil.copy(REPO / folder / kept, out)
     shutil.copy(REPO / "README.md", readme)
     runs = REPO / folder / "runs"
     args = ["--runs", str(runs), "--out", str(out), "--readme", str(readme)]

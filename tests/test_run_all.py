@@ -46,7 +46,7 @@ def test_plan_prints_runnable_commands_and_runs_nothing(finished_run, tmp_path):
         "plan", "full", MODELS="baseline se", SEEDS="1 2", RUNS=runs, OUT=tmp_path / "out"
     )
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == 6
+    assert done.returncode == 0 and len(lines) == 7
     expected = [("baseline", 1), ("se", 1), ("baseline", 2), ("se", 2)]
     for line, (model, seed) in zip(lines, expected):
         assert line.endswith("# done") == ((model, seed) == ("se", 1))
@@ -54,22 +54,24 @@ def test_plan_prints_runnable_commands_and_runs_nothing(finished_run, tmp_path):
         settings = parse_settings(command[2:])
         assert command[1] == "train.py" and (settings.model, settings.seed) == (model, seed)
         assert settings.recipe == "published" and settings.runs == runs
-    assert "benchmark.py" in lines[4] and "report.py" in lines[5]
+    scripts = [shlex.split(line)[1] for line in lines[4:]]
+    assert scripts == ["benchmark.py", "explain.py", "report.py"]
+    assert lines[5].count("/seed1") == 2 and shlex.split(lines[5])[-1].startswith(f"{runs}/")
     assert not (tmp_path / "out").exists() and len(list(runs.rglob("seed*"))) == 2
 
 
 def test_full_is_the_published_table_by_default():
     lines = run_all("plan", "full").stdout.splitlines()
-    assert len(lines) == 4 * 5 + 2
-    found = [parse_settings(shlex.split(line, comments=True)[2:]) for line in lines[:-2]]
+    assert len(lines) == 4 * 5 + 3
+    found = [parse_settings(shlex.split(line, comments=True)[2:]) for line in lines[:-3]]
     models = ["baseline", "se", "cbam_blocks", "cbam_classifier"]
     assert [(s.seed, s.model) for s in found] == [(k, model) for k in range(5) for model in models]
 
 
 def test_a_shard_is_every_nth_run_of_the_plan():
-    whole = run_all("plan", "full", SEEDS="0 1").stdout.splitlines()[:-2]
+    whole = run_all("plan", "full", SEEDS="0 1").stdout.splitlines()[:-3]
     shard = run_all("plan", "full", SEEDS="0 1", SHARD="1/3").stdout.splitlines()
-    assert len(whole) == 8 and shard == whole[1::3]  # no benchmark, no report
+    assert len(whole) == 8 and shard == whole[1::3]  # no benchmark, no report at the end
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import SMALL, is_one_line, script, train_small
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
-import tensorboard_log
 import train
 import training_step
 from models import build_model
@@ -282,29 +280,3 @@ def test_missing_data_is_one_line(tmp_path):
     done = script("train.py", "--model", "se", *SMALL, *flags)
     assert done.returncode == 1 and "t10k-labels-idx1-ubyte" in done.stderr
     assert not (tmp_path / "runs").exists()
-
-
-def test_tensorboard_shows_curves_hparams_and_pictures_in_one_run(finished_run):
-    assert [path for path in finished_run.rglob("*") if path.is_dir()] == []
-    events = EventAccumulator(str(finished_run)).Reload()
-    tags = events.Tags()
-    assert set(tags["scalars"]) == {
-        "loss/train", "loss/val", "accuracy/train", "accuracy/val", "lr", "accuracy/test",
-    }  # fmt: skip
-    assert set(tags["images"]) == {"confusion_matrix", "misclassified"}
-    rows = metrics_of(finished_run)
-    for tag, key in (("loss/val", "val_loss"), ("accuracy/train", "train_acc"), ("lr", "lr")):
-        values = [(event.step, event.value) for event in events.Scalars(tag)]
-        assert values == [(row["epoch"], pytest.approx(row[key])) for row in rows]
-    plugins = events.summary_metadata
-    assert any("hparams" in str(metadata.plugin_data) for metadata in plugins.values())
-
-
-def test_confusion_matrix_counts():
-    labels, predictions = torch.tensor([0, 0, 1, 2, 2, 2]), torch.tensor([0, 1, 1, 2, 2, 0])
-    figure = tensorboard_log.draw_confusion(labels, predictions, ["a", "b", "c"], "title")
-    shown = {text.get_position(): int(text.get_text()) for text in figure.axes[0].texts}
-    expected = {(p, t): 0 for p in range(3) for t in range(3)}
-    for label, prediction in zip(labels.tolist(), predictions.tolist()):
-        expected[prediction, label] += 1
-    assert shown == expected
