@@ -337,7 +337,12 @@ case ${1:-} in
     choose_python
     set_up
     run "$PYTHON" data.py || exit $?
-    exec "$PYTHON" -m pytest "${@:2}"  # takes over, so that Ctrl-C is pytest's own
+    shift
+    if (($# == 0)); then  # the whole suite: two processes, a core each
+      set -- --numprocesses 2 --dist worksteal
+      export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+    fi
+    exec "$PYTHON" -m pytest "$@"  # takes over, so that Ctrl-C is pytest's own
     ;;
   -h | --help | help)
     sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
