@@ -1,9 +1,15 @@
-"""The machine a run uses: which device, what it is called, and the record kept in env.json."""
+"""The machine a run uses: which device, what it is called, and the record kept in env.json.
+
+python environment.py    # says whether PyTorch can use a GPU here, and if not why; exit code 3
+"""
 
 import hashlib
+import os
 import platform
+import re
 import resource
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,6 +18,8 @@ import torch
 import parallel
 
 HERE = Path(__file__).resolve().parent
+LOCK = Path("/opt/requirements.lock")  # the Dockerfile puts it there, and sets IMAGE_REVISION
+DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> the oldest driver on Linux
 SOURCES = (
     "models.py", "attention.py", "data.py", "fashion_mnist.py", "image_data.py", "image_folder.py",
     "augment.py", "settings.py", "train.py", "training_step.py", "modes.py", "parallel.py",
@@ -32,10 +40,7 @@ def choose_device(name: str) -> torch.device:
     if device is None or device.type not in ("cpu", "cuda"):
         raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"--device {name}: PyTorch {torch.__version__} sees no CUDA GPU (is the driver recent "
-            "enough? in a container, was it started with --gpus all?); use --device cpu"
-        )
+        raise ValueError(f"--device {name}: {why_no_gpu()}; use --device cpu")
     needed = device.index if device.index is not None else parallel.LOCAL_RANK
     if device.type == "cuda" and needed >= torch.cuda.device_count():
         raise ValueError(
@@ -45,6 +50,33 @@ def choose_device(name: str) -> torch.device:
         device = torch.device("cuda", needed)
         torch.cuda.set_device(device)  # streams and graphs are made on the current one
     return device
+
+
+def why_no_gpu() -> str:
+    """Why PyTorch sees no CUDA GPU, and what to do."""
+    cuda, driver = torch.version.cuda, driver_version()
+    if cuda is None:
+        return f"PyTorch {torch.__version__} sees no CUDA GPU, it is a build for CPUs alone"
+    if driver is None:
+        return (
+            f"PyTorch {torch.__version__} sees no CUDA GPU, nor is there an NVIDIA driver (in a "
+            "container: docker run --gpus all)"
+        )
+    needed = DRIVERS.get(cuda.split(".")[0])
+    if needed and int(driver.split(".")[0]) < needed:
+        return (
+            f"the NVIDIA driver {driver} is too old for PyTorch {torch.__version__} with CUDA "
+            f"{cuda}: update it to {needed} or newer"
+        )
+    return (
+        f"PyTorch {torch.__version__} sees no CUDA GPU, though there is an NVIDIA driver {driver} "
+        "(is CUDA_VISIBLE_DEVICES set?)"
+    )
+
+
+def driver_version() -> str | None:
+    found = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found if found and re.fullmatch(r"[0-9]+[0-9.]*", found) else None
 
 
 def device_name(device: torch.device) -> str:
@@ -84,12 +116,26 @@ def describe_environment(device: torch.device) -> dict:
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "driver": output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "driver": driver_version(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "git_commit": output_of("git", "-C", HERE, "rev-parse", "HEAD"),
         "git_dirty": is_dirty(),
+        "image": image(),
         "sha256": source_hashes(),
+    }
+
+
+def image() -> dict | None:
+    """The container image that this runs in: commit and sha256 of the requirements; else None.
+
+    The commit is None where one's own checkout is mounted over the scripts of the image.
+    """
+    if "IMAGE_REVISION" not in os.environ or not LOCK.exists():
+        return None
+    return {
+        "revision": None if HERE.is_mount() else os.environ["IMAGE_REVISION"],
+        "requirements_sha256": hashlib.sha256(LOCK.read_bytes()).hexdigest(),
     }
 
 
@@ -114,3 +160,11 @@ def is_dirty() -> bool | None:
         return None
     command = ("git", "-C", HERE, "status", "--porcelain", "--untracked-files=no")
     return output_of(*command) is not None
+
+
+if __name__ == "__main__":
+    if torch.cuda.is_available():
+        print(device_name(torch.device("cuda", 0)))
+    else:
+        print(why_no_gpu())
+        sys.exit(3)

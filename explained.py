@@ -4,15 +4,18 @@ Reads files alone and needs no torch.
 """
 
 import json
+import re
 from pathlib import Path
 
 from studies import DAMAGED, Study, check_number, in_table_order, is_finite
 from tables import Lines, image, interval, label, number, table
 
+STAGES = ("layer1", "layer2", "layer3", "layer4", "classifier")
 STAGE_NUMBERS = (
     "mean", "spread_over_channels", "spread_over_images", "saturated", "hardly_vary",
 )  # fmt: skip
-CAM_NUMBERS = ("deletion", "deletion_random", "insertion", "insertion_random")
+SHARES = ("deletion", "deletion_random", "insertion", "insertion_random")
+COUNTS = ("test_images", "cam_images", "lost", "won", "seed")
 # Accuracy of the same images may differ by so many points between precisions, not more.
 SAME = 0.5
 
@@ -24,22 +27,44 @@ def read_explained(paths: list[Path]) -> tuple[list[dict], Lines]:
         return [], []
     try:
         rows = json.loads(path.read_text())
+        if not isinstance(rows, list):
+            raise ValueError("no list")
         for row in rows:
-            for key in ("test_acc", "test_images"):
-                check_number(key, row[key])
-            if row["test_acc_gates_fixed"] is not None:
-                check_number("test_acc", row["test_acc_gates_fixed"])
-            numbers = [row["cam_images"], row["lost"], row["won"], *(row[k] for k in CAM_NUMBERS)]
-            numbers += [stage[k] for stage in row["gates"].values() for k in STAGE_NUMBERS]
-            numbers += [value for value in correlations(row) if value is not None]
-            if not all(map(is_finite, numbers)):
-                raise ValueError("something else where a number should be")
-            for key in ("model", "dataset", "recipe", "seed", "overrides"):
-                row[key]
+            check(row)
     except DAMAGED as error:
         reason = f"{type(error).__name__}: {error}"
         return [], [f"{path} left out, it is damaged ({reason}): run python explain.py again"]
     return rows, []
+
+
+def check(row: dict) -> None:
+    """Raises one of DAMAGED."""
+    for key in ("model", "dataset", "recipe", "picture"):
+        if not re.fullmatch(r"[\w.+-]+", row[key]):
+            raise ValueError(f"{key} is {row[key]}")
+    for key in COUNTS:
+        if type(row[key]) is not int or row[key] < 0:
+            raise ValueError(f"{key} is {row[key]}")
+    check_number("test_images", row["test_images"])
+    check_number("test_acc", row["test_acc"])
+    if not isinstance(row["overrides"], dict):
+        raise ValueError("overrides is no object")
+    fixed = row["test_acc_gates_fixed"]
+    changed = 100 * (row["won"] - row["lost"]) / row["test_images"]
+    if fixed is not None and not abs(fixed - row["test_acc"] - changed) < 0.01:
+        raise ValueError("accuracies and counts that do not fit")
+    for stage, numbers in row["gates"].items():
+        if stage not in STAGES:
+            raise ValueError(f"no stage is called {stage}")
+        for key in STAGE_NUMBERS:
+            if not (is_finite(numbers[key]) or (key == "saturated" and numbers[key] is None)):
+                raise ValueError(f"{key} is {numbers[key]}")
+    for value in (row[key] for key in SHARES):
+        if not (is_finite(value) and 0 <= value <= 1):
+            raise ValueError(f"{value} should be from 0 to 1")
+    for value in correlations(row):
+        if value is not None and not (is_finite(value) and -1.001 <= value <= 1.001):
+            raise ValueError(f"a correlation is {value}")
 
 
 def explained_of(study: Study, rows: list[dict]) -> tuple[list[dict], Lines]:
@@ -68,7 +93,7 @@ def pictures_of(rows: list[dict], out: Path) -> dict[str, bytes]:
     """{file name: PNG}: the models side by side, and the first of those with gates."""
     gated = [row for row in rows if row["gates"]]
     names = ["explain_compare.png"] if len(rows) > 1 else []
-    names += [f"explain_{row['model']}_seed{row['seed']}.png" for row in (gated or rows)[:1]]
+    names += [row["picture"] for row in (gated or rows)[:1]]
     return {name: (out / name).read_bytes() for name in names if (out / name).is_file()}
 
 
@@ -79,14 +104,16 @@ def correlations(row: dict) -> list[float | None]:
 def ablation(row: dict) -> tuple[float, tuple[float, float]] | None:
     """(points that fixing the gates adds, its 95 % interval over test images); None: no gates.
 
-    Of n images `won` are right only with gates fixed, `lost` only with gates as they are.
+    Of n images `won` are right only with gates fixed, `lost` only with gates as they are. The
+    interval is Wald's for paired proportions with 1/2 added to each cell (Agresti and Min,
+    Statistics in Medicine 24, 2005), which says something even where no image changes.
     """
     if row["test_acc_gates_fixed"] is None:
         return None
     n, won, lost = row["test_images"], row["won"], row["lost"]
-    difference = (won - lost) / n
-    error = 1.96 * max((won + lost) / n - difference**2, 0) ** 0.5 / n**0.5
-    return 100 * difference, (100 * (difference - error), 100 * (difference + error))
+    middle = (won - lost) / (n + 2)
+    error = 1.96 * (won + lost + 1 - (won - lost) ** 2 / (n + 2)) ** 0.5 / (n + 2)
+    return 100 * (won - lost) / n, (100 * (middle - error), 100 * (middle + error))
 
 
 def explained_section(study: Study, rows: list[dict], pictures: Lines) -> Lines:
@@ -96,26 +123,29 @@ def explained_section(study: Study, rows: list[dict], pictures: Lines) -> Lines:
         lines += [image(name), ""]
     lines += [*ablation_table(study, rows), ""]
     lines += [
-        "Gates fixed: the test accuracy of the same weights with every gate at its mean over these "
-        "images, whatever the image shows; the interval (95 %) is over images, of one seed. Where "
-        "nothing is lost, the accuracy does not rest on gates that see the image.",
+        "Gates fixed: the test accuracy of the same weights with every gate (of each channel and "
+        "position) at its mean over these images, whatever the image shows; of a module that adds, "
+        "such as gc, with what it adds at its mean. The interval (95 %) is over images, of one "
+        "seed. Where it holds 0, accuracy is not shown to rest on gates that see the image; a "
+        "control's (`_static`) never does.",
         "",
     ]
     if stages := stage_table(study, rows):
         lines += [*stages, ""]
         lines += [
-            "Gates: what a module multiplies a channel by, over the images. Spread: standard "
-            "deviations. Saturated: below 0.05 or above 0.95. Hardly vary: channels whose gate has "
-            "a standard deviation below 0.01 from image to image.",
+            "Gates: output / input, averaged over the positions of each channel. Spread: standard "
+            "deviations. Saturated: below 0.05 or above 0.95 (-: gates not from 0 to 1). Hardly "
+            "vary: channels whose gate has a standard deviation below 0.01 from image to image.",
             "",
         ]
     lines += [*cam_table(study, rows), ""]
     return [
         *lines,
         "Grad-CAM at layer4: the mean probability of the predicted class while the pixels that it "
-        "marks go first (deletion, low is good) or come first (insertion, high is good), in "
-        "brackets by a random map. Random weights: correlation of the maps with those of an "
-        "untrained model, which a map that explains the trained one has no reason to be near.",
+        "marks go first (deletion, low is good) or come first (insertion, high is good), grey "
+        "standing in for what is not there; in brackets by a random map as coarse. Random weights: "
+        "correlation of the maps with those of an untrained model; a map that is near these says "
+        "little about the trained one.",
     ]
 
 
@@ -141,7 +171,7 @@ def stage_table(study: Study, rows: list[dict]) -> Lines:
             label(study, f"`{row['model']}`"),
             stage,
             *(f"{numbers[key]:.3f}" for key in STAGE_NUMBERS[:3]),
-            *(f"{numbers[key]:.0%}" for key in STAGE_NUMBERS[3:]),
+            *(number(numbers[key], ".0%") for key in STAGE_NUMBERS[3:]),
         ]
         for row in rows
         for stage, numbers in row["gates"].items()

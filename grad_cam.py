@@ -75,9 +75,10 @@ def grad_cam(
 
 
 def scaled(maps: torch.Tensor) -> torch.Tensor:
-    """Each map from 0 to 1; an empty one stays 0."""
+    """Each map from 0 to 1; one that is the same everywhere becomes 1, an empty one stays 0."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
-    return (maps - low) / (high - low).clamp(min=1e-12)
+    stretched = (maps - low) / (high - low).clamp(min=1e-12)
+    return torch.where(high > low, stretched, (high > 0).to(maps.dtype))
 
 
 def enlarged(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -92,11 +93,12 @@ def deletion_and_insertion(
 ) -> tuple[float, float]:
     """Mean probability of `classes` while pixels go, and while they come, most important first.
 
-    maps: (N, H, W). What is not there is 0 in normalised pixels. Of a good map deletion is low and
-    insertion high.
+    maps: (N, H, W). What is not there is 0 in normalised pixels; of pixels of one rank the order is
+    random. Of a good map deletion is low and insertion high.
     """
     n, _, height, width = images.shape
-    most_important_first = maps.flatten(1).argsort(dim=1, descending=True, stable=True)
+    noise = torch.rand(maps.shape, generator=torch.Generator().manual_seed(1)).to(maps.device)
+    most_important_first = (scaled(maps) + 1e-6 * noise).flatten(1).argsort(1, descending=True)
     rank = most_important_first.argsort(dim=1).view(n, 1, height, width)
     scores = []
     for keep_first in (False, True):

@@ -50,11 +50,14 @@ def make_report(runs_dir: Path, out: Path, compare: Path | None, readme: Path | 
     costs, damaged = read_costs([out / "benchmark.json", runs_dir / "benchmark.json"])
     seen, of_seen = read_explained([out / "explain.json", runs_dir / "explain.json"])
     problems += damaged + of_seen
-    found = []
+    found, strangers = [], len(seen)
     for study in studies:
         rows, others = explained_of(study, seen)
         found.append(find(study, costs, rows))
         problems += others
+        strangers -= len(rows) + len(others)
+    if strangers:
+        problems.append(f"explain.json: {strangers} of its {len(seen)} entries are of no run here")
     beside = compare_runs(found[0], compare, problems) if compare else []
     texts = {"results.csv": results_csv(studies), "summary.json": summary_json(found, costs)}
     figures = draw_figures(found[0])

@@ -55,24 +55,22 @@ set_up() {
     reason=$(meets_requirements "$host_python" 2>&1) || true
     echo "$reason: setting up .venv (5 GB, some minutes)" >&2
     run "$host_python" -m venv .venv || die 1 "no .venv could be made: see above"
-    run "$PYTHON" -m pip install --quiet --disable-pip-version-check -r requirements.txt ||
+    run "$PYTHON" -m pip install --quiet --disable-pip-version-check --require-hashes \
+      -r requirements.lock ||
       die 1 "the requirements could not be installed: see above"
   fi
 }
 
-has_gpu() {  # asks PyTorch, or the driver where PyTorch is not installed yet
-  local code=0
-  "$PYTHON" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else 3)' \
-    2>/dev/null || code=$?
-  case $code in
-    0) true ;;
-    3) false ;;
-    *) nvidia-smi -L >/dev/null 2>&1 ;;
-  esac
-}
-
-default_mode() {
-  if has_gpu; then echo full; else echo quick; fi
+default_mode() {  # by what PyTorch says, or the driver where PyTorch is not installed yet
+  local reason code=0
+  reason=$("$PYTHON" environment.py 2>/dev/null) || code=$?
+  if ((code != 0 && code != 3)) && nvidia-smi -L >/dev/null 2>&1; then code=0; fi
+  if ((code == 0)); then
+    echo full
+  else
+    echo "${reason:-no NVIDIA driver is seen}: a quick run on the CPU" >&2
+    echo quick
+  fi
 }
 
 # --- Children: a signal is passed on to those at work, which save before they leave --------------
@@ -317,7 +315,6 @@ case ${1:-} in
     choose_python
     set_up
     mode=${1:-$(default_mode)}
-    [[ -n ${1:-} || $mode == full ]] || echo "no CUDA GPU is seen: a quick run on the CPU" >&2
     set_defaults "$mode"
     work
     ;;

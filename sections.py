@@ -560,9 +560,12 @@ def environment(run: Run) -> str:
     def known(key, otherwise="unknown"):
         return run.env.get(key) or otherwise
 
+    image = run.env.get("image")
+    of_image = image.get("revision") if isinstance(image, dict) else None
+    commit = run.env.get("git_commit") or of_image or "unknown"
     return (
         f"{run.result['device']}, {run.result['precision']}, {run.result['mode']}; torch "
         f"{known('torch')}, CUDA {known('cuda')}, driver {known('driver', 'none')}, Python "
-        f"{known('python')}; commit {str(known('git_commit'))[:12]}"
+        f"{known('python')}; commit {str(commit)[:12]}"
         + (" with uncommitted changes" if run.env.get("git_dirty") else "")
     )

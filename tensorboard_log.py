@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -94,7 +95,7 @@ def gates_by_stage(model: torch.nn.Module, images: torch.Tensor) -> dict[str, to
 
 
 def beside_maps(images: torch.Tensor, maps: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Each image with its maps to the right, fourfold: float (N, 3, 4 H, (1 + maps) 4 W)."""
+    """Each image with its maps to the right, fourfold, and a white gap: float (N, 3, h, w)."""
     grey_or_colour = images.float().cpu() / 255
     tiles = [grey_or_colour.expand(-1, 3, -1, -1)]
     for heat in maps.values():
@@ -102,7 +103,8 @@ def beside_maps(images: torch.Tensor, maps: dict[str, torch.Tensor]) -> torch.Te
         colours = torch.from_numpy(matplotlib.colormaps["cividis"](heat.numpy())[..., :3])
         grey = grey_or_colour.mean(1, keepdim=True)
         tiles.append(0.35 * grey + 0.65 * colours.permute(0, 3, 1, 2))
-    return torch.cat(tiles, dim=3).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    tiles = torch.cat(tiles, dim=3).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
+    return F.pad(tiles, (0, 16, 0, 16), value=1.0)
 
 
 def draw_confusion(labels, predictions, classes, title) -> plt.Figure:

@@ -1,5 +1,6 @@
 """Grad-CAM against its closed form and captum, gates against formulas, and the real script."""
 
+import argparse
 import json
 
 import matplotlib.image
@@ -12,7 +13,7 @@ from conftest import REPO, is_one_line, train_small
 import explain
 import grad_cam
 from attention import ATTENTION
-from gates import attention_modules, factor, gate_numbers, gates_of, replaced
+from gates import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
 from models import MODELS, build_model
 
 IMAGES = torch.rand(6, 1, 28, 28) * 2 - 1
@@ -69,18 +70,69 @@ def test_an_empty_map_stays_empty():
     maps = grad_cam.grad_cam(model, IMAGES, CLASSES)["layer4"]
     assert torch.equal(maps, torch.zeros_like(maps))
     assert torch.equal(grad_cam.scaled(maps), torch.zeros_like(maps))
+    assert torch.equal(grad_cam.scaled(maps + 3), torch.ones_like(maps))  # nothing but everywhere
+
+
+class Gated(nn.Module):
+    """A model of one module, and of a number for each image."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.attention = module
+
+    def forward(self, x):
+        return self.attention(x).mean((2, 3))
 
 
 def test_gates_are_those_of_the_formulas():
     x = torch.randn(4, 16, 5, 6)
-    se = ATTENTION["se"](16)
+    se = ATTENTION["se"](16).eval()
     gate = torch.sigmoid(se.fc2(F.relu(se.fc1(x.mean((2, 3))))))
-    torch.testing.assert_close(factor(x, se(x), (2, 3)), gate)
-    spatial = ATTENTION["cbam"](16).spatial
-    nn.init.normal_(spatial.bn.weight)
-    maps = factor(x, spatial.eval()(x), 1)
-    torch.testing.assert_close(maps[:, None] * x, spatial(x))
-    assert torch.equal(factor(torch.zeros(2, 3, 4, 4), x[:2, :3, :4, :4], 1), torch.ones(2, 4, 4))
+    _, found, fixed = gates_of(Gated(se), x)
+    torch.testing.assert_close(found["attention"], gate)
+    mean = gate.mean(0)[:, None, None].expand(16, 5, 6)
+    torch.testing.assert_close(fixed["attention"].gate, mean)
+    assert gate_maps_of(Gated(se), x) == {}  # it does not tell positions apart
+
+    cbam = ATTENTION["cbam"](16).eval()
+    nn.init.normal_(cbam.spatial.bn.weight)
+    inside = {}
+    cbam.spatial.register_forward_hook(lambda _, i, o: inside.update(inputs=i[0], outputs=o))
+    _, found, fixed = gates_of(Gated(cbam), x)
+    maps = gate_maps_of(Gated(cbam), x)["classifier"]
+    cbam.eval()(x)
+    of_channels = inside["inputs"] / x  # both constant over the other's dimensions
+    of_positions = inside["outputs"] / inside["inputs"]
+    expected = of_positions[:, 0] * of_channels.mean((1, 2, 3))[:, None, None]
+    torch.testing.assert_close(maps, expected)
+    expected = of_channels[:, :, 0, 0] * of_positions[:, 0].mean((1, 2))[:, None]
+    torch.testing.assert_close(found["attention"], expected, rtol=1e-4, atol=1e-5)
+    product = (of_channels * of_positions).mean(0)
+    torch.testing.assert_close(fixed["attention"].gate, product, rtol=1e-4, atol=1e-5)
+
+
+def test_where_nothing_comes_in_nothing_is_said_of_the_gate():
+    x = torch.rand(6, 4, 3, 3)
+    x[:2, 0] = 0
+    x[:, 1] = 0
+    _, found, fixed = gates_of(Gated(ATTENTION["se"](4).eval()), x)
+    unknown = torch.zeros(6, 4, dtype=torch.bool)
+    unknown[:2, 0] = unknown[:, 1] = True
+    assert torch.equal(found["attention"].isnan(), unknown)
+    assert torch.equal(fixed["attention"].gate[1], torch.ones(3, 3))
+    numbers = gate_numbers(found)["classifier"]
+    known = found["attention"][:, [0, 2, 3]]
+    assert numbers["mean"] == pytest.approx(known.nanmean().item(), rel=0.05)
+    assert all(value == value for value in numbers.values())
+
+
+def test_what_adds_has_no_gate_and_is_fixed_as_a_term():
+    gc = ATTENTION["gc"](64).eval()
+    nn.init.normal_(gc.fc2.weight)
+    x = torch.randn(5, 64, 4, 4)
+    _, found, fixed = gates_of(Gated(gc), x)
+    assert found == {} and gate_maps_of(Gated(gc), x) == {}
+    torch.testing.assert_close(fixed["attention"](x), x + (gc(x) - x).mean(0))
 
 
 def test_fixed_gates_of_a_control_change_nothing_and_of_a_module_do():
@@ -112,6 +164,8 @@ def test_gate_numbers():
     assert numbers["layer1"]["hardly_vary"] == pytest.approx(2 / 3)
     assert numbers["layer1"]["saturated"] == pytest.approx(2 / 6)
     assert numbers["classifier"]["saturated"] == 1.0
+    beyond = {"attention": torch.tensor([[1.5], [0.5]])}
+    assert gate_numbers(beyond)["classifier"]["saturated"] is None
 
 
 class Sum(nn.Module):
@@ -147,7 +201,7 @@ def test_every_model_and_colour(name):
     assert maps["layer4"].isfinite().all() and maps["layer3"].shape[0] == 2
     _, gates, fixed = gates_of(model, images)
     gated = name not in ("baseline", "sk", "bot")
-    assert bool(gates) == gated and all(g.isfinite().all() for g in gates.values())
+    assert bool(gates) == bool(fixed) == gated and not any(g.isinf().any() for g in gates.values())
     with replaced(model, fixed):
         assert grad_cam.predict(model, images).isfinite().all()
 
@@ -192,7 +246,7 @@ def test_accuracy_is_that_of_the_run(finished_run, tmp_path):
     [
         ([], 2, "--run --checkpoint --compare"),
         (["--run", "RUN", "--checkpoint", "RUN/best.pt"], 2, "not allowed with"),
-        (["--run", "nowhere"], 1, "nowhere/config.json"),
+        (["--run", "nowhere"], 1, "nowhere is no folder"),
         (["--run", "RUN", "--images", "100"], 1, "from 0 to 99"),
         (["--run", "RUN", "--images", "-1"], 1, "from 0 to"),
         (["--run", "RUN", "--limit-test", "0"], 2, "at least 1"),
@@ -217,3 +271,63 @@ def test_what_cannot_be_explained_is_one_line(finished_run, tmp_path, capsys, fl
         found = stopped.code
     error = capsys.readouterr().err
     assert found == code and is_one_line(error) and words in error
+
+
+def test_runs_that_share_model_and_seed_have_pictures_of_their_own():
+    configs = [
+        {"model": "se", "seed": 0, "recipe": "published"},
+        {"model": "se", "seed": 0, "recipe": "strong"},
+        {"model": "se", "seed": 1, "recipe": "strong"},
+        {"model": "eca", "seed": 0, "recipe": "strong"},
+    ]
+    names = ["se_seed0_published", "se_seed0_strong", "se_seed1", "eca_seed0"]
+    assert explain.names_of(configs) == names
+    assert explain.names_of([configs[0]] * 2) == ["se_seed0_published_1", "se_seed0_published_2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"width": "8"}, "width is 8"),
+        ({"width": 0}, "no model cbam_blocks of width 0"),
+        ({"width": -4}, "of width -4"),
+        ({"data_dir": None}, "data_dir is None"),
+        ({"dataset": ["a"]}, "dataset is"),
+        ({"base_model": "foo"}, "no model foo"),
+        ({"model": "../../evil"}, "no model"),
+        ({"seed": "../x"}, "seed is"),
+        ({"reduction": 0}, "config.json"),
+        ({"place": ["x"]}, "config.json"),
+    ],
+)
+def test_an_odd_config_is_one_line(finished_run, tmp_path, capsys, change, words):
+    config = json.loads((finished_run / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | change))
+    (tmp_path / "best.pt").write_bytes((finished_run / "best.pt").read_bytes())
+    flags = ["--run", str(tmp_path), "--limit-cam", "2", "--out", str(tmp_path / "out")]
+    assert explain.main(flags) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and words in error
+
+
+def test_weights_that_give_nan_are_one_line(finished_run, tmp_path, capsys):
+    weights = torch.load(finished_run / "best.pt", weights_only=True)
+    weights["fc.bias"][3] = torch.nan
+    torch.save(weights, tmp_path / "best.pt")
+    (tmp_path / "config.json").write_bytes((finished_run / "config.json").read_bytes())
+    flags = ["--run", str(tmp_path), "--limit-cam", "2", "--out", str(tmp_path / "out")]
+    assert explain.main(flags) == 1 and "finite" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_rows_of_gates_are_those_of_their_classes(finished_run, tmp_path, fashion_mnist):
+    """Of a class that no image is of, nothing is said."""
+    config = explain.read_config(finished_run / "best.pt")
+    asked = dict(device=torch.device("cpu"), limit_test=6, limit_cam=1, images=None)
+    args = argparse.Namespace(**asked, data_dir=REPO / "data")
+    dataset = explain.load_dataset([config], [finished_run / "best.pt"], args)
+    _, drawn = explain.explain("x", finished_run / "best.pt", dataset, config, args)
+    there = set(fashion_mnist.test_labels[:6].tolist())
+    for gates in drawn.gates_by_class.values():
+        rows = {row for row in range(10) if not gates[row].isnan().all()}
+        assert rows == there != set(range(10))

@@ -54,6 +54,7 @@ def test_the_report_has_figures_and_picture(explained, tmp_path):
 def test_what_is_of_other_runs_is_left_out(explained, tmp_path):
     def of_other_weights(rows):
         rows[0]["test_acc"] += 7
+        rows[0]["test_acc_gates_fixed"] += 7
 
     text = report_of(explained, tmp_path / "a", of_other_weights)
     assert "What attention attends to" not in text
@@ -62,7 +63,9 @@ def test_what_is_of_other_runs_is_left_out(explained, tmp_path):
     def of_another_study(rows):
         rows[0]["overrides"] = {"epochs": 7}
 
-    assert "explain" not in report_of(explained, tmp_path / "b", of_another_study)
+    text = report_of(explained, tmp_path / "b", of_another_study)
+    assert "What attention attends to" not in text
+    assert "explain.json: 1 of its 1 entries are of no run here" in text
 
 
 @pytest.mark.parametrize("key", ["gates", "lost", "test_acc", "deletion"])
@@ -76,15 +79,15 @@ def test_a_damaged_file_is_named(explained, tmp_path, key, value):
     assert "explain.json left out, it is damaged" in text
 
 
-def test_the_interval_is_that_of_paired_differences():
-    right, fixed = np.array([1, 1, 1, 0, 0, 1, 0, 1.0]), np.array([1, 0, 1, 1, 0, 0, 0, 0.0])
-    difference = fixed - right
-    row = {
-        "test_acc_gates_fixed": 100 * fixed.mean(), "test_images": 8,
-        "won": int((difference > 0).sum()), "lost": int((difference < 0).sum()),
-    }  # fmt: skip
-    middle, (low, high) = ablation(row)
-    half = 196 * difference.std() / 8**0.5
-    assert middle == pytest.approx(100 * difference.mean())
-    assert (low, high) == pytest.approx((middle - half, middle + half))
+def test_the_interval_is_that_of_paired_proportions():
+    """With 1/2 an image more of each of the four kinds: right or wrong, before and after."""
+    both, lost, won, neither = 5, 3, 1, 2
+    row = {"test_acc_gates_fixed": 6 / 11, "test_images": 11, "won": won, "lost": lost}
+    values = np.repeat([0, -1, 1, 0], np.array([both, lost, won, neither]) * 2 + 1)  # doubled
+    middle, error = values.mean(), 1.96 * values.std() / (11 + 2) ** 0.5
+    difference, bounds = ablation(row)
+    assert difference == pytest.approx(100 * (won - lost) / 11)
+    assert bounds == pytest.approx((100 * (middle - error), 100 * (middle + error)))
     assert ablation(row | {"test_acc_gates_fixed": None}) is None
+    _, (low, high) = ablation(row | {"won": 0, "lost": 0})
+    assert low == -high < -10  # of 11 images none changed: that says little
