@@ -37,7 +37,7 @@ small_run() {  # DOCKER_OPTION ... -- [TRAIN_FLAG ...]: a narrow run of 640 imag
     options+=("$1")
     shift
   done
-  docker run --name "$name" "${options[@]}" "${mounts[@]}" "$image" \
+  docker run --name "$name" --user 4242:4242 "${options[@]}" "${mounts[@]}" "$image" \
     python train.py --model se --width 16 --limit-train 640 --limit-test 200 --mode eager "${@:2}"
 }
 
@@ -140,7 +140,7 @@ holds "a mounted checkout is used without a build" grep -q "^edited" "$work/log"
 if python3 -c 'import torch' 2>/dev/null || [[ -x .venv/bin/python ]]; then
   python=$([[ -x .venv/bin/python ]] && echo .venv/bin/python || echo python3)
   flags=(train.py --model se --width 16 --limit-train 640 --limit-test 200 --mode eager --epochs 2)
-  docker run --rm "${mounts[@]}" "$image" python "${flags[@]}" --runs runs/inside >/dev/null
+  docker run --rm --user 4242:4242 "${mounts[@]}" "$image" python "${flags[@]}" --runs runs/inside >/dev/null
   "$python" "${flags[@]}" --runs "$work/runs/outside" >/dev/null
   holds "the same run outside gives the same metrics" "$python" - "$work/runs" <<'EOF'
 import json, pathlib, sys

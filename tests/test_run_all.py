@@ -228,6 +228,17 @@ def test_readme_commands_exist(command, capsys):
         assert words[0] in ("git", "cd", "sbatch", "tensorboard")
 
 
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if re.search(r"--power|plan$|--dry-run$|models.py|--help", c)]
+)
+def test_cheap_commands_of_the_readme_run(command, tmp_path):
+    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
+    done = subprocess.run(
+        words, cwd=REPO, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and done.stdout and "Traceback" not in done.stderr
+
+
 def test_requirements_and_dockerfile_are_pinned():
     lines = [
         line for line in (REPO / "requirements.txt").read_text().splitlines() if line[0] != "#"
