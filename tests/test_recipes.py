@@ -20,7 +20,18 @@ from models import build_model
 from settings import AUGMENTATIONS, PUBLISHED, STRONG, parse_settings
 
 CPU = torch.device("cpu")
-FLAGS = ["--model", "cbam_blocks", "--recipe", "strong", "--width", "8", "--device", "cpu"]
+FLAGS = [
+    "--model",
+    "cbam_blocks",
+    "--recipe",
+    "strong",
+    "--cutmix",
+    "1",
+    "--width",
+    "8",
+    "--device",
+    "cpu",
+]
 FLAGS += ["--limit-train", "168", "--limit-test", "100", "--epochs", "3", "--warmup", "1"]
 FLAGS += ["--mixup", "0.5", "--randaugment", "1", "--data-dir", str(REPO / "data"), "--keep-last"]
 FOLDER = "fashion_mnist/strong/cbam_blocks/seed0"

@@ -45,6 +45,30 @@ def test_the_table_of_gates_is_that_of_explain_json():
     assert table == "\n".join(ablation_table(study, rows)) + "\n"
 
 
+def ablation_of(place):
+    """A line for each run: its flags and accuracies; `published` and the first guess lead."""
+    runs = {path.parent.name: json.loads(path.read_text()) for path in place.glob("*/result.json")}
+    first = ["published", "strong"]
+    rest = sorted(runs.keys() - set(first), key=lambda name: -runs[name]["val_acc"])
+    lines = ["| flags | validation % | test % |", "| --- | --- | --- |"]
+    for name in first + rest:
+        config = json.loads((place / name / "config.json").read_text())
+        common = "--width 16 --limit-train 27000 --epochs 16 --mode eager --runs"
+        flags = config["command"].partition(f"{common} runs/{name}")[2].strip()
+        if name != "published" and "--cutmix" not in flags:
+            flags += " --cutmix 1"  # which was in the recipe then
+            assert config["cutmix"] == 1.0
+        assert (config["model"], config["seed"], runs[name]["quick"]) == ("baseline", 0, True)
+        shown = f"`{flags}`" if flags else "(recipe `published`)"
+        lines.append(f"| {shown} | {runs[name]['val_acc']:.2f} | {runs[name]['test_acc']:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+def test_the_table_of_the_ablation_is_that_of_its_runs():
+    place, table = block("ablation")
+    assert table == ablation_of(place) and table.count("\n") > 8
+
+
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_results_and_readme_are_what_report_py_writes(folder, tmp_path):
     if not (REPO / folder).exists():
