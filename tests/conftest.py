@@ -2,6 +2,7 @@ import json
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,14 @@ def train_small(model, runs, *flags):
     """Runs train.py in this process; the exit code."""
     place = ["--data-dir", str(REPO / "data"), "--runs", str(runs)]
     return train.main(["--model", model, *SMALL, *place, *flags])
+
+
+def needs_pins():
+    """Skips a test of run_all.sh where it would not use this Python, but make itself a .venv."""
+    for line in (REPO / "requirements.txt").read_text().splitlines():
+        name, _, pin = line.partition("==")
+        if pin and metadata.version(name).partition("+")[0].replace("-", ".post") != pin:
+            pytest.skip(f"needs {line}, as pinned")
 
 
 def script(*command, **options):

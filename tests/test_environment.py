@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO, is_one_line
+from conftest import REPO, is_one_line, needs_pins
 
 import environment
 
@@ -40,6 +40,7 @@ def test_why_there_is_no_gpu(tmp_path, monkeypatch, version, words):
     assert words in why and is_one_line(why)
     if "too old" in words:
         assert "update it to 580 or newer" in why
+    needs_pins()
     done = subprocess.run(
         ["./run_all.sh", "plan"], cwd=REPO, env=os.environ | {"PYTHON": sys.executable},
         capture_output=True, text=True,

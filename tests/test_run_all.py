@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import REPO, copy_run, is_one_line
+from conftest import REPO, copy_run, is_one_line, needs_pins
 from test_image_folder import make
 
 import benchmark
@@ -29,6 +29,7 @@ COMMANDS = [
 
 
 def run_all(*arguments, **environment):
+    needs_pins()
     environment = {key: str(value) for key, value in environment.items()}
     return subprocess.run(
         ["./run_all.sh", *arguments],
@@ -155,6 +156,7 @@ def test_the_quick_study(tmp_path):
     ],
 )
 def test_a_signal_stops_the_children_too(tmp_path, signum, code, jobs):
+    needs_pins()
     environment = {"PYTHON": sys.executable, "RUNS": str(tmp_path), "OUT": str(tmp_path)}
     log = tmp_path / "log"
     with open(log, "w") as out:
@@ -231,7 +233,8 @@ def test_readme_commands_exist(command, capsys):
 @pytest.mark.parametrize(
     "command", [c for c in COMMANDS if re.search(r"--power|plan$|--dry-run$|models.py|--help", c)]
 )
-def test_cheap_commands_of_the_readme_run(command, tmp_path):
+def test_cheap_commands_of_the_readme_run(command):
+    needs_pins()
     words = [sys.executable if word == "python" else word for word in shlex.split(command)]
     done = subprocess.run(
         words, cwd=REPO, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
