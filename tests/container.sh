@@ -55,7 +55,11 @@ if [[ ${BASE_IMAGE:-} == debian ]]; then
   BASE_IMAGE=plain-debian
   if ! docker image inspect "$BASE_IMAGE" >/dev/null 2>&1; then
     debootstrap --variant=minbase bookworm "$work/rootfs" >/dev/null
-    tar -C "$work/rootfs" -c . | docker import - "$BASE_IMAGE" >/dev/null
+    # With the authorities that this machine trusts, for pip behind a proxy.
+    install -D -m 644 "$(readlink -f /etc/ssl/certs/ca-certificates.crt)" \
+      "$work/rootfs/etc/ssl/certs/host-ca.crt"
+    tar -C "$work/rootfs" -c . | docker import --change "ENV PIP_CERT=/etc/ssl/certs/host-ca.crt \
+      SSL_CERT_FILE=/etc/ssl/certs/host-ca.crt" - "$BASE_IMAGE" >/dev/null
     rm -rf "$work/rootfs"
   fi
 fi
