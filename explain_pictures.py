@@ -107,6 +107,7 @@ def draw(title, headings, tiles, gates_by_class, classes, path) -> None:
     side = inch["side"] if stages else inch["between"] / 2
     width = max(blocks * block + (blocks - 1) * inch["between"] + inch["between"],
                 side + 1.7 * len(stages), 4.5)  # fmt: skip
+    margin = (width - blocks * block - (blocks - 1) * inch["between"]) / 2
     top = inch["top"] + rows * row_height
     height = top + (inch["strip"] + 0.45 if stages else 0)
     figure = plt.figure(figsize=(width, height))
@@ -122,7 +123,7 @@ def draw(title, headings, tiles, gates_by_class, classes, path) -> None:
     figure.text(0.5, 1 - 0.13 / height, title, ha="center", va="center", fontsize=10)
     figure.text(0.5, 1 - 0.32 / height, COLOURS, ha="center", va="center", fontsize=6)
     for i, of_image in enumerate(tiles):
-        left = inch["between"] / 2 + i // rows * (block + inch["between"])
+        left = margin + i // rows * (block + inch["between"])
         for j, (shown, caption) in enumerate(of_image):
             axes = place(left + j * step, inch["top"] + i % rows * row_height, inch["tile"],
                          inch["tile"])  # fmt: skip
