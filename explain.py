@@ -22,7 +22,6 @@ random maps as coarse, and how much the maps change when the weights are random.
 import argparse
 import json
 import os
-import re
 import signal
 import sys
 from pathlib import Path
@@ -66,11 +65,13 @@ def read_config(path: Path) -> dict:
         raise ExplainError(f"{path.parent} is no folder: name a run's folder, or its --checkpoint")
     kinds = dict(model=str, dataset=str, data_dir=str, width=int, seed=int)
     config = run_folder.read_json(path.parent / "config.json", "name the folder of a run", **kinds)
-    base = config.setdefault("base_model", config["model"])
-    if config["width"] < 1 or base not in MODELS or not re.fullmatch(r"\w+", config["model"]):
+    base, limit = config.setdefault("base_model", config["model"]), config.get("limit_test")
+    if config["width"] < 1 or base not in list(MODELS) or not config["model"].isidentifier():
         raise ExplainError(
             f"{path.parent / 'config.json'}: there is no model {base} of width {config['width']}"
         )
+    if not (limit is None or (isinstance(limit, int) and limit > 0)):
+        raise ExplainError(f"{path.parent / 'config.json'}: limit_test is {limit}")
     return config
 
 
@@ -93,7 +94,7 @@ def load_dataset(configs: list[dict], paths: list[Path], args) -> data.ImageData
 
 
 def names_of(configs: list[dict]) -> list[str]:
-    """ "se_seed0", and more where that is not one run's alone."""
+    """Of each run: se_seed0, say, and more where another has that name, too."""
     names = [f"{config['model']}_seed{config['seed']}" for config in configs]
     for more in (lambda i: configs[i].get("recipe"), lambda i: i + 1):
         names = [

@@ -294,6 +294,8 @@ def test_runs_that_share_model_and_seed_have_pictures_of_their_own():
         ({"data_dir": None}, "data_dir is None"),
         ({"dataset": ["a"]}, "dataset is"),
         ({"base_model": "foo"}, "no model foo"),
+        ({"base_model": ["se"]}, "no model"),
+        ({"limit_test": "abc"}, "limit_test is abc"),
         ({"model": "../../evil"}, "no model"),
         ({"seed": "../x"}, "seed is"),
         ({"reduction": 0}, "config.json"),
