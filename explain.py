@@ -20,6 +20,7 @@ random maps as coarse, and how much the maps change when the weights are random.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import signal
@@ -46,6 +47,7 @@ from grad_cam import (
     scaled,
 )
 from models import MODELS, build_model
+from training_step import halves
 
 LIMIT_TEST = 2000
 CLASSES_SHOWN = 10
@@ -89,8 +91,9 @@ def load_dataset(configs: list[dict], paths: list[Path], args) -> data.ImageData
             f"--images must be from 0 to {n - 1}, the test images that are looked at: see "
             "--limit-test"
         )
-    dataset.test_images, dataset.test_labels = dataset.test_images[:n], dataset.test_labels[:n]
-    return dataset
+    return dataclasses.replace(
+        dataset, test_images=dataset.test_images[:n], test_labels=dataset.test_labels[:n]
+    )
 
 
 def names_of(configs: list[dict]) -> list[str]:
@@ -128,7 +131,11 @@ def load_model(path: Path, config: dict, dataset: data.ImageData, seed=None) -> 
             raise ExplainError(f"{path} cannot be read: {reason}") from None
         try:
             model.load_state_dict(weights)
-        except Exception as error:
+        except (
+            RuntimeError,
+            TypeError,
+            AttributeError,
+        ) as error:
             reason = " ".join(str(error).split())[:150]
             raise ExplainError(f"{path} is not of {config['model']}: {reason}") from None
     return model.to(memory_format=torch.channels_last).eval()
@@ -149,12 +156,11 @@ def explain(
 ) -> tuple[dict, Explained]:
     """(an entry of explain.json, what is drawn). args.images is filled in where it is None."""
     device = args.device
-    mean, std = dataset.moments_on(device)
-    if config.get("normalize") != "data":
-        mean, std = torch.full_like(mean, 0.5), torch.full_like(std, 0.5)
+    by_data = config.get("normalize") == "data"
+    moments = dataset.moments_on(device) if by_data else halves(device)
     model = load_model(path, config, dataset).to(device)
     labels = dataset.test_labels.to(device)
-    images = data.normalize(dataset.test_images.to(device), mean, std)
+    images = data.normalize(dataset.test_images.to(device), *moments)
     images = images.contiguous(memory_format=torch.channels_last)
     probabilities, gates, fixed = gates_of(model, images)
     if not probabilities.isfinite().all():
@@ -220,6 +226,7 @@ def explain(
             for label in range(len(dataset.classes))
         ])
         for stage, of_stage in last_of_stage.items()
+        if not of_stage.isnan().all()
     }  # fmt: skip
     return numbers, Explained(
         name=name.replace("_seed", ", seed "),

@@ -38,15 +38,13 @@ def draw_model(e: Explained, path: Path) -> None:
     """Every image, its Grad-CAM and gate maps, and the channels' gates of each class."""
     headings, tiles = ["image"], []
     for i, label in enumerate(e.labels):
-        said = verdict(e, i).replace("\n", " ")  # of one that is right, the probability is enough
-        said = said if said.startswith("✗") else f"{e.probabilities[i]:.0%}"
-        tiles.append([image_tile(e, i, f"{short(e.classes[label])}\n{said}")])
+        tiles.append([image_tile(e, i, f"{short(e.classes[label])}\n{verdict(e, i)}")])
     for layer, maps in e.cams.items():
         headings.append(f"Grad-CAM\n{layer}")
         for i, row in enumerate(tiles):
             row.append(cam_tile(e, i, maps[i]))
     for stage, maps in e.gate_maps.items():
-        low, high = maps.min().item(), maps.max().item()
+        low, high = np.nanmin(maps), np.nanmax(maps)
         headings.append(f"gate, {stage}\n{low:.2f} to {high:.2f}")
         for i, row in enumerate(tiles):
             row.append([dict(X=maps[i].numpy(), cmap="cividis", vmin=low, vmax=high), ""])
@@ -77,17 +75,20 @@ def cam_tile(e: Explained, i: int, heat: torch.Tensor) -> list:
     """The map over the grey image; empty where nothing speaks for the class."""
     if not heat.max() > 0:
         return [None, "empty map"]
-    grey = e.pixels[i].float().mean(0).numpy() / 255
-    colours = matplotlib.colormaps["cividis"](heat.numpy())[..., :3]
-    return [dict(X=0.35 * grey[..., None] + 0.65 * colours), ""]
+    return [dict(X=over_image(e.pixels[i : i + 1], heat[None])[0].permute(1, 2, 0).numpy()), ""]
+
+
+def over_image(pixels: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
+    """Maps (N, H, W) from 0 to 1 over uint8 images (N, C, H, W): float (N, 3, H, W)."""
+    colours = torch.from_numpy(matplotlib.colormaps["cividis"](heat.numpy())[..., :3])
+    grey = pixels.float().mean(1, keepdim=True) / 255
+    return 0.35 * grey + 0.65 * colours.permute(0, 3, 1, 2)
 
 
 def verdict(e: Explained, i: int) -> str:
-    """The predicted class; one that is wrong begins with a cross."""
-    label, predicted = e.labels[i], e.predictions[i]
-    if label == predicted:
-        return f"{short(e.classes[label])}\n{e.probabilities[i]:.0%}"
-    return f"✗ {short(e.classes[predicted])}\n{e.probabilities[i]:.0%}"
+    """The probability of the predicted class, and which that is if it is wrong."""
+    wrong = e.predictions[i] != e.labels[i]
+    return f"✗ {short(e.classes[e.predictions[i]])} " * wrong + f"{e.probabilities[i]:.0%}"
 
 
 def short(name: str) -> str:

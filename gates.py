@@ -91,7 +91,7 @@ def gate_maps_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tens
         for stage, (inputs, outputs) in seen.items():
             if not adds(modules[stage], inputs):
                 found = ratio(inputs, outputs).nanmean(1)
-                if (found.amax((1, 2)) - found.amin((1, 2))).max() > 1e-3:
+                if (found - found.nanmean((1, 2), keepdim=True)).abs().nan_to_num().max() > 1e-3:
                     maps[stage] = found
     return maps
 
@@ -107,6 +107,7 @@ def gate_numbers(gates: dict[str, torch.Tensor]) -> dict[str, dict]:
         if of_stage:
             every = torch.cat(of_stage, dim=1)
             every = every[:, ~every.isnan().all(0)]
+        if of_stage and every.numel():  # otherwise nothing ever comes in
             of_channel = every.nanmean(0)
             over_images = (every - of_channel).square().nanmean(0).sqrt()
             known = every[~every.isnan()]

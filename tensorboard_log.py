@@ -17,6 +17,7 @@ matplotlib.use("Agg")  # the figures never go to a window
 import matplotlib.pyplot as plt
 
 from data import normalize
+from explain_pictures import over_image
 from gates import attention_modules, gates_of, stage_of
 from grad_cam import enlarged, grad_cam, scaled
 
@@ -96,13 +97,10 @@ def gates_by_stage(model: torch.nn.Module, images: torch.Tensor) -> dict[str, to
 
 def beside_maps(images: torch.Tensor, maps: dict[str, torch.Tensor]) -> torch.Tensor:
     """Each image with its maps to the right, fourfold, and a white gap: float (N, 3, h, w)."""
-    grey_or_colour = images.float().cpu() / 255
-    tiles = [grey_or_colour.expand(-1, 3, -1, -1)]
+    images = images.cpu()
+    tiles = [(images.float() / 255).expand(-1, 3, -1, -1)]
     for heat in maps.values():
-        heat = enlarged(scaled(heat), tuple(images.shape[2:])).cpu()
-        colours = torch.from_numpy(matplotlib.colormaps["cividis"](heat.numpy())[..., :3])
-        grey = grey_or_colour.mean(1, keepdim=True)
-        tiles.append(0.35 * grey + 0.65 * colours.permute(0, 3, 1, 2))
+        tiles.append(over_image(images, enlarged(scaled(heat), tuple(images.shape[2:])).cpu()))
     tiles = torch.cat(tiles, dim=3).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
     return F.pad(tiles, (0, 16, 0, 16), value=1.0)
 

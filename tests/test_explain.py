@@ -126,6 +126,17 @@ def test_where_nothing_comes_in_nothing_is_said_of_the_gate():
     assert all(value == value for value in numbers.values())
 
 
+def test_a_position_without_input_does_not_hide_the_map():
+    cbam = ATTENTION["cbam"](8).eval()
+    nn.init.normal_(cbam.spatial.bn.weight)
+    x = torch.rand(2, 8, 5, 5)
+    x[0, :, 2, 3] = 0
+    maps = gate_maps_of(Gated(cbam), x)["classifier"]
+    assert maps.isnan().nonzero().tolist() == [[0, 2, 3]]
+    _, found, _ = gates_of(Gated(cbam), torch.zeros(2, 8, 5, 5))
+    assert gate_numbers(found) == {}  # nothing ever comes in: nothing is said
+
+
 def test_what_adds_has_no_gate_and_is_fixed_as_a_term():
     gc = ATTENTION["gc"](64).eval()
     nn.init.normal_(gc.fc2.weight)
