@@ -38,7 +38,7 @@ def draw_model(e: Explained, path: Path) -> None:
     """Every image, its Grad-CAM and gate maps, and the channels' gates of each class."""
     headings, tiles = ["image"], []
     for i, label in enumerate(e.labels):
-        tiles.append([image_tile(e, i, f"{short(e.classes[label])}\n{verdict(e, i)}")])
+        tiles.append([image_tile(e, i, f"{short(e.classes[label])}\n{verdict(e, i, ' ')}")])
     for layer, maps in e.cams.items():
         headings.append(f"Grad-CAM\n{layer}")
         for i, row in enumerate(tiles):
@@ -62,7 +62,7 @@ def draw_comparison(models: list[Explained], path: Path) -> None:
         headings.append(e.name.replace(", ", "\n"))
         for i, row in enumerate(tiles):
             heat, _ = cam_tile(e, i, e.cams["layer4"][i])
-            row.append([heat, verdict(e, i)])
+            row.append([heat, verdict(e, i, "\n")])
     title = "Grad-CAM at layer4" + ", quick runs" * any(e.quick for e in models)
     draw(title, headings, tiles, {}, first.classes, path)
 
@@ -85,10 +85,12 @@ def over_image(pixels: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
     return 0.35 * grey + 0.65 * colours.permute(0, 3, 1, 2)
 
 
-def verdict(e: Explained, i: int) -> str:
-    """The probability of the predicted class, and which that is if it is wrong."""
-    wrong = e.predictions[i] != e.labels[i]
-    return f"✗ {short(e.classes[e.predictions[i]])} " * wrong + f"{e.probabilities[i]:.0%}"
+def verdict(e: Explained, i: int, between: str) -> str:
+    """The probability of the predicted class, and before it which that is if it is wrong."""
+    probability, predicted = f"{e.probabilities[i]:.0%}", e.predictions[i]
+    if predicted == e.labels[i]:
+        return probability
+    return f"✗ {short(e.classes[predicted])}{between}{probability}"
 
 
 def short(name: str) -> str:
