@@ -15,7 +15,9 @@ import matplotlib.pyplot as plt
 
 # In inches. side: room for names to the left of the strips, and half of that of the tiles.
 INCH = dict(tile=0.68, caption=0.26, gap=0.05, between=0.35, top=0.75, strip=1.3, side=1.0)
-COLOURS = "Colours from dark blue (low) to yellow (high); each Grad-CAM on a scale of its own."
+COLOURS = (
+    "Dark blue: low, yellow: high, white: nothing comes in. Each Grad-CAM has a scale of its own."
+)
 
 
 @dataclass
