@@ -13,7 +13,8 @@ frozen weights and BatchNorm folded into the convolutions.
 Before a mode is timed, its logits are compared with those of eager fp32: exit code 1 if they differ
 by more than TOLERANCE. Each figure is the median over many batches after a warm-up, the device
 synchronised at both ends of each batch; models and modes take turns, so a machine that slows down
-slows them all. Batches of 64 of all models take four minutes on two CPU cores.
+slows them all. Batches of 64 of all models take four minutes on two CPU cores. Each batch size and
+precision is written when it is measured: after a stop, --keep goes on with what is missing.
 """
 
 import argparse
@@ -24,7 +25,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -331,6 +332,15 @@ def markdown(rows: list[dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(path: Path, rows: Iterable[dict]) -> list[dict]:
+    """Writes benchmark.json and benchmark.md; the rows, sorted. Raises OSError."""
+    rows = sorted(rows, key=place_of)
+    write_atomically(path, json.dumps(rows, indent=2) + "\n")
+    if rows:
+        write_atomically(path.with_suffix(".md"), markdown(rows))
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is then a single line
@@ -411,10 +421,8 @@ def main(argv: list[str] | None = None) -> int:
                 measured = measure(variants, settings, repeats, ceilings[precision], device)
                 wrong += [r for r in measured if not r["logit_error"] <= TOLERANCE[precision]]
                 rows |= {key_of(row): row for row in measured if row not in wrong}
-        rows = sorted(rows.values(), key=place_of)
-        write_atomically(path, json.dumps(rows, indent=2) + "\n")
-        if rows:
-            write_atomically(path.with_suffix(".md"), markdown(rows))
+                write(path, rows.values())
+        rows = write(path, rows.values())
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

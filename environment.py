@@ -155,11 +155,11 @@ def output_of(*command) -> str | None:
 
 
 def is_dirty() -> bool | None:
-    """Whether git-tracked files differ from the commit; None outside a git checkout."""
+    """Whether scripts or requirements differ from the commit; None outside a git checkout."""
     if output_of("git", "-C", HERE, "rev-parse", "HEAD") is None:
         return None
-    command = ("git", "-C", HERE, "status", "--porcelain", "--untracked-files=no")
-    return output_of(*command) is not None
+    command = ("git", "-C", HERE, "status", "--porcelain", "--untracked-files=no", "--")
+    return output_of(*command, "*.py", "*.sh", "requirements.*") is not None
 
 
 if __name__ == "__main__":

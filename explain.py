@@ -250,7 +250,10 @@ def asked(config: dict, args) -> dict:
 
 
 def is_kept(paths: list[Path], configs: list[dict], args) -> bool:
-    """Whether explain.json is of these runs, in this order, and younger than their weights."""
+    """Whether explain.json is of these runs, in this order, and younger than their weights.
+
+    Weights may be gone: results that were committed and cloned have none.
+    """
     try:
         written = (args.out / "explain.json").stat().st_mtime
         rows = json.loads((args.out / "explain.json").read_text())
@@ -258,7 +261,7 @@ def is_kept(paths: list[Path], configs: list[dict], args) -> bool:
             [row["asked"] for row in rows] == [asked(config, args) for config in configs]
             and args.images in (None, rows[0]["images"])
             and all((args.out / row["picture"]).is_file() for row in rows)
-            and all(path.stat().st_mtime < written for path in paths)
+            and all(path.stat().st_mtime < written for path in paths if path.exists())
         )
     except (OSError, ValueError, LookupError, TypeError):
         return False  # it is then made anew

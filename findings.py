@@ -51,7 +51,7 @@ class Findings:
     fastest: dict[str, dict]  # model -> its row in the fastest mode
     relative: dict[str, Cost]  # model -> its cost beside the baseline's
     front: list[str]  # models that no other beats in accuracy and inference time, ties as ties
-    missing: list[str]  # runs that would complete the table
+    missing: dict[str, list[int]]  # model -> seeds of runs that would complete the table
     explained: list[dict]  # rows of explain.json that are of this study's runs
 
 
@@ -174,11 +174,11 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
     )
 
 
-def missing_runs(study: Study) -> list[str]:
+def missing_runs(study: Study) -> dict[str, list[int]]:
     """What would complete the table: every published model, and any other, with every seed seen."""
     models = in_table_order(study.published.keys() | study.runs.keys())
-    have = {(model, run.seed) for model, runs in study.runs.items() for run in runs}
-    return [f"{m} seed {seed}" for m in models for seed in study.seeds if (m, seed) not in have]
+    missing = {m: [s for s in study.seeds if s not in study.by_seed(m)] for m in models}
+    return {model: seeds for model, seeds in missing.items() if seeds}
 
 
 # --- Cost -----------------------------------------------------------------------------------------

@@ -4,11 +4,13 @@
 #   ./run_all.sh               full with a CUDA GPU, quick without
 #   ./run_all.sh quick         the four published models, 1 epoch on 1,920 images each: minutes on a CPU
 #   ./run_all.sh full          the published table: MODELS x SEEDS, 50 epochs each
-#   ./run_all.sh plan [quick|full]   the commands that would run, what is done marked; runs nothing
+#   ./run_all.sh study [miniature]   all that the README's figures rest on: see study.sh
+#   ./run_all.sh plan [quick|full|study]   the commands that would run, what is done marked; runs nothing
 #   ./run_all.sh test [PYTEST_ARGUMENT ...]
 #
 # Environment: MODELS, SEEDS, RECIPE, DATASET, RUNS (run folders), OUT (what is made of them), and
 # PYTHON (python3). Where that Python lacks a pinned requirement, .venv is made and used instead.
+#   ANY_VERSION=1  other versions than the pinned ones will do
 #   JOBS=n      n runs at a time, each on a GPU of its own while there are enough; logs in RUNS/logs
 #   SHARD=i/n   every n-th run from the i-th on, counted from 0, for an array of workers that share
 #               RUNS; what is made of all runs is left to a last call without SHARD
@@ -24,16 +26,17 @@ die() {  # EXIT_CODE MESSAGE
 
 # --- Python: the current one, or .venv -----------------------------------------------------------
 
-meets_requirements() {  # PYTHON: says which pinned requirement it lacks, if any
+meets_requirements() {  # PYTHON: says which requirement it lacks, if any
   "$1" - <<'EOF'
-import sys
+import os, sys
 from importlib.metadata import PackageNotFoundError, version
 
 for line in open("requirements.txt"):
     name, _, pin = line.partition("#")[0].strip().partition("==")
     try:
+        # thop names its version 0.1.1-N, which means 0.1.1.postN
         have = version(name).partition("+")[0].replace("-", ".post") if name else pin
-        if have != pin:  # thop names its version 0.1.1-N, which means 0.1.1.postN
+        if have != pin and not os.environ.get("ANY_VERSION"):
             sys.exit(f"{sys.executable} has {name} {have}, not {pin}")
     except PackageNotFoundError:
         sys.exit(f"{sys.executable} lacks {name}")
@@ -128,13 +131,18 @@ print_command() {
 
 # --- The work --------------------------------------------------------------------------------------
 
-set_defaults() {  # quick | full
+set_jobs() {
   JOBS=${JOBS:-1}
   [[ $JOBS =~ ^[1-9][0-9]{0,2}$ ]] || die 2 "JOBS: '$JOBS' is not a number from 1 to 999"
   SHARD=${SHARD:-0/1}
   if [[ ! $SHARD =~ ^[0-9]{1,4}/[0-9]{1,4}$ ]] || ((10#${SHARD%/*} >= 10#${SHARD#*/})); then
     die 2 "SHARD: '$SHARD' is not i/n with i from 0 to n-1"
   fi
+  flags=()  # of train.py, beside those of set_command
+}
+
+set_defaults() {  # quick | full
+  set_jobs
   MODELS=${MODELS:-baseline se cbam_blocks cbam_classifier}
   DATASET=${DATASET:-fashion_mnist}
   dataset=$DATASET # what its runs lie under: the name of a folder of images
@@ -171,11 +179,15 @@ set_explained() {  # [done]: ends its command with the runs of the first seed, o
 
 set_command() {  # MODEL SEED: the command of one run, in the array `command`
   command=("$PYTHON" train.py --model "$1" --dataset "$DATASET" --recipe "$RECIPE" --seed "$2"
-    --runs "$RUNS")
+    --runs "$RUNS" "${flags[@]}")
 }
 
-is_done() {  # MODEL SEED: a result that keeps to its recipe
+is_done() {  # MODEL SEED: a result that keeps to its recipe, or of a command with these flags
   local folder=$RUNS/$dataset/$RECIPE/$1/seed$2
+  if ((${#flags[@]})); then
+    [[ -e $folder/result.json ]] && grep -qsF -- " ${flags[*]}\"" "$folder/config.json"
+    return
+  fi
   grep -qs '"overrides": {}' "$folder/result.json" || return 1
   # Of folders of images there may be several of one name.
   [[ ! -d $DATASET ]] || grep -qsF "\"dataset\": \"$(realpath -- "$DATASET")\"" "$folder/config.json"
@@ -198,12 +210,16 @@ add_shape() {  # of the images, to the benchmark's command
   benchmark+=(--image "${channels}x${height}x$width" --classes "$classes")
 }
 
-print_plan() {
+print_runs() {
   local model seed
   while read -r model seed; do
     set_command "$model" "$seed"
     echo "$(print_command "${command[@]}")$(is_done "$model" "$seed" && echo '  # done')"
   done < <(list_runs)
+}
+
+print_plan() {
+  print_runs
   [[ $SHARD == 0/1 ]] || return 0
   print_command "${benchmark[@]}"
   (set_explained && print_command "${explain[@]}")
@@ -301,11 +317,18 @@ work() {
     [[ ${explain[-1]} == --compare ]] || attempt "${explain[@]}"  # if any run is done
     attempt "${report[@]}"
   fi
+  leave_with_failed
+}
+
+leave_with_failed() {
   if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2
     exit 1
   fi
 }
+
+# shellcheck source=study.sh
+source study.sh
 
 # --- Command line ----------------------------------------------------------------------------------
 
@@ -318,11 +341,25 @@ case ${1:-} in
     set_defaults "$mode"
     work
     ;;
-  plan)
-    (($# <= 2)) || die 2 "too many arguments: $*"
+  study)
+    [[ $# == 1 || $# == 2 && $2 == miniature ]] || die 2 "study, or study miniature, not '$*'"
     choose_python
+    set_up
+    set_study "${2:-}"
+    work_on_study "${2:-}"
+    ;;
+  plan)
+    (($# <= 2)) || [[ $2 == study ]] || die 2 "too many arguments: $*"
+    choose_python
+    if [[ ${2:-} == study ]]; then
+      [[ $# == 2 || $# == 3 && $3 == miniature ]] || die 2 "study, or study miniature, not '${*:2}'"
+      meets_requirements "$PYTHON" >/dev/null || die 1 "this plan needs PyTorch: see above"
+      set_study "${3:-}"
+      plan_study
+      exit
+    fi
     mode=${2:-$(default_mode)}
-    [[ $mode == quick || $mode == full ]] || die 2 "plan of what? quick or full, not '$mode'"
+    [[ $mode == quick || $mode == full ]] || die 2 "plan of what? quick, full or study, not '$mode'"
     set_defaults "$mode"
     if meets_requirements "$PYTHON" >/dev/null 2>&1; then
       check_names
@@ -345,6 +382,6 @@ case ${1:-} in
     sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
     ;;
   *)
-    die 2 "unknown command '$1': quick, full, plan, test, or none (see ./run_all.sh --help)"
+    die 2 "unknown command '$1': quick, full, study, plan, test, or none (see ./run_all.sh --help)"
     ;;
 esac

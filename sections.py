@@ -38,7 +38,7 @@ def study_section(f: Findings, figures: Lines) -> Lines:
     seen = explained_section(study, f.explained, seen) if f.explained else []
     sections = [
         ("What was found", finding(f), []),
-        ("The published table, with ours beside it" if study.published else "Every model",
+        ("The published table, with ours beside it" if len(study.published) > 1 else "Every model",
          published_table(f), ["test_accuracy.png"]),
         ("Over seeds", seeds_table(f), []),
         ("Against the baseline", baseline_table(f), ["differences.png"]),
@@ -68,12 +68,12 @@ def finding(f: Findings) -> Lines:
         return ["**No verdict:** only the baseline was trained."]
     lines = [headline(f), ""]
     lines += [f"- {sentence(f, model, c)}" for model, c in f.against.items()]
-    for model in f.models:
-        if model not in f.against and model != "baseline":
-            lines.append(
-                f"- `{model}`: no verdict, it has fewer than two seeds in common with the "
-                "baseline. One pair of runs cannot tell the model's doing from the seed's."
-            )
+    unjudged = [model for model in f.models if model not in f.against and model != "baseline"]
+    if unjudged:
+        lines.append(
+            f"- {names(unjudged)}: no verdict, fewer than two seeds in common with the baseline. "
+            "One pair of runs cannot tell the model's doing from the seed's."
+        )
     lines += controls
     if f.front:
         row, judged = f.costs[f.front[0]], sum(model in f.costs for model in f.against) + 1
@@ -462,26 +462,28 @@ def beside_section(
 
 def readme_block(f: Findings, folder: str) -> Lines:
     """The first study in brief, as it stands in the README between its markers."""
-    header = ["model", "seeds", "test accuracy %", "against the baseline", "verdict", "parameters"]
-    header += ["inference", "training"]
+    published = {} if f.study.quick else f.study.published
+    header = ["model", "seeds", "test accuracy %", *(["published"] if published else [])]
+    header += ["against the baseline", "verdict", "parameters", "inference", "training"]
     rows = []
     for model, s in f.models.items():
         c, cost = f.against.get(model), f.relative[model]
+        beside = [f"{published[model]['test_acc']:.2f}" if model in published else "-"]
         rows.append([
             label(f.study, f"`{model}`"),
             str(s["n"]),
             f"{s['test_acc_mean']:.2f}" + (f" ± {s['test_acc_sd']:.2f}" if s["n"] > 1 else ""),
+            *(beside if published else []),
             f"{c.difference:+.2f} ({interval(c.corrected)})" if c else "-",
             c.verdict if c else "-",
             f"{s['params']:,}",
             "-" if cost.ratios["eager"] is None else f"{cost.ratios['eager']:.2f}x",
             training_ratio(cost),
         ])  # fmt: skip
-    run, timed = f.study.any_run, next(iter(f.costs.values()), None)
+    timed = next(iter(f.costs.values()), None)
     mark = f"{f.study.mark.capitalize()}. " if f.study.mark else ""
     return [
-        f"{mark}{f.study.title}; {run.result['device']}, {run.result['precision']}, "
-        f"torch {run.env.get('torch', 'unknown')}.",
+        f"{mark}{f.study.title}. {'; '.join(environments([f.study]))}.",
         "",
         *table(header, rows),
         "",
@@ -495,7 +497,8 @@ def readme_block(f: Findings, folder: str) -> Lines:
             else "Training"
         )
         + " time beside the baseline's (lowest to highest over seeds). "
-        f"All of it: [{folder}/report.md]({folder}/report.md).",
+        + ("Published: one run a model. " if published else "")
+        + f"All of it: [{folder}/report.md]({folder}/report.md).",
     ]
 
 
@@ -507,7 +510,11 @@ def missing_section(found: list[Findings], problems: Lines) -> Lines:
     lines = list(problems)
     for f in found:
         if f.missing:
-            lines.append(f"{f.study.title}: no run of {', '.join(f.missing)}")
+            runs = [
+                f"{model} seed{'s' * (len(seeds) > 1)} {' '.join(map(str, seeds))}"
+                for model, seeds in f.missing.items()
+            ]
+            lines.append(f"{f.study.title}: no run of {', '.join(runs)}")
         if not f.costs:
             lines.append(
                 f"{f.study.title}: no FLOPs and no inference time: run `python benchmark.py "
@@ -525,10 +532,7 @@ def method_section(studies: list[Study], cost_rows: list[dict]) -> Lines:
     """Environment and commands, from env.json and config.json."""
     runs = [run for study in studies for runs in study.runs.values() for run in runs]
     lines = ["## How it was measured", ""]
-    for words, count in Counter(environment(run) for run in runs).items():
-        lines.append(f"- {count} run{'s' * (count > 1)}: {words}")
-    if dates := sorted({str(run.env["date"]) for run in runs if "date" in run.env}):
-        lines.append(f"- trained on {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}")
+    lines += [f"- {words}" for words in environments(studies)]
     for run in runs:
         if run.result.get("fallback"):
             lines.append(f"- {run.folder}: {run.result['fallback']}")
@@ -553,6 +557,16 @@ def method_section(studies: list[Study], cost_rows: list[dict]) -> Lines:
         *(str(run.config["command"]) for run in runs if "command" in run.config),
         "```",
     ]
+    return lines
+
+
+def environments(studies: list[Study]) -> Lines:
+    """What the runs were made with, each kind with their number, and when."""
+    runs = [run for study in studies for runs in study.runs.values() for run in runs]
+    counted = Counter(environment(run) for run in runs)
+    lines = [f"{n} run{'s' * (n > 1)}: {words}" for words, n in counted.items()]
+    if dates := sorted({str(run.env["date"]) for run in runs if "date" in run.env}):
+        lines.append(f"trained on {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}")
     return lines
 
 

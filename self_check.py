@@ -2,6 +2,7 @@
 
     python train.py --self-check                  # all models, a minute each on a CPU
     python train.py --self-check --model se
+    python train.py --self-check --model se --mode compile --precision fp32   # one of them alone
 
 One line for each, with the largest relative error found in the loss, in any gradient, in the
 BatchNorm buffers, in Adam's state and in the size of the update. Exit code 1 if one is beyond
@@ -27,17 +28,25 @@ from training_step import Average, adam, halves, make_step
 TOLERANCE = {"fp32": 5e-3, "tf32": 1e-1, "bf16": 3e-1}
 BATCH_SIZE = 64
 VARIANTS = [(mode, precision) for precision in ("fp32", "bf16") for mode in MODES]
-VARIANTS = [*VARIANTS[1:], ("eager", "tf32")]
+VARIANTS = [*VARIANTS[1:], ("eager", "tf32")]  # (mode, precision)
 EVERYTHING = Augmentation(crop=2, flip=True, randaugment=1, erase=0.25, cutmix=1.0, mixup=0.2)
 
 
-def self_check(names: list[str], device: torch.device, width: int) -> bool:
-    """Prints a line for each model, mode and precision; True if all errors are within tolerance."""
+def self_check(
+    names: list[str], device: torch.device, width: int, mode: str = "auto", precision: str = "auto"
+) -> bool:
+    """Prints a line for each model, mode and precision; True if all errors are within tolerance.
+
+    mode, precision: this one alone; auto: every one.
+    """
+    variants = [v for v in VARIANTS if mode in ("auto", v[0]) and precision in ("auto", v[1])]
     good = True
-    # The last model once more, with all that a recipe may add to a step.
-    for name, everything in [*((name, False) for name in names), (names[-1], True)]:
+    models = [(name, False) for name in names]
+    if "baseline" in names:
+        models.append(("baseline", True))  # once more, with all that a recipe may add to a step
+    for name, everything in models:
         expected = three_steps(name, "eager", "fp32", device, width, everything)
-        for mode, precision in VARIANTS:
+        for mode, precision in variants:
             label = f"{name:18s} {'+ all' if everything else '     '} {mode:14s} {precision:5s}"
             if impossible := why_not(mode, precision, device):
                 print(f"{label} skipped: {impossible}")

@@ -156,7 +156,7 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
     add(
         "--self-check",
         action="store_true",
-        help="compare every mode with eager mode, train nothing",
+        help="compare every mode, or --mode and --precision, with eager mode; train nothing",
     )
     settings = parser.parse_args(argv)
     if not (settings.model or settings.self_check):
@@ -195,6 +195,10 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
         parser.error(str(error))
     if impossible := why_not(settings.mode, settings.precision, settings.device):
         parser.error(impossible)
+    if settings.self_check:
+        settings.self_check = (settings.mode, settings.precision)  # as asked for, auto: all
+        if settings.self_check == ("eager", "fp32"):
+            parser.error("--self-check: eager fp32 is what the others are compared with")
     settings.precision = choose_precision(settings.precision, settings.device)
     # What differs from the recipe: the report keeps such runs apart.
     own = recipe | dict(width=WIDTH, precision=choose_precision("auto", settings.device))

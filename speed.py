@@ -3,6 +3,7 @@
     python speed.py                               # this project's modes
     python speed.py --peers DIR                   # ... and beside the reference scripts in DIR
     python speed.py --peers DIR --plan            # the commands alone
+    python speed.py --check baseline se           # the self-check of the fast mode alone
 
 The reference scripts do the same work as most people run it; each prints a JSON object a line.
 plain_loop.py: torchvision's ResNet-18, PIL transforms in a DataLoader, eager float32, `.item()`
@@ -13,9 +14,9 @@ timm_inference.py: `attention` and `ms_per_image` of timm's models at batch 64.
 Each job is a process of its own and leaves OUT/speed/<job>.json: stop it at any time, and the same
 command goes on with what is missing or was measured on another device, torch or source. The figures
 are medians over the rounds. On a CPU it trains 960 images an epoch and takes about 15 minutes; on a
-GPU it trains whole epochs, begins with the self-check, and trains 50 epochs of each published model
-from start to end. Writes OUT/speed.json and OUT/speed.md. Exit code 1 if a job failed or a target
-was missed.
+GPU it trains whole epochs, begins with the self-check of the mode that is to be fast, and ends with
+50 epochs of each published model from start to end. Writes OUT/speed.json and OUT/speed.md. Exit
+code 1 if a job failed or a target was missed.
 """
 
 import argparse
@@ -29,11 +30,17 @@ import time
 from pathlib import Path
 from statistics import median
 
+import torch
+
 from environment import choose_device, describe_environment
 from files import write_atomically
-from training_step import choose_mode
+from models import MODELS
+from modes import MODES, PRECISIONS, why_not
+from training_step import choose_mode, choose_precision
 
 PUBLISHED = ("baseline", "se", "cbam_blocks", "cbam_classifier")
+STEPS = 50 * 844  # of the published recipe
+BATCH_SIZE = 64
 TIMM = {"none": "baseline", "se": "se", "cbam": "cbam_blocks"}  # the same models there
 
 FAILURES = (RuntimeError, OSError, ValueError, LookupError, StopIteration)
@@ -80,17 +87,23 @@ GPU_TARGETS = [
 
 def jobs_of(args, cuda: bool) -> dict[str, list]:
     """{job: its command}, what matters most first. The last word of a name is the round."""
-    on = ["--device", args.device]
+    fast = choose_mode("auto", torch.device("cuda" if cuda else "cpu"), STEPS)
+    on = ["--width", args.width, "--device", args.device]
     train = ["train.py", "--data-dir", args.data_dir, "--patience", 50, *on]
     some = [] if cuda else ["--limit-train", 960, "--limit-test", 100]
+    check = ["train.py", "--self-check", "--mode", fast, "--precision", args.precision, *on]
     raw = args.data_dir / "FashionMNIST" / "raw"
     peer_data = ["--data", raw if raw.is_dir() else args.data_dir, "--epochs", 3]
     peer_data += [] if cuda else ["--limit", 960]
-    benchmark = ["benchmark.py", "--models", *PUBLISHED, *on]
-    jobs = {"check 0": ["train.py", "--self-check", *on]} if cuda else {}
-    for i in range(args.rounds):
-        for model in ("baseline", "cbam_blocks") if cuda else ("baseline",):
-            for mode in ("eager", "graph", "compile+graph") if cuda else ("eager", "compile"):
+    benchmark = ["benchmark.py", "--models", *PUBLISHED, "--batch-sizes", BATCH_SIZE, *on]
+    jobs = {
+        f"check {model} {args.precision} 0": [*check, "--model", model]
+        for model in args.check or (PUBLISHED if cuda else ())
+    }
+    for i in range(0 if args.check else args.rounds):
+        for model in PUBLISHED if cuda else ("baseline",):
+            modes = ("eager", "graph", fast) if cuda and model == "baseline" else ("eager", fast)
+            for mode in modes:
                 short = ["--model", model, "--epochs", 4, "--mode", mode, *some]
                 jobs[f"train {model} {mode} {i}"] = [*train, *short]
         if args.peers:
@@ -100,11 +113,8 @@ def jobs_of(args, cuda: bool) -> dict[str, list]:
             if cuda:
                 lightning = [args.peers / "lightning_loop.py", *peer_data, "--workers", 8]
                 jobs[f"Lightning, 8 workers {i}"] = lightning
-        if cuda and i == 0:
-            for model in PUBLISHED:
-                jobs[f"50 epochs {model} {i}"] = [*train, "--model", model]
         for precision in ("bf16", "fp32") if cuda else ("fp32",):
-            inference = [*benchmark, "--batch-sizes", 64, "--precisions", precision]
+            inference = [*benchmark, "--precisions", precision, "--modes", "eager", fast]
             jobs[f"inference {precision} {i}"] = inference
         if args.peers:
             timm = [args.peers / "timm_inference.py"]
@@ -112,11 +122,10 @@ def jobs_of(args, cuda: bool) -> dict[str, list]:
             if cuda:
                 compiled = [*timm, "--precision", "bf16", "--compile"]
                 jobs[f"timm bf16 compiled {i}"] = compiled
-    if cuda:
-        for size in (1, 1024):
-            inference = [*benchmark, "--batch-sizes", size, "--precisions", "bf16"]
-            jobs[f"batches of {size} 0"] = inference
-    return {name: [sys.executable, *map(str, command)] for name, command in jobs.items()}
+    if cuda and not args.check:
+        for model in PUBLISHED:
+            jobs[f"50 epochs {model} 0"] = [*train, "--model", model]
+    return {name: ["python", *map(str, command)] for name, command in jobs.items()}
 
 
 def run_job(name: str, command: list[str]) -> dict:
@@ -127,20 +136,21 @@ def run_job(name: str, command: list[str]) -> dict:
     kind = name.rpartition(" ")[0]
     with tempfile.TemporaryDirectory(prefix="speed-") as folder:
         place = {"train.py": "--runs", "benchmark.py": "--out"}.get(command[1])
-        keep = [place, folder] if place and kind != "check" else []
+        keep = [place, folder] if place and "--self-check" not in command else []
         start = time.perf_counter()
-        done = subprocess.run([*command, *keep], capture_output=True, text=True, timeout=3600)
+        here = [sys.executable, *command[1:], *keep]
+        done = subprocess.run(here, capture_output=True, text=True, timeout=3600)
         seconds = time.perf_counter() - start
         measured_in_part = (Path(folder) / "benchmark.json").exists()
         if done.returncode:
             said = (done.stderr.strip() or done.stdout.strip() or "no output").splitlines()
-            if kind == "check":
+            if "--self-check" in command:
                 print(done.stdout)
             if not measured_in_part:
                 raise RuntimeError(f"exit code {done.returncode}: {said[-1]}")
             print(f"({said[-1]})", end=" ")
         raw = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-        if kind == "check":
+        if "--self-check" in command:
             raw, figures = done.stdout.splitlines(), {}
         elif command[1] == "train.py":
             run = next(Path(folder).glob("*/*/*/seed0"))
@@ -153,8 +163,10 @@ def run_job(name: str, command: list[str]) -> dict:
             figures = {
                 f"ms/image {row['model']} {row['mode']} {row['precision']}": row["ms_per_image"]
                 for row in raw
-                if row["batch_size"] == 64
             }
+            row = raw[0]
+            figures[f"ceiling {row['precision']}"] = row["tflops"] / row["share_of_ceiling"]
+            figures |= {f"GFLOP/image {row['model']}": row["flops_aten"] / 1e9 for row in raw}
         elif kind.startswith("timm"):
             variant = kind.removeprefix("timm ")
             figures = {
@@ -212,7 +224,29 @@ def check_targets(medians: dict[str, float], targets: list[tuple], fast: str) ->
     return rows
 
 
-def as_markdown(rows: list[dict], medians: dict, rounds: int, environment: dict) -> str:
+def training_table(medians: dict[str, float], precision: str) -> list[str]:
+    """Every model and mode that was trained, in lines of Markdown.
+
+    FLOPs of a step: three times those of the forward pass, for there is a gradient by weights and
+    one by inputs. The ceiling: see benchmark.py.
+    """
+    lines = [
+        f"| training, batches of {BATCH_SIZE}, {precision} | images/s | ms a step | TFLOP/s "
+        "| of the ceiling |",
+        "|---|---|---|---|---|",
+    ]
+    for model in PUBLISHED:
+        for mode in MODES:
+            if speed := medians.get(f"train {model} {mode}"):
+                tflops = 3 * medians.get(f"GFLOP/image {model}", 0) * speed / 1e3
+                share = tflops / medians.get(f"ceiling {precision}", float("inf"))
+                known = f"{tflops:.3g} | {100 * share:.0f} %" if share else "- | -"
+                step = 1e3 * BATCH_SIZE / speed
+                lines.append(f"| `{model}`, {mode} | {speed:,.0f} | {step:.3g} | {known} |")
+    return lines if len(lines) > 2 else []
+
+
+def as_markdown(rows: list[dict], medians: dict, args, environment: dict) -> str:
     """speed.md: the targets, all medians, and where they were measured."""
 
     def number(value):
@@ -224,15 +258,19 @@ def as_markdown(rows: list[dict], medians: dict, rounds: int, environment: dict)
     lines = ["| ratio | measured | target | |", "|---|---|---|---|"]
     lines += [f"| {r['what']} | {number(r['figure'])} | {r['target']} | {words[r['met']]} |"
               for r in rows]  # fmt: skip
+    if trained := training_table(medians, args.precision):
+        lines += ["", *trained]
     lines += [
         "",
-        "| images/s in training, ms/image in inference at batch 64 | median |",
+        f"| images/s in training, ms/image in inference at batch {BATCH_SIZE}, ceilings in TFLOP/s "
+        "| median |",
         "|---|---|",
     ]
     lines += [f"| {name} | {number(value)} |" for name, value in medians.items()]
     keys = ("device", "torch", "cuda", "driver", "python", "git_commit")
     known = ", ".join(f"{key} {environment[key]}" for key in keys if environment[key])
-    return "\n".join([*lines, "", f"Medians over up to {rounds} rounds; {known}", ""])
+    width = "" if args.width == 64 else f"width {args.width} instead of 64; "
+    return "\n".join([*lines, "", f"{width}medians over up to {args.rounds} rounds; {known}", ""])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -245,6 +283,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--peers", type=Path, help="folder of the reference scripts; default: none are measured")
     add("--data-dir", type=Path, default=Path("data"), help="default: %(default)s")
     add("--rounds", type=int, default=3, help="default: %(default)s")
+    add("--check", nargs="+", choices=MODELS, metavar="MODEL", default=[],
+        help="run the self-check of these models in the mode that `auto` takes for the published "
+        "recipe, nothing else; exit code 1 if one fails")  # fmt: skip
+    add("--precision", default="auto", choices=["auto", *PRECISIONS],
+        help="of the self-check; auto: as train.py has it")  # fmt: skip
+    add("--width", type=int, default=64, help="channels of the first stage; default: %(default)s")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu or cuda")
     add("--out", type=Path, default=Path("results"), help="folder; default: %(default)s")
     add("--plan", action="store_true", help="print the commands, run nothing")
@@ -253,10 +297,17 @@ def main(argv: list[str] | None = None) -> int:
         device = choose_device(args.device)
     except ValueError as error:
         parser.error(str(error))
-    if args.rounds < 1:
-        parser.error("--rounds must be at least 1")
+    if min(args.rounds, args.width) < 1:
+        parser.error("--rounds and --width must be at least 1")
     if args.peers and not (args.peers / "plain_loop.py").is_file():
         parser.error(f"--peers {args.peers}: there is no plain_loop.py")
+    if args.peers and args.width != 64:
+        parser.error("--peers are of width 64: leave --width out")
+    if args.precision != "auto" and not args.check:
+        parser.error("--precision is for --check: what is timed has the precisions of its table")
+    args.precision = choose_precision(args.precision, device)
+    if impossible := why_not("eager", args.precision, device):
+        parser.error(impossible)
 
     environment = describe_environment(device)
     made_with = {key: environment[key] for key in ("device", "torch", "sha256")}
@@ -278,15 +329,15 @@ def main(argv: list[str] | None = None) -> int:
         except (*FAILURES, subprocess.SubprocessError) as error:
             print(f"failed: {error}", flush=True)
             failed.append(name)
-            if name.startswith("check"):
+            if name.startswith("check") and not args.check:
                 break  # figures of a wrong step are worth nothing
-    if args.plan:
-        return 0
+    if args.plan or args.check:
+        return 1 if failed else 0
 
     medians = medians_of(found)
-    fast = choose_mode("auto", device, steps=50 * 844)
+    fast = choose_mode("auto", device, STEPS)
     rows = check_targets(medians, GPU_TARGETS if device.type == "cuda" else CPU_TARGETS, fast)
-    text = as_markdown(rows, medians, args.rounds, environment)
+    text = as_markdown(rows, medians, args, environment)
     content = {"environment": environment, "targets": rows, "medians": medians, "failed": failed}
     try:
         write_atomically(args.out / "speed.json", json.dumps(content, indent=1) + "\n")

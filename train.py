@@ -438,7 +438,8 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_settings(argv, __doc__)
     if settings.self_check:
         models = [settings.base_model] if settings.model else list(MODELS)
-        return 0 if self_check(models, settings.device, settings.width) else 1
+        check = settings.self_check
+        return 0 if self_check(models, settings.device, settings.width, *check) else 1
     with parallel.joined(settings.device), contextlib.ExitStack() as stack:
         stack.enter_context(leaving_at_once(stack.close))
         runs = settings.runs

@@ -67,7 +67,7 @@ def test_published_table_with_our_figures_beside(study):
     assert row_of(text, "cbam_classifier")[1:4] == ["0", "missing", "93.18"]
     missing = next(line for line in text.splitlines() if "no run of" in line)
     assert missing.endswith(
-        "cbam_blocks seed 2, cbam_classifier seed 0, cbam_classifier seed 1, cbam_classifier seed 2"
+        "cbam_blocks seed 2, cbam_classifier seeds 0 1 2"
     )
     assert "quick" not in text.lower()
     assert "sample standard deviation (n - 1)" in text and "python train.py --model" in text
@@ -109,7 +109,7 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
     assert "- `se` is worse than the baseline: 92.20 % against 93.20 %, -1.00 points over 5" in text
     assert "after correction), at 1.20 times its inference time." in text
     assert "`cbam_blocks` is not distinguishable from the baseline" in text
-    assert "- `cbam_classifier`: no verdict, it has fewer than two seeds" in text
+    assert "- `cbam_classifier`: no verdict, fewer than two seeds" in text
     assert "- `se` against its control `se_static`" in text
     summary = json.loads((out / "summary.json").read_text())["studies"][0]
     assert summary["against_baseline"]["se"]["verdict"] == "worse"
@@ -122,7 +122,7 @@ def test_one_seed_is_no_verdict(finished_run, tmp_path):
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert "**No verdict.** No model has two seeds in common with the baseline." in text
-    assert "`se`: no verdict, it has fewer than two seeds" in text and "better" not in text
+    assert "`se`: no verdict, fewer than two seeds" in text and "better" not in text
     assert not (out / "differences.png").exists()
 
 
@@ -328,7 +328,7 @@ def test_seeds_missing_for_one_model_are_named_and_the_rest_is_paired(study):
     text = (out / "report.md").read_text()
     section = text[text.index("### Against the baseline") :]
     assert row_of(section, "se")[1:3] == ["2", "-0.20"]  # seeds 0 and 2
-    assert "`cbam_blocks`: no verdict, it has fewer than two seeds" in text
+    assert "`cbam_blocks`: no verdict, fewer than two seeds" in text
     assert "no run of baseline seed 1" in text
 
 

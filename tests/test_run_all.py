@@ -207,7 +207,7 @@ def test_readme_commands_exist(command, capsys):
         word for word in words if not re.fullmatch(r"[A-Z]+=.*", word)
     ]  # MODELS="..." in front
     if words[0] == "./run_all.sh":
-        assert words[1:2] in ([], ["quick"], ["full"], ["plan"], ["test"])
+        assert words[1:2] in ([], ["quick"], ["full"], ["study"], ["plan"], ["test"])
     elif words[0] == "python":
         script = {
             "train.py": train,

@@ -27,17 +27,48 @@ def test_the_plan_is_of_runnable_commands(tmp_path, capsys):
 
 def test_a_gpu_is_checked_first_and_timed_from_start_to_end(tmp_path):
     args = speed.argparse.Namespace(
-        device="cuda", data_dir=tmp_path, peers=tmp_path, rounds=1, out=tmp_path
-    )
+        device="cuda", data_dir=tmp_path, peers=tmp_path, rounds=2, out=tmp_path, width=64,
+        check=[], precision="bf16",
+    )  # fmt: skip
     steps = speed.jobs_of(args, cuda=True)
-    assert next(iter(steps.values()))[1:3] == ["train.py", "--self-check"]
-    assert sum(name.startswith("50 epochs") for name in steps) == 4
+    assert list(steps)[:4] == [f"check {model} bf16 0" for model in speed.PUBLISHED]
+    check = steps["check baseline bf16 0"]
+    assert check[1:3] == ["train.py", "--self-check"] and "compile+graph" in check
+    assert list(steps)[-4:] == [f"50 epochs {model} 0" for model in speed.PUBLISHED]
     figures = {name for name in steps if name.startswith("train")}
-    assert figures == {
-        f"train {model} {mode} 0"
-        for model in ("baseline", "cbam_blocks")
-        for mode in ("eager", "graph", "compile+graph")
+    assert figures == {"train baseline graph 0", "train baseline graph 1"} | {
+        f"train {model} {mode} {i}"
+        for model in speed.PUBLISHED
+        for mode in ("eager", "compile+graph")
+        for i in (0, 1)
     }
+    args.check, args.precision = ["eca"], "fp32"
+    assert list(speed.jobs_of(args, cuda=True)) == ["check eca fp32 0"]
+
+
+def test_the_check_alone_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(speed, "choose_mode", lambda *_: "eager")  # nothing to compile
+    flags = ["--check", "se", "--precision", "bf16", "--width", "8", "--device", "cpu"]
+    assert speed.main([*flags, "--out", str(tmp_path)]) == 0
+    assert "check se bf16 0 ..." in capsys.readouterr().out
+    kept = json.loads((tmp_path / "speed/check_se_bf16_0.json").read_text())
+    assert kept["command"][:2] == ["python", "train.py"] and " ok " in kept["raw"][0]
+    assert [path.name for path in tmp_path.iterdir()] == ["speed"]  # no table
+    assert speed.main([*flags, "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out == ""
+
+    monkeypatch.setattr(speed, "choose_mode", lambda *_: "graph")  # which a CPU cannot
+    assert speed.main([*flags, "--out", str(tmp_path)]) == 1
+    assert "exit code 2: train.py: error: mode graph needs a CUDA GPU" in capsys.readouterr().out
+
+
+def test_the_share_of_the_ceiling():
+    medians = {"train se eager": 1000.0, "GFLOP/image se": 2.0, "ceiling bf16": 12.0}
+    *_, row = speed.training_table(medians, "bf16")
+    assert row == "| `se`, eager | 1,000 | 64 | 6 | 50 % |"  # 3 x 2 GFLOP x 1,000 of 12 TFLOP/s
+    del medians["ceiling bf16"]
+    assert speed.training_table(medians, "bf16")[-1] == "| `se`, eager | 1,000 | 64 | - | - |"
+    assert speed.training_table({"train plain loop, 0 workers": 3.0}, "fp32") == []
 
 
 def test_ratios_and_targets():
@@ -106,7 +137,17 @@ def test_a_signal_ends_the_job_too(tmp_path):
         os.killpg(process.pid, 0)
 
 
-@pytest.mark.parametrize("flags", [["--peers", "nowhere"], ["--rounds", "0"], ["--device", "tpu"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--peers", "nowhere"],
+        ["--rounds", "0"],
+        ["--device", "tpu"],
+        ["--check", "sse"],
+        ["--precision", "fp32"],
+        ["--check", "se", "--precision", "tf32", "--device", "cpu"],
+    ],
+)
 def test_wrong_usage_is_one_line_and_exit_code_2(flags, capsys):
     with pytest.raises(SystemExit) as stopped:
         speed.main(flags)
