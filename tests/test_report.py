@@ -66,9 +66,7 @@ def test_published_table_with_our_figures_beside(study):
     assert row_of(text, "cbam_blocks")[1:4] == ["2", "92.60 ± 0.14", "92.59"]
     assert row_of(text, "cbam_classifier")[1:4] == ["0", "missing", "93.18"]
     missing = next(line for line in text.splitlines() if "no run of" in line)
-    assert missing.endswith(
-        "cbam_blocks seed 2, cbam_classifier seeds 0 1 2"
-    )
+    assert missing.endswith("cbam_blocks seed 2, cbam_classifier seeds 0 1 2")
     assert "quick" not in text.lower()
     assert "sample standard deviation (n - 1)" in text and "python train.py --model" in text
     assert text.index("What was found") < text.index("| model |")
