@@ -341,7 +341,8 @@ def write(path: Path, rows: Iterable[dict]) -> list[dict]:
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The settings; device, modes and precisions as they are to be measured. Exits with 2."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is then a single line
         description=__doc__,
@@ -366,15 +367,15 @@ def main(argv: list[str] | None = None) -> int:
         "torch, width and models.py, measure the others")  # fmt: skip
     args = parser.parse_args(argv)
     try:
-        device = choose_device(args.device)
+        args.device = choose_device(args.device)
     except ValueError as error:
         parser.error(str(error))
-    cuda = device.type == "cuda"
-    modes = args.modes or [mode for mode in MODES if not why_not(mode, "fp32", device)]
-    precisions = args.precisions or (["fp32", "bf16"] if cuda else ["fp32"])
-    for mode in modes:
-        for precision in precisions:
-            if impossible := why_not(mode, precision, device):
+    args.modes = args.modes or [mode for mode in MODES if not why_not(mode, "fp32", args.device)]
+    fast = ["bf16"] if args.device.type == "cuda" else []
+    args.precisions = args.precisions or ["fp32", *fast]
+    for mode in args.modes:
+        for precision in args.precisions:
+            if impossible := why_not(mode, precision, args.device):
                 parser.error(impossible)
     if max(args.batch_sizes) > 10**9:
         parser.error("--batch-sizes must be at most 10^9")
@@ -385,8 +386,15 @@ def main(argv: list[str] | None = None) -> int:
         shape_of(args.image)
     except ValueError:
         parser.error(f"--image {args.image}: give channels x height x width, such as {IMAGE}")
+    return args
 
-    path = args.out / "benchmark.json"
+
+def measure_all(args: argparse.Namespace) -> tuple[list[dict], list[dict], int]:
+    """(all rows of benchmark.json, rows left out for wrong logits, how many were kept).
+
+    Writes benchmark.json after each precision and batch size. Raises OSError.
+    """
+    path, device = args.out / "benchmark.json", args.device
     common = {
         "device": device_name(device),
         "torch": torch.__version__,
@@ -398,37 +406,42 @@ def main(argv: list[str] | None = None) -> int:
         "attention_sha256": source_hashes()["attention.py"],
         "modes_sha256": source_hashes()["modes.py"],
     }
+    rows = {key_of(row): row for row in rows_kept(path, common)} if args.keep else {}
+    kept, wrong = len(rows), []
+    missing = {
+        (precision, size): [
+            (name, mode)
+            for name in args.models
+            for mode in args.modes
+            if (size, precision, name, mode) not in rows
+        ]
+        for precision in args.precisions
+        for size in args.batch_sizes
+    }
+    to_measure = {precision for (precision, _), variants in missing.items() if variants}
+    # All of them now, before compilers are at work.
+    ceilings = {precision: ceiling_tflops(precision, device) for precision in to_measure}
+    for (precision, size), variants in missing.items():
+        if variants:
+            settings = common | {"batch_size": size, "precision": precision}
+            repeats = args.repeats or default_repeats(size, device)
+            measured = measure(variants, settings, repeats, ceilings[precision], device)
+            wrong += [r for r in measured if not r["logit_error"] <= TOLERANCE[precision]]
+            rows |= {key_of(row): row for row in measured if row not in wrong}
+            write(path, rows.values())
+    return write(path, rows.values()), wrong, kept
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
     try:
-        rows = {key_of(row): row for row in rows_kept(path, common)} if args.keep else {}
-        kept, wrong = len(rows), []
-        missing = {
-            (precision, size): [
-                (name, mode)
-                for name in args.models
-                for mode in modes
-                if (size, precision, name, mode) not in rows
-            ]
-            for precision in precisions
-            for size in args.batch_sizes
-        }
-        to_measure = {precision for (precision, _), variants in missing.items() if variants}
-        # All of them now, before compilers are at work.
-        ceilings = {precision: ceiling_tflops(precision, device) for precision in to_measure}
-        for (precision, size), variants in missing.items():
-            if variants:
-                settings = common | {"batch_size": size, "precision": precision}
-                repeats = args.repeats or default_repeats(size, device)
-                measured = measure(variants, settings, repeats, ceilings[precision], device)
-                wrong += [r for r in measured if not r["logit_error"] <= TOLERANCE[precision]]
-                rows |= {key_of(row): row for row in measured if row not in wrong}
-                write(path, rows.values())
-        rows = write(path, rows.values())
+        rows, wrong, kept = measure_all(args)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         print(
-            f"error: out of memory on {device_name(device)} with --batch-sizes {args.batch_sizes} "
-            f"and --width {args.width}: try a smaller one",
+            f"error: out of memory on {device_name(args.device)} with --batch-sizes "
+            f"{args.batch_sizes} and --width {args.width}: try a smaller one",
             file=sys.stderr,
         )
         return 1
@@ -436,14 +449,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(
-        f"{device_name(device)}, torch {torch.__version__}; medians"
+        f"{device_name(args.device)}, torch {torch.__version__}; medians"
         + (f"; {kept} rows kept" if kept else "")
     )
     print_tables(rows)
     print(
         "\nMFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs. TFLOP/s: "
         "MFLOPs x images/s.\nShare: of what one large product or convolution reaches here. Set-up: "
-        f"compiling, capturing, first call.\nWritten to {path}"
+        f"compiling, capturing, first call.\nWritten to {args.out / 'benchmark.json'}"
     )
     for row in wrong:
         print(

@@ -59,8 +59,8 @@ RECIPES = {
 WIDTH = 64  # channels of the first stage, as published
 
 
-def parse_settings(argv: list[str] | None, description: str = __doc__) -> argparse.Namespace:
-    """All settings, resolved: explicit flags win over the recipe. Exits with 2 on wrong usage."""
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """All flags of train.py."""
 
     def within(least, most, kind):
         def parse(text):
@@ -158,6 +158,12 @@ def parse_settings(argv: list[str] | None, description: str = __doc__) -> argpar
         action="store_true",
         help="compare every mode, or --mode and --precision, with eager mode; train nothing",
     )
+    return parser
+
+
+def parse_settings(argv: list[str] | None, description: str = __doc__) -> argparse.Namespace:
+    """All settings, resolved: explicit flags win over the recipe. Exits with 2 on wrong usage."""
+    parser = make_parser(description)
     settings = parser.parse_args(argv)
     if not (settings.model or settings.self_check):
         parser.error("--model is missing: choose from " + ", ".join(MODELS))
