@@ -433,6 +433,7 @@ def measure_all(args: argparse.Namespace) -> tuple[list[dict], list[dict], int]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The script, with `argv` in place of the command line; the exit code."""
     args = parse(argv)
     try:
         rows, wrong, kept = measure_all(args)

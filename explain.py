@@ -270,7 +270,8 @@ def is_kept(paths: list[Path], configs: list[dict], args) -> bool:
 # --- Command line ---------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The settings, the device resolved. Exits with 2 on wrong usage."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is then a single line
         description=__doc__,
@@ -297,6 +298,12 @@ def main(argv: list[str] | None = None) -> int:
         args.device = choose_device(args.device)
     except ValueError as error:
         parser.error(str(error))
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The script, with `argv` in place of the command line; the exit code."""
+    args = parse(argv)
     folders = args.compare or ([args.run] if args.run else [])
     paths = [folder / "best.pt" for folder in folders] or [args.checkpoint]
     try:

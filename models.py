@@ -235,6 +235,7 @@ def count_parameters(model: nn.Module) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The script, with `argv` in place of the command line; the exit code."""
     argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is then a single line
         description=__doc__,

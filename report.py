@@ -187,6 +187,7 @@ def print_power(sd: float, difference: float, comparisons: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The script, with `argv` in place of the command line; the exit code."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is then a single line
         description=__doc__,

@@ -273,7 +273,8 @@ def as_markdown(rows: list[dict], medians: dict, args, environment: dict) -> str
     return "\n".join([*lines, "", f"{width}medians over up to {args.rounds} rounds; {known}", ""])
 
 
-def main(argv: list[str] | None = None) -> int:
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The settings, device and precision resolved. Exits with 2 on wrong usage."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is then a single line
         description=__doc__,
@@ -308,7 +309,13 @@ def main(argv: list[str] | None = None) -> int:
     args.precision = choose_precision(args.precision, device)
     if impossible := why_not("eager", args.precision, device):
         parser.error(impossible)
+    return args
 
+
+def main(argv: list[str] | None = None) -> int:
+    """The script, with `argv` in place of the command line; the exit code."""
+    args = parse(argv)
+    device = choose_device(args.device)
     environment = describe_environment(device)
     made_with = {key: environment[key] for key in ("device", "torch", "sha256")}
     found, failed = {}, []

@@ -435,6 +435,7 @@ def finished(settings: argparse.Namespace, folder: Path) -> dict | None:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """The script, with `argv` in place of the command line; the exit code."""
     settings = parse_settings(argv, __doc__)
     if settings.self_check:
         models = [settings.base_model] if settings.model else list(MODELS)
