@@ -125,7 +125,10 @@ def load_model(path: Path, config: dict, dataset: data.ImageData, seed=None) -> 
         try:
             weights = checkpoint.load_weights(path)
         except FileNotFoundError:
-            raise ExplainError(f"{path} is not there: train the run to its end first") from None
+            raise ExplainError(
+                f"{path} is not there: train the run to its end first (or again, with --overwrite: "
+                "Git keeps no weights)"
+            ) from None
         except Exception as error:  # damaged files raise what they like
             reason = str(error).strip().split("\n")[0] or type(error).__name__
             raise ExplainError(f"{path} cannot be read: {reason}") from None
@@ -154,7 +157,7 @@ def chosen(labels: torch.Tensor, predictions: torch.Tensor) -> list[int]:
 def explain(
     name: str, path: Path, dataset: data.ImageData, config: dict, args
 ) -> tuple[dict, Explained]:
-    """(an entry of explain.json, what is drawn). args.images is filled in where it is None."""
+    """(an entry of explain.json, what is drawn). Fills in args.images where it is None."""
     device = args.device
     by_data = config.get("normalize") == "data"
     moments = dataset.moments_on(device) if by_data else halves(device)
@@ -168,6 +171,10 @@ def explain(
     predictions = probabilities.argmax(1)
     if args.images is None:
         args.images = chosen(labels, predictions)  # other models are then shown the same
+        args.choice = (
+            f"Images: of each class the first that {config['model']} gets right, then the first "
+            "that it gets wrong."
+        )
 
     def accuracy(classes):
         return 100 * (classes == labels).double().mean().item()
@@ -230,6 +237,7 @@ def explain(
     }  # fmt: skip
     return numbers, Explained(
         name=name.replace("_seed", ", seed "),
+        choice=args.choice,
         quick=bool(numbers["quick"]),
         classes=dataset.classes,
         pixels=dataset.test_images[args.images],
@@ -291,6 +299,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help="folder; default: %(default)s")
     add("--keep", action="store_true", help="do nothing where OUT/explain.json is of these runs")
+    parser.set_defaults(choice="")  # how --images were chosen, where that was not the user
     args = parser.parse_args(argv)
     if min(args.limit_cam, 1 if args.limit_test is None else args.limit_test) < 1:
         parser.error("--limit-test and --limit-cam must be at least 1")

@@ -1,6 +1,7 @@
 """The pictures of explain.py: each image with Grad-CAM and gate maps, and every channel's gate."""
 
 import io
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,9 +15,10 @@ matplotlib.use("Agg")  # the figures never go to a window
 import matplotlib.pyplot as plt
 
 # In inches. side: room for names to the left of the strips, and half of that of the tiles.
-INCH = dict(tile=0.68, caption=0.26, gap=0.05, between=0.35, top=0.75, strip=1.3, side=1.0)
-COLOURS = (
-    "Dark blue: low, yellow: high, white: nothing comes in. Each Grad-CAM has a scale of its own."
+INCH = dict(tile=0.68, caption=0.26, gap=0.05, between=0.35, top=0.85, strip=1.3, side=1.0)
+LEGEND = (
+    "Below an image its class and the probability of the prediction; ✗: what it is taken for. Dark "
+    "blue: low, yellow: high; each Grad-CAM has a scale of its own."
 )
 
 
@@ -25,6 +27,7 @@ class Explained:
     """What is drawn of one model. Everything is on the CPU."""
 
     name: str  # of the picture
+    choice: str  # how the images were chosen, a sentence
     quick: bool
     classes: list[str]
     pixels: torch.Tensor  # uint8 (n, C, H, W), the images shown
@@ -51,7 +54,10 @@ def draw_model(e: Explained, path: Path) -> None:
         for i, row in enumerate(tiles):
             row.append([dict(X=maps[i].numpy(), cmap="cividis", vmin=low, vmax=high), ""])
     title = e.name + ", quick run" * e.quick
-    draw(title, headings, tiles, e.gates_by_class, e.classes, path)
+    legend = LEGEND
+    if any(maps.isnan().any() for maps in [*e.gate_maps.values(), *e.gates_by_class.values()]):
+        legend += " White: no signal reaches the gate."
+    draw(title, [e.choice, legend], headings, tiles, e.gates_by_class, e.classes, path)
 
 
 def draw_comparison(models: list[Explained], path: Path) -> None:
@@ -66,7 +72,7 @@ def draw_comparison(models: list[Explained], path: Path) -> None:
             heat, _ = cam_tile(e, i, e.cams["layer4"][i])
             row.append([heat, verdict(e, i, "\n")])
     title = "Grad-CAM at layer4" + ", quick runs" * any(e.quick for e in models)
-    draw(title, headings, tiles, {}, first.classes, path)
+    draw(title, [first.choice, LEGEND], headings, tiles, {}, first.classes, path)
 
 
 def image_tile(e: Explained, i: int, caption: str) -> list:
@@ -99,7 +105,7 @@ def short(name: str) -> str:
     return name if len(name) <= 14 else f"{name[:6]}…{name[-7:]}"
 
 
-def draw(title, headings, tiles, gates_by_class, classes, path) -> None:
+def draw(title, notes, headings, tiles, gates_by_class, classes, path) -> None:
     """Two images a row, each with its tiles; below, a strip of channel gates for each stage.
 
     tiles: for each image a list of [arguments of imshow or None, caption].
@@ -126,7 +132,8 @@ def draw(title, headings, tiles, gates_by_class, classes, path) -> None:
         return axes
 
     figure.text(0.5, 1 - 0.13 / height, title, ha="center", va="center", fontsize=10)
-    figure.text(0.5, 1 - 0.32 / height, COLOURS, ha="center", va="center", fontsize=6)
+    notes = "\n".join("\n".join(textwrap.wrap(note, int(21 * width))) for note in notes if note)
+    figure.text(0.5, 1 - 0.24 / height, notes, ha="center", va="top", fontsize=6)
     for i, of_image in enumerate(tiles):
         left = margin + i // rows * (block + inch["between"])
         for j, (shown, caption) in enumerate(of_image):

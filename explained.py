@@ -90,10 +90,10 @@ def explained_of(study: Study, rows: list[dict]) -> tuple[list[dict], Lines]:
 
 
 def pictures_of(rows: list[dict], out: Path) -> dict[str, bytes]:
-    """{file name: PNG}: the models side by side, and the first of those with gates."""
+    """{file name: PNG}: the models side by side, and each of those with gates."""
     gated = [row for row in rows if row["gates"]]
     names = ["explain_compare.png"] if len(rows) > 1 else []
-    names += [row["picture"] for row in (gated or rows)[:1]]
+    names += [row["picture"] for row in (gated or rows[:1])]
     return {name: (out / name).read_bytes() for name in names if (out / name).is_file()}
 
 

@@ -122,7 +122,7 @@ def jobs_of(args, cuda: bool) -> dict[str, list]:
             if cuda:
                 compiled = [*timm, "--precision", "bf16", "--compile"]
                 jobs[f"timm bf16 compiled {i}"] = compiled
-    if cuda and not args.check:
+    if cuda and not (args.check or args.short):
         for model in PUBLISHED:
             jobs[f"50 epochs {model} 0"] = [*train, "--model", model]
     return {name: ["python", *map(str, command)] for name, command in jobs.items()}
@@ -289,6 +289,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "recipe, nothing else; exit code 1 if one fails")  # fmt: skip
     add("--precision", default="auto", choices=["auto", *PRECISIONS],
         help="of the self-check; auto: as train.py has it")  # fmt: skip
+    add("--short", action="store_true", help="on a GPU: leave out the 50 epochs of each model")
     add("--width", type=int, default=64, help="channels of the first stage; default: %(default)s")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu or cuda")
     add("--out", type=Path, default=Path("results"), help="folder; default: %(default)s")

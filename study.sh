@@ -32,7 +32,7 @@ set_study() {  # [miniature]; sets `gpu` to the name of the GPU, or `no_gpu` to 
     width=(--width 16)
     small=(--epochs 4 --limit-train 256 --limit-test 500)
     seeds_after_0=1 few_seeds="0 1" module_seeds=0 more_seeds=2 rounds=1
-    checked=(se) checked_fp32=(se) check_module=(true)
+    checked=(se) checked_fp32=(se) check_further=no  # each takes a minute
     looked_at=()
     [[ -z $no_gpu ]] || modes=(eager)
   else
@@ -40,28 +40,34 @@ set_study() {  # [miniature]; sets `gpu` to the name of the GPU, or `no_gpu` to 
     OUT=${OUT:-results/$(tr -cs '[:alnum:]\n' _ <<<"${gpu,,}")}
     width=() small=()
     seeds_after_0="1 2 3 4" few_seeds="0 1 2" module_seeds="0 1 2" more_seeds="5 6 7 8 9" rounds=3
-    checked=("${compared[@]}") checked_fp32=(baseline cbam_blocks) check_module=(check)
+    checked=("${compared[@]}") checked_fp32=(baseline cbam_blocks) check_further=yes
     looked_at=(--limit-test 10000)
   fi
   speed=("$PYTHON" speed.py "${width[@]}" --out "$OUT")
   peers=()
   [[ -z ${PEERS:-} ]] || peers=(--peers "$PEERS")
+  beside=()  # in the report
+  [[ ! -d $OUT/fp32 ]] || beside=(--compare "$OUT/fp32")
 }
 
 study() {  # from top to bottom; what fails is taken note of in `failed`, and the rest is tried
-  local model best right=() seen=("${compared[@]/#/$OUT/runs/$dataset/published/}")
+  local model best right=() first_runs=()
 
   echo "# 1. Does the fast mode take the same step as eager float32?"
-  check "${checked[@]}" || die 1 "the self-check failed, see above: figures of a wrong step are worth nothing"
+  check "${checked[@]}" ||
+    die 1 "the self-check failed, see above: figures of a wrong step are worth nothing"
 
   echo "# 2. How fast is it, beside the usual ways? What do the models cost?"
-  attempt "${speed[@]}" "${peers[@]}" --rounds 1
+  attempt "${speed[@]}" "${peers[@]}" --rounds 1 --short
   measure_costs "$OUT" "64" "${compared[@]}"
   measure_costs "$OUT" "1 16 256 1024" "${compared[@]}"
 
   echo "# 3. The published study, and what its first seed looks at while the weights are there"
   train "$OUT/runs" published "${compared[*]}" 0
-  attempt "$PYTHON" explain.py "${looked_at[@]}" --keep --out "$OUT" --compare "${seen[@]/%//seed0}"
+  for model in "${compared[@]}"; do
+    first_runs+=("$OUT/runs/$dataset/published/$model/seed0")
+  done
+  attempt "$PYTHON" explain.py "${looked_at[@]}" --keep --out "$OUT" --compare "${first_runs[@]}"
   write_report
   train "$OUT/runs" published "${compared[*]}" "$seeds_after_0"
   write_report
@@ -69,20 +75,21 @@ study() {  # from top to bottom; what fails is taken note of in `failed`, and th
   echo "# 4. Is bfloat16 as good as float32?"
   if check "${checked_fp32[@]}" --precision fp32; then
     train "$OUT/fp32" published "baseline cbam_blocks" "$few_seeds" --precision fp32
-    write_report --compare "$OUT/fp32"
+    beside=(--compare "$OUT/fp32")
+    write_report
   fi
 
   echo "# 5. The recipe strong: the baseline, and the two modules that are best in validation"
   if best=$(two_best); then
     train "$OUT/runs" strong "baseline $best" "$few_seeds"
-    write_report --compare "$OUT/fp32"
+    write_report
   else
     echo "# (which two are best shows when 3 is done)"
   fi
 
   echo "# 6. Every further module"
   for model in "${further[@]}"; do
-    if "${check_module[@]}" "$model"; then right+=("$model"); fi
+    if [[ $check_further == no ]] || check "$model"; then right+=("$model"); fi
   done
   measure_costs "$OUT/modules" "64" baseline "${right[@]}"
   train "$OUT/modules/runs" published "baseline ${right[*]}" "$module_seeds"
@@ -91,7 +98,7 @@ study() {  # from top to bottom; what fails is taken note of in `failed`, and th
   echo "# 7. More of 3 and of 2: seeds, and rounds of timing"
   train "$OUT/runs" published "${compared[*]}" "$more_seeds"
   attempt "${speed[@]}" "${peers[@]}" --rounds "$rounds"
-  write_report --compare "$OUT/fp32"
+  write_report
 }
 
 check() {  # MODEL ... [FLAG ...]: fails where a self-check does
@@ -100,7 +107,9 @@ check() {  # MODEL ... [FLAG ...]: fails where a self-check does
   return 1
 }
 
-train() {  # RUNS RECIPE "MODEL ..." "SEED ..." [FLAG ...]: what of it is not done
+# What of these runs is not done. Sets what run_all.sh's train_all goes by: RUNS, RECIPE, models,
+# seeds, flags.
+train() {  # RUNS RECIPE "MODEL ..." "SEED ..." [FLAG ...]
   RUNS=$1 RECIPE=$2
   read -ra models <<<"$3"
   read -ra seeds <<<"$4"
@@ -115,12 +124,12 @@ measure_costs() {  # OUT "BATCH_SIZE ..." MODEL ...
     --batch-sizes "${sizes[@]}" --keep --out "$1"
 }
 
-write_report() {  # [FLAG ...]
-  attempt "$PYTHON" report.py --runs "$OUT/runs" --out "$OUT" "$@"
+write_report() {
+  attempt "$PYTHON" report.py --runs "$OUT/runs" --out "$OUT" "${beside[@]}"
 }
 
-two_best() {  # of the candidates, by mean validation accuracy; fails where a run is missing
-  "$PYTHON" - "$OUT/runs/$dataset/published" "0 $seeds_after_0" "${candidates[@]}" <<'EOF' 2>/dev/null
+two_best() {  # of the candidates, by mean validation accuracy; exit code 3 where a result is missing
+  "$PYTHON" - "$OUT/runs/$dataset/published" "0 $seeds_after_0" "${candidates[@]}" <<'EOF'
 import json, sys
 from statistics import mean
 
@@ -132,11 +141,14 @@ def accuracy(model):
     return mean(result["val_acc"] for result in results)
 
 
-print(*sorted(models, key=accuracy)[-2:])
+try:
+    print(*sorted(models, key=accuracy)[-2:])
+except (OSError, ValueError, LookupError):  # not there yet, or damaged
+    sys.exit(3)
 EOF
 }
 
-plan_study() {  # the same steps, their commands printed
+plan_study() {  # the same steps, but from here on commands are printed
   run() { print_command "$@"; }
   train_all() { print_runs; }
   study
@@ -149,6 +161,7 @@ work_on_study() {  # [miniature]
   run "$PYTHON" data.py || exit $?
   check_writable "$OUT"
   log "started"
+  SECONDS=0
   trap 'code=$?; pass_on; wait; log "ended after $SECONDS s, exit code $code"' EXIT
   study
   leave_with_failed

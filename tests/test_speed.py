@@ -28,7 +28,7 @@ def test_the_plan_is_of_runnable_commands(tmp_path, capsys):
 def test_a_gpu_is_checked_first_and_timed_from_start_to_end(tmp_path):
     args = speed.argparse.Namespace(
         device="cuda", data_dir=tmp_path, peers=tmp_path, rounds=2, out=tmp_path, width=64,
-        check=[], precision="bf16",
+        check=[], precision="bf16", short=False,
     )  # fmt: skip
     steps = speed.jobs_of(args, cuda=True)
     assert list(steps)[:4] == [f"check {model} bf16 0" for model in speed.PUBLISHED]
@@ -42,6 +42,8 @@ def test_a_gpu_is_checked_first_and_timed_from_start_to_end(tmp_path):
         for mode in ("eager", "compile+graph")
         for i in (0, 1)
     }
+    args.short = True
+    assert steps.keys() - speed.jobs_of(args, cuda=True).keys() == set(list(steps)[-4:])
     args.check, args.precision = ["eca"], "fp32"
     assert list(speed.jobs_of(args, cuda=True)) == ["check eca fp32 0"]
 

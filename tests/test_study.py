@@ -61,7 +61,7 @@ def test_the_plan_is_every_run_once_and_what_matters_most_first(tmp_path):
     scripts = [words[0] for words in commands]
     assert scripts[:4] == ["speed.py", "speed.py", "benchmark.py", "benchmark.py"]
     assert commands[0][-6:] == ["--check", *COMPARED]
-    assert commands[1][-4:] == ["--peers", str(tmp_path), "--rounds", "1"]
+    assert commands[1][-5:] == ["--peers", str(tmp_path), "--rounds", "1", "--short"]
     explained = commands[scripts.index("explain.py")]
     assert explained[-5:] == [f"{out}/runs/fashion_mnist/published/{m}/seed0" for m in COMPARED]
     assert scripts.index("explain.py") == 4 + len(COMPARED)  # while the weights are there
