@@ -61,33 +61,38 @@ def study_section(f: Findings, figures: Lines) -> Lines:
 
 def finding(f: Findings) -> Lines:
     """The verdicts in sentences that can be quoted."""
-    controls = [f"- {control_sentence(f, model, c)}" for model, c in f.controlled.items()]
-    if "baseline" not in f.models:
-        lines = ["**No verdict:** there is no finished run of the baseline to compare with."]
-        return [*lines, *(["", *controls] if controls else [])]
-    if len(f.models) == 1:
-        return ["**No verdict:** only the baseline was trained."]
-    lines = [headline(f), ""]
-    lines += [f"- {sentence(f, model, c)}" for model, c in f.against.items()]
+    lines = [f"- {sentence(f, model, c)}" for model, c in f.against.items()]
     unjudged = [model for model in f.models if model not in f.against and model != "baseline"]
-    if unjudged:
+    if unjudged and "baseline" in f.models:
         lines.append(
             f"- {names(unjudged)}: no verdict, fewer than two seeds in common with the baseline. "
             "One pair of runs cannot tell the model's doing from the seed's."
         )
-    lines += controls
-    if f.front:
-        row, judged = f.costs[f.front[0]], sum(model in f.costs for model in f.against) + 1
-        lines.append(
-            f"- Accuracy against inference time ({row['mode']}, {row['precision']}), ties counted "
-            f"as ties: the Pareto front of {judged} models is {names(f.front)}."
-        )
-    return lines
+    lines += control_sentences(f) + front_sentence(f)
+    return [headline(f), *(["", *lines] if lines else [])]
+
+
+def control_sentences(f: Findings) -> Lines:
+    return [f"- {control_sentence(f, model, c)}" for model, c in f.controlled.items()]
+
+
+def front_sentence(f: Findings) -> Lines:
+    if not f.front:
+        return []
+    row, judged = f.costs[f.front[0]], sum(model in f.costs for model in f.against) + 1
+    return [
+        f"- Accuracy against inference time ({row['mode']}, {row['precision']}), ties counted as "
+        f"ties: the Pareto front of {judged} models is {names(f.front)}."
+    ]
 
 
 def headline(f: Findings) -> str:
+    if "baseline" not in f.models:
+        return "**No verdict:** there is no finished run of the baseline to compare with."
+    if len(f.models) == 1:
+        return "**No verdict:** only the baseline was trained."
     if not f.against:
-        return "**No verdict.** No model has two seeds in common with the baseline."
+        return "**No verdict:** no model has two seeds in common with the baseline."
     n = [len(c.seeds) for c in f.against.values()]
     seeds = f"{n[0]}" if min(n) == max(n) else f"{min(n)} to {max(n)}"
     groups = {}
@@ -113,7 +118,7 @@ def sentence(f: Findings, model: str, c: Comparison) -> str:
     quick = " in this quick run" if f.study.quick else ""
     limit = ""
     if c.verdict == "not distinguishable":
-        limit = f"; {c.detectable:.2f} points would have been found 8 times in 10"
+        limit = f"; a true difference of {c.detectable:.2f} points is found with a power of 80 %"
     return (
         f"`{model}` {words[c.verdict]}{quick}: {c.accuracy:.2f} % against {c.reference:.2f} %, "
         f"{c.difference:+.2f} points over {len(c.seeds)} seeds ({interval(c.corrected)} after "
@@ -230,7 +235,7 @@ def baseline_table(f: Findings) -> Lines:
     if not f.against:
         return []
     header = ["model", "pairs", "difference", "corrected interval", "verdict", "p, Holm"]
-    header += ["found 8 in 10", "95 % interval", "seeds and images", "p, paired", "p, Welch"]
+    header += ["detectable", "95 % interval", "seeds and images", "p, paired", "p, Welch"]
     header += ["P(better)", "correlation"]
     rows = [
         [
@@ -255,7 +260,7 @@ def baseline_table(f: Findings) -> Lines:
         "",
         "Differences in points of test accuracy, seed by seed. Verdict: the paired t test with "
         "Holm's correction over the comparisons of this table at 5 %, chosen before any result; "
-        "the corrected interval excludes 0 exactly then. Found 8 in 10: the smallest difference "
+        "the corrected interval excludes 0 exactly then. Detectable: the smallest true difference "
         "that a study with this many seeds and this spread finds with a power of 80 %. Beside it, "
         "uncorrected: a bootstrap over seeds and test images (4,000 draws, 95 %), the paired test, "
         "Welch's, P(better) (Mann-Whitney's U / n², ties half), and the correlation of the pairs: "
@@ -349,7 +354,8 @@ def readme_block(f: Findings, folder: str) -> Lines:
     """The first study in brief, as it stands in the README between its markers."""
     published = {} if f.study.quick else f.study.published
     header = ["model", "seeds", "test accuracy %", *(["published"] if published else [])]
-    header += ["against the baseline", "verdict", "parameters", "inference", "training"]
+    header += ["against the baseline", "verdict", "detectable", "parameters", "inference"]
+    header += ["training"]
     rows = []
     for model, s in f.models.items():
         c, cost = f.against.get(model), f.relative[model]
@@ -361,6 +367,7 @@ def readme_block(f: Findings, folder: str) -> Lines:
             *(beside if published else []),
             f"{c.difference:+.2f} ({interval(c.corrected)})" if c else "-",
             c.verdict if c else "-",
+            f"{c.detectable:.2f}" if c else "-",
             f"{s['params']:,}",
             "-" if cost.ratios["eager"] is None else f"{cost.ratios['eager']:.2f}x",
             training_ratio(cost),
@@ -370,12 +377,16 @@ def readme_block(f: Findings, folder: str) -> Lines:
     return [
         f"{mark}{f.study.title}. {'; '.join(environments([f.study]))}.",
         "",
+        headline(f),
+        "",
         *table(header, rows),
         "",
-        *finding(f),
+        *control_sentences(f),
+        *front_sentence(f),
         "",
         "Accuracy: mean ± sample standard deviation over seeds. Against the baseline: points, with "
-        "the interval after Holm's correction. "
+        "the interval after Holm's correction. Detectable: the true difference that these seeds "
+        "find with a power of 80 %. "
         + (
             f"Inference ({how(timed)}, batch {timed['batch_size']}) and training"
             if timed

@@ -119,7 +119,7 @@ def test_one_seed_is_no_verdict(finished_run, tmp_path):
     make_runs(finished_run, runs, {"baseline": [93.1], "se": [95.0]})
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert "**No verdict.** No model has two seeds in common with the baseline." in text
+    assert "**No verdict:** no model has two seeds in common with the baseline." in text
     assert "`se`: no verdict, fewer than two seeds" in text and "better" not in text
     assert not (out / "differences.png").exists()
 

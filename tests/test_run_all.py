@@ -227,7 +227,7 @@ def test_readme_commands_exist(command, capsys):
     elif words[0] == "docker":
         assert words[1] in ("build", "run") and (REPO / "Dockerfile").exists()
     else:
-        assert words[0] in ("git", "cd", "mkdir", "sbatch", "tensorboard")
+        assert words[0] in ("git", "cd", "mkdir", "sbatch", "source", "tensorboard")
 
 
 @pytest.mark.parametrize(
