@@ -149,7 +149,7 @@ def load_weights(path: Path) -> dict:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def serialized(state: dict) -> bytearray:
+def serialized(state: dict) -> memoryview:
     """The bytes of a .pt file, which are a zip archive, with their sha256 as its comment.
 
     torch.load looks at no checksum, and those of the archive leave out its directory, where a
@@ -157,12 +157,15 @@ def serialized(state: dict) -> bytearray:
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    body = bytearray(buffer.getbuffer())
-    body[-2:] = LENGTH  # an archive ends with the length of its comment
-    return body + digest_of(body)
+    with buffer.getbuffer() as body:
+        body[-2:] = LENGTH  # an archive ends with the length of its comment
+        digest = digest_of(body)
+    buffer.seek(0, io.SEEK_END)
+    buffer.write(digest)
+    return buffer.getbuffer()
 
 
-def digest_of(body: bytes) -> bytes:
+def digest_of(body: bytes | memoryview) -> bytes:
     return hashlib.sha256(body).hexdigest().encode()
 
 

@@ -47,6 +47,7 @@ from grad_cam import (
     scaled,
 )
 from models import MODELS, build_model
+from modes import set_up_torch
 from training_step import halves
 
 LIMIT_TEST = 2000
@@ -313,6 +314,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """The script, with `argv` in place of the command line; the exit code."""
     args = parse(argv)
+    set_up_torch("fp32")
     folders = args.compare or ([args.run] if args.run else [])
     paths = [folder / "best.pt" for folder in folders] or [args.checkpoint]
     try:

@@ -16,6 +16,7 @@ That is what a graph is for.
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read as CUDA starts
@@ -27,6 +28,8 @@ PRECISIONS = ("fp32", "tf32", "bf16")
 
 # On a CPU, torch.compile would print a line about a CUDA runtime that is not there.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+# On a GPU it would advise TF32 where fp32 was asked for.
+warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
 def why_not(mode: str, precision: str, device: torch.device) -> str | None:
@@ -64,14 +67,21 @@ def compiled(function: Callable, **options) -> Callable:
     it holds eight, and a ninth would be run as it stands.
     """
     torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 1000
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(function, dynamic=False, **options)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what a compiler or a driver raised."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    """The first line of what a compiler or a driver raised, and of what had led to that."""
+    cause = error
+    while cause.__context__ is not None:
+        cause = cause.__context__
+    lines = []
+    for e in (error, cause) if cause is not error else (error,):
+        line = (str(e).strip().splitlines() or [""])[0]
+        lines.append(f"{type(e).__name__}: {line[:200]}")
+    return ", after ".join(lines)
 
 
 class Graphed:

@@ -53,7 +53,7 @@ def test_explicit_flags_win_over_the_recipe():
     assert settings.overrides == {"epochs": 3} and settings.quick
     assert not parse_settings(["--model", "se", "--lr", "0.01"]).quick
     assert parse_settings(["--model", "se", "--width", "16"]).quick
-    bf16 = parse_settings(["--model", "se", "--precision", "bf16"])
+    bf16 = parse_settings(["--model", "se", "--precision", "bf16", "--device", "cpu"])
     assert bf16.overrides == {"precision": "bf16"} and not bf16.quick
 
 
