@@ -389,8 +389,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def measure_all(args: argparse.Namespace) -> tuple[list[dict], list[dict], int]:
-    """(all rows of benchmark.json, rows left out for wrong logits, how many were kept).
+def measure_all(args: argparse.Namespace) -> tuple[list[dict], list[str], int]:
+    """(all rows of benchmark.json, what was left out and why, how many were kept).
 
     Writes benchmark.json after each precision and batch size. Raises OSError.
     """
@@ -407,7 +407,7 @@ def measure_all(args: argparse.Namespace) -> tuple[list[dict], list[dict], int]:
         "modes_sha256": source_hashes()["modes.py"],
     }
     rows = {key_of(row): row for row in rows_kept(path, common)} if args.keep else {}
-    kept, wrong = len(rows), []
+    kept, left_out = len(rows), []
     missing = {
         (precision, size): [
             (name, mode)
@@ -425,26 +425,36 @@ def measure_all(args: argparse.Namespace) -> tuple[list[dict], list[dict], int]:
         if variants:
             settings = common | {"batch_size": size, "precision": precision}
             repeats = args.repeats or default_repeats(size, device)
-            measured = measure(variants, settings, repeats, ceilings[precision], device)
-            wrong += [r for r in measured if not r["logit_error"] <= TOLERANCE[precision]]
-            rows |= {key_of(row): row for row in measured if row not in wrong}
+            try:
+                measured = measure(variants, settings, repeats, ceilings[precision], device)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                left_out.append(
+                    f"out of memory on {device_name(device)} with --batch-sizes {size} and --width "
+                    f"{args.width}, {precision}: try a smaller one"
+                )
+                continue
+            for row in measured:
+                if row["logit_error"] <= TOLERANCE[precision]:
+                    rows[key_of(row)] = row
+                else:
+                    left_out.append(
+                        f"{row['model']}, mode {row['mode']}, {precision}, batch {size}: logits "
+                        f"differ from those of eager fp32 by {row['logit_error']:.1e}, relatively; "
+                        "left out"
+                    )
             write(path, rows.values())
-    return write(path, rows.values()), wrong, kept
+    return write(path, rows.values()), left_out, kept
 
 
 def main(argv: list[str] | None = None) -> int:
     """The script, with `argv` in place of the command line; the exit code."""
     args = parse(argv)
     try:
-        rows, wrong, kept = measure_all(args)
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        print(
-            f"error: out of memory on {device_name(args.device)} with --batch-sizes "
-            f"{args.batch_sizes} and --width {args.width}: try a smaller one",
-            file=sys.stderr,
-        )
+        rows, left_out, kept = measure_all(args)
+    except torch.OutOfMemoryError:  # before anything is measured
+        print(f"error: out of memory on {device_name(args.device)}", file=sys.stderr)
         return 1
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -459,14 +469,9 @@ def main(argv: list[str] | None = None) -> int:
         "MFLOPs x images/s.\nShare: of what one large product or convolution reaches here. Set-up: "
         f"compiling, capturing, first call.\nWritten to {args.out / 'benchmark.json'}"
     )
-    for row in wrong:
-        print(
-            f"error: {row['model']}, mode {row['mode']}, {row['precision']}, batch "
-            f"{row['batch_size']}: logits differ from those of eager fp32 by "
-            f"{row['logit_error']:.1e}, relatively; left out",
-            file=sys.stderr,
-        )
-    return 1 if wrong or not rows else 0
+    for what in left_out:
+        print(f"error: {what}", file=sys.stderr)
+    return 1 if left_out or not rows else 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ random maps as coarse, and how much the maps change when the weights are random.
 import argparse
 import dataclasses
 import json
-import os
 import signal
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ import data
 import run_folder
 from environment import choose_device
 from explain_pictures import Explained, draw_comparison, draw_model
-from files import write_atomically
+from files import check_writable, write_atomically
 from gates import gate_maps_of, gate_numbers, gates_of, replaced, stage_of
 from grad_cam import (
     LAYERS,
@@ -323,7 +322,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"kept: {args.out / 'explain.json'}")
             return 0
         dataset = load_dataset(configs, paths, args)
-        check_writable(args.out)  # before the work, not after
+        check_writable(args.out)
         rows, drawn = [], []
         for name, path, config in zip(names_of(configs), paths, configs, strict=True):
             numbers, explained = explain(name, path, dataset, config, args)
@@ -342,13 +341,6 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"written: {args.out / 'explain.json'}")
     return 0
-
-
-def check_writable(folder: Path) -> None:
-    """Makes the folder where there is none. Raises OSError."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written: choose another --out")
 
 
 def print_numbers(row: dict, picture: Path) -> None:

@@ -39,6 +39,13 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """Makes the folder where there is none. Raises OSError: before long work, not after."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(f"{folder} cannot be written: choose another --out")
+
+
 def sync_folder(folder: Path) -> None:
     """Names of files, too, are on disk only after an fsync: that of their folder."""
     descriptor = os.open(folder, os.O_RDONLY)

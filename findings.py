@@ -175,8 +175,9 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
 
 
 def missing_runs(study: Study) -> dict[str, list[int]]:
-    """What would complete the table: every published model, and any other, with every seed seen."""
-    models = in_table_order(study.published.keys() | study.runs.keys())
+    """What would complete the table: every model with every seed seen, every published one too."""
+    published = study.published.keys() if study.recipe in ("published", "quick") else set()
+    models = in_table_order(published | study.runs.keys())
     missing = {m: [s for s in study.seeds if s not in study.by_seed(m)] for m in models}
     return {model: seeds for model, seeds in missing.items() if seeds}
 

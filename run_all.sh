@@ -11,13 +11,15 @@
 # Environment: MODELS, SEEDS, RECIPE, DATASET, RUNS (run folders), OUT (what is made of them), and
 # PYTHON (python3). Where that Python lacks a pinned requirement, .venv is made and used instead.
 #   ANY_VERSION=1  other versions than the pinned ones will do
+# Paths are seen from the folder of this script.
 #   JOBS=n      n runs at a time, each on a GPU of its own while there are enough; logs in RUNS/logs
 #   SHARD=i/n   every n-th run from the i-th on, counted from 0, for an array of workers that share
 #               RUNS; what is made of all runs is left to a last call without SHARD
 # Exit code: 0 all done, 1 something failed (the rest was still tried), 2 wrong usage,
 # 130 / 143 stopped by SIGINT / SIGTERM after the run at work has saved.
 set -euo pipefail
-cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" >/dev/null
+this_script=$(readlink -f "${BASH_SOURCE[0]}")
+cd -- "$(dirname "$this_script")" >/dev/null
 
 die() {  # EXIT_CODE MESSAGE
   echo "error: $2" >&2
@@ -36,7 +38,7 @@ for line in open("requirements.txt"):
     try:
         # thop names its version 0.1.1-N, which means 0.1.1.postN
         have = version(name).partition("+")[0].replace("-", ".post") if name else pin
-        if have != pin and not os.environ.get("ANY_VERSION"):
+        if have != pin and os.environ.get("ANY_VERSION") != "1":
             sys.exit(f"{sys.executable} has {name} {have}, not {pin}")
     except PackageNotFoundError:
         sys.exit(f"{sys.executable} lacks {name}")
@@ -185,7 +187,9 @@ set_command() {  # MODEL SEED: the command of one run, in the array `command`
 is_done() {  # MODEL SEED: a result that keeps to its recipe, or of a command with these flags
   local folder=$RUNS/$dataset/$RECIPE/$1/seed$2
   if ((${#flags[@]})); then
-    [[ -e $folder/result.json ]] && grep -qsF -- " ${flags[*]}\"" "$folder/config.json"
+    # In config.json they end the command, right after --runs FOLDER.
+    grep -qs '"overrides": {' "$folder/result.json" &&
+      grep -qsE -- "--seed $2 --runs ('[^']*'|[^ ]+) ${flags[*]}\"" "$folder/config.json"
     return
   fi
   grep -qs '"overrides": {}' "$folder/result.json" || return 1
@@ -267,7 +271,7 @@ train_all() {  # every run of this shard that is not done, JOBS at a time; fills
   while ((${#children[@]})); do settle; done
   ((!stopped || JOBS == 1)) || echo "stopped: all is kept, see the logs" >&2
   leave_if_stopped
-  ((usage == 0)) || exit 2
+  ((usage == 0)) || leave_with_failed 2
 }
 
 settle() {  # waits for a run to end and takes note of how
@@ -320,15 +324,15 @@ work() {
   leave_with_failed
 }
 
-leave_with_failed() {
+leave_with_failed() {  # [EXIT_CODE]; goes on if nothing has
   if ((${#failed[@]})); then
     printf 'failed: %s\n' "${failed[@]}" >&2
-    exit 1
+    exit "${1:-1}"
   fi
 }
 
 # shellcheck source=study.sh
-source study.sh
+source ./study.sh
 
 # --- Command line ----------------------------------------------------------------------------------
 
@@ -353,7 +357,8 @@ case ${1:-} in
     choose_python
     if [[ ${2:-} == study ]]; then
       [[ $# == 2 || $# == 3 && $3 == miniature ]] || die 2 "study, or study miniature, not '${*:2}'"
-      meets_requirements "$PYTHON" >/dev/null || die 1 "this plan needs PyTorch: see above"
+      reason=$(meets_requirements "$PYTHON" 2>&1) ||
+        die 1 "$reason: run ./run_all.sh study miniature first, or set ANY_VERSION=1"
       set_study "${3:-}"
       plan_study
       exit
@@ -379,7 +384,7 @@ case ${1:-} in
     exec "$PYTHON" -m pytest "$@"  # takes over, so that Ctrl-C is pytest's own
     ;;
   -h | --help | help)
-    sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}"
+    sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' "$this_script"
     ;;
   *)
     die 2 "unknown command '$1': quick, full, study, plan, test, or none (see ./run_all.sh --help)"

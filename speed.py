@@ -34,7 +34,7 @@ from statistics import median
 import torch
 
 from environment import choose_device, describe_environment
-from files import write_atomically
+from files import check_writable, write_atomically
 from models import MODELS
 from modes import MODES, PRECISIONS, why_not
 from training_step import choose_mode, choose_precision
@@ -191,8 +191,10 @@ def read_job(path: Path, command: list[str], made_with: dict) -> dict | None:
     try:
         job = json.loads(path.read_text())
         same = (job["command"], job["made_with"]) == (command, made_with)
-        return job if same and all(value > 0 for value in job["figures"].values()) else None
-    except (FileNotFoundError, ValueError, LookupError, TypeError, AttributeError):
+        whole = job["figures"] or "--self-check" in command
+        whole = whole and all(value > 0 for value in job["figures"].values())
+        return job if same and whole else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return None
 
 
@@ -298,6 +300,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--precision", default="auto", choices=["auto", *PRECISIONS],
         help="of the self-check; auto: as train.py has it")  # fmt: skip
     add("--short", action="store_true", help="on a GPU: leave out the 50 epochs of each model")
+    add("--lenient", action="store_true", help="let no missed target be a failure")
     add("--width", type=int, default=64, help="channels of the first stage; default: %(default)s")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu or cuda")
     add("--out", type=Path, default=Path("results"), help="folder; default: %(default)s")
@@ -324,6 +327,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """The script, with `argv` in place of the command line; the exit code."""
     args = parse(argv)
+    try:
+        if not args.plan:
+            check_writable(args.out)
+    except OSError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     device = choose_device(args.device)
     environment = describe_environment(device)
     made_with = {key: environment[key] for key in ("device", "torch", "sha256")}
@@ -362,7 +371,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(text)
-    return 1 if failed or any(r["met"] is False for r in rows) else 0
+    missed = any(row["met"] is False for row in rows) and not args.lenient
+    return 1 if failed or missed else 0
 
 
 if __name__ == "__main__":

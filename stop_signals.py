@@ -1,4 +1,7 @@
-"""SIGINT (Ctrl-C) and SIGTERM: finish the step, then leave; before the first step, at once."""
+"""Ctrl-C (SIGINT), SIGTERM and a closed terminal (SIGHUP): finish the step, save, then leave.
+
+Before the first step there is nothing to save: leave at once. nohup's SIGHUP stays ignored.
+"""
 
 import contextlib
 import os
@@ -8,9 +11,11 @@ from collections.abc import Callable
 
 import parallel
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Stopped(Exception):
-    """SIGINT or SIGTERM arrived; `signal` says which."""
+    """One of SIGNALS arrived; `signal` says which."""
 
     def __init__(self, signum: int):
         self.signal = signal.Signals(signum)
@@ -18,9 +23,9 @@ class Stopped(Exception):
 
 @contextlib.contextmanager
 def watch_signals():
-    """Within the block SIGINT and SIGTERM are remembered; calling the yielded function raises
-    Stopped if there was one. (Raised in the handler itself, the exception would come out of any
-    line at all, and some, such as weak-reference callbacks, swallow it.)
+    """Within the block SIGNALS are remembered; calling the yielded function raises Stopped if there
+    was one. (Raised in the handler itself, the exception would come out of any line at all, and
+    some, such as weak-reference callbacks, swallow it.)
     """
     arrived = []
 
@@ -33,7 +38,7 @@ def watch_signals():
 
 
 def leaving_at_once(tidy_up: Callable[[], None]):
-    """Within the block SIGINT and SIGTERM end the process after a call of `tidy_up`."""
+    """Within the block SIGNALS end the process after a call of `tidy_up`."""
 
     def leave(signum, frame):
         tidy_up()
@@ -44,10 +49,12 @@ def leaving_at_once(tidy_up: Callable[[], None]):
 
 @contextlib.contextmanager
 def handled_by(handler):
-    """Within the block, SIGINT and SIGTERM call handler(signum, frame)."""
+    """Within the block, SIGNALS call handler(signum, frame)."""
     before = {}
     if threading.current_thread() is threading.main_thread():  # only there can handlers be set
-        for signum in (signal.SIGINT, signal.SIGTERM):
+        for signum in SIGNALS:
+            if signum == signal.SIGHUP and signal.getsignal(signum) == signal.SIG_IGN:
+                continue
             before[signum] = signal.signal(signum, handler)
     try:
         yield

@@ -1,5 +1,6 @@
 """./run_all.sh study: its plan, and all of it in miniature."""
 
+import fcntl
 import json
 import os
 import shlex
@@ -45,6 +46,7 @@ def planned(*arguments, **environment):
 
 def test_the_plan_is_every_run_once_and_what_matters_most_first(tmp_path):
     out = tmp_path / "out"
+    (tmp_path / "plain_loop.py").write_text("")
     commands = planned(OUT=out, PEERS=tmp_path)
     assert not out.exists()
     runs = [parse_settings(words[1:]) for words in commands if words[0] == "train.py"]
@@ -61,7 +63,7 @@ def test_the_plan_is_every_run_once_and_what_matters_most_first(tmp_path):
     scripts = [words[0] for words in commands]
     assert scripts[:4] == ["speed.py", "speed.py", "benchmark.py", "benchmark.py"]
     assert commands[0][-6:] == ["--check", *COMPARED]
-    assert commands[1][-5:] == ["--peers", str(tmp_path), "--rounds", "1", "--short"]
+    assert commands[1][3:5] == ["--peers", str(tmp_path)]
     explained = commands[scripts.index("explain.py")]
     assert explained[-5:] == [f"{out}/runs/fashion_mnist/published/{m}/seed0" for m in COMPARED]
     assert scripts.index("explain.py") == 4 + len(COMPARED)  # while the weights are there
@@ -87,6 +89,36 @@ def test_strong_takes_the_two_that_are_best_in_validation(tmp_path):
     assert models == 3 * ["baseline", "cbam_blocks", "se"]
 
 
+def test_done_is_a_whole_result_of_just_these_flags(tmp_path):
+    """Of runs with flags: those of float32."""
+
+    def done():
+        lines = run_all("plan", "study", OUT=tmp_path).stdout.splitlines()
+        return [line for line in lines if line.endswith("# done")]
+
+    folder = tmp_path / "fp32/fashion_mnist/published/baseline/seed1"
+    folder.mkdir(parents=True)
+    flags = f"--seed 1 --runs {tmp_path}/fp32 --precision fp32"
+    config = '{"command": "python train.py --model baseline FLAGS"}'
+    (folder / "config.json").write_text(config.replace("FLAGS", flags))
+    (folder / "result.json").write_text('{"overrides": {"precision": "fp32"}}')
+    assert len(done()) == 1
+    (folder / "result.json").write_text("")  # damaged: train.py says so
+    assert done() == []
+    (folder / "result.json").write_text('{"overrides": {"lr": 0.5, "precision": "fp32"}}')
+    other = config.replace("FLAGS", flags.replace("--precision", "--lr 0.5 --precision"))
+    (folder / "config.json").write_text(other)
+    assert done() == []
+
+
+def test_one_study_at_a_time_in_a_folder(tmp_path):
+    with open(tmp_path / "study.log", "w") as log:
+        fcntl.flock(log, fcntl.LOCK_EX)
+        done = run_all("study", "miniature", OUT=tmp_path)
+    assert done.returncode == 1 and is_one_line(done.stderr) and "at work in" in done.stderr
+    assert "# 1." not in done.stdout
+
+
 @pytest.mark.parametrize(
     ("arguments", "environment", "named"),
     [
@@ -96,6 +128,7 @@ def test_strong_takes_the_two_that_are_best_in_validation(tmp_path):
         (["study"], {"MODELS": "se"}, "MODELS"),
         (["study", "miniature"], {"SHARD": "0/2"}, "SHARD"),
         (["study", "miniature"], {"JOBS": "0"}, "JOBS"),
+        (["plan", "study"], {"PEERS": "nowhere"}, "nowhere"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(arguments, environment, named, tmp_path):
