@@ -89,19 +89,27 @@ def assert_same_end(folder, whole):
 # --- Stopped and killed ---------------------------------------------------------------------------
 
 
-def test_stopped_between_two_steps_it_goes_on_to_the_same_end(whole, tmp_path):
-    """The real script, as it is used: SIGTERM in its second epoch, then the same command."""
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+def test_stopped_between_two_steps_it_goes_on_to_the_same_end(whole, signum, tmp_path):
+    """The real script, as it is used: stopped in its second epoch, then the same command."""
     flags = [*FLAGS, "--runs", str(tmp_path / "runs")]
     command = [sys.executable, "-u", "train.py", "--model", "se", *flags]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(command, cwd=REPO, **pipes)
+    process = subprocess.Popen(
+        command,
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As from a terminal, not as below nohup, which has SIGHUP ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+    )
     for line in process.stdout:
         if line.startswith("epoch  1/3"):
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signum)
             break
     _, error = process.communicate(timeout=60)
     folder = tmp_path / "runs" / FOLDER
-    assert process.returncode == 143 and is_one_line(error) and "SIGTERM" in error
+    assert process.returncode == 128 + signum and is_one_line(error) and signum.name in error
     assert len(metrics_of(folder)) == 1 and not (folder / "result.json").exists()
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
