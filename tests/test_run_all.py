@@ -168,7 +168,7 @@ def test_a_signal_stops_the_children_too(tmp_path, signum, code, jobs):
             stderr=out,
             start_new_session=True,
             # As from a terminal: a shell cannot trap a signal that was ignored when it started.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=lambda: signal.signal(signum, signal.SIG_DFL),
         )
 
     def logs():
