@@ -176,8 +176,7 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
 
 def missing_runs(study: Study) -> dict[str, list[int]]:
     """What would complete the table: every model with every seed seen, every published one too."""
-    published = study.published.keys() if study.recipe in ("published", "quick") else set()
-    models = in_table_order(published | study.runs.keys())
+    models = in_table_order(study.published.keys() | study.runs.keys())
     missing = {m: [s for s in study.seeds if s not in study.by_seed(m)] for m in models}
     return {model: seeds for model, seeds in missing.items() if seeds}
 

@@ -13,7 +13,7 @@ import verdicts
 from figures import FIGURES
 from findings import find
 from sections import interval
-from studies import read_costs, read_studies
+from studies import Study, read_costs, read_studies
 
 ROW = {
     "params": 177_890, "flops": 915_000_000, "flops_aten": 911_000_000, "batch_size": 64,
@@ -328,6 +328,32 @@ def test_seeds_missing_for_one_model_are_named_and_the_rest_is_paired(study):
     assert row_of(section, "se")[1:3] == ["2", "-0.20"]  # seeds 0 and 2
     assert "`cbam_blocks`: no verdict, fewer than two seeds" in text
     assert "no run of baseline seed 1" in text
+
+
+def test_other_models_beside_the_baseline_are_a_table_of_their_own(finished_run, tmp_path):
+    for model, accuracy in (("baseline", 93.0), ("eca", 93.2)):
+        for seed in (0, 1):
+            changes = dict(overrides={}, quick=False, test_acc=accuracy + seed / 10)
+            copy_run(finished_run, tmp_path / "runs", model, seed, **changes)
+    assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "### Every model" in text and "missing |" not in text and "no run of" not in text
+    assert row_of(text, "baseline")[3] == "93.27" and row_of(text, "eca")[3] == "-"
+
+
+@pytest.mark.parametrize(
+    ("dataset", "recipe", "models", "shown"),
+    [
+        ("fashion_mnist", "published", ["baseline", "se", "eca"], 4),
+        ("fashion_mnist", "quick", ["baseline"], 4),
+        ("fashion_mnist", "published", ["baseline", "eca"], 1),
+        ("fashion_mnist", "strong", ["baseline", "se"], 0),
+        ("mnist", "published", ["baseline", "se"], 0),
+    ],
+)
+def test_published_figures_stand_beside_their_like(dataset, recipe, models, shown):
+    study = Study(dataset, recipe, {}, {name: [] for name in models})
+    assert len(study.published) == shown
 
 
 def test_only_damaged_runs_make_no_table(study, capsys):
