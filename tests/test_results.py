@@ -70,7 +70,7 @@ def test_the_table_of_the_ablation_is_that_of_its_runs():
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
-def test_results_and_readme_are_what_report_py_writes(folder, tmp_path):
+def test_results_and_readme_are_what_report_py_writes(folder, tmp_path, monkeypatch):
     if not (REPO / folder).exists():
         pytest.skip("the container does not hold the results")
     out, readme = tmp_path / folder, tmp_path / "README.md"
@@ -78,8 +78,10 @@ def test_results_and_readme_are_what_report_py_writes(folder, tmp_path):
     for kept in ["benchmark.json", *(REPO / folder).glob("explain*")]:
         shutil.copy(REPO / folder / kept, out)
     shutil.copy(REPO / "README.md", readme)
-    runs = REPO / folder / "runs"
-    args = ["--runs", str(runs), "--out", str(out), "--readme", str(readme)]
+    monkeypatch.chdir(REPO)  # folders are named in the report as they are on the command line
+    args = ["--runs", f"{folder}/runs", "--out", str(out), "--readme", str(readme)]
+    if (REPO / folder / "fp32").exists():
+        args += ["--compare", f"{folder}/fp32"]
     assert report.main(args) == 0
     assert readme.read_text() == README
     for name in ("report.md", "results.csv"):
