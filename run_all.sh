@@ -354,6 +354,7 @@ case ${1:-} in
     ;;
   plan)
     (($# <= 2)) || [[ $2 == study ]] || die 2 "too many arguments: $*"
+    trap - PIPE  # `| head` ends it quietly
     choose_python
     if [[ ${2:-} == study ]]; then
       [[ $# == 2 || $# == 3 && $3 == miniature ]] || die 2 "study, or study miniature, not '${*:2}'"
