@@ -150,6 +150,7 @@ def explained_section(study: Study, rows: list[dict], pictures: Lines) -> Lines:
 
 
 def ablation_table(study: Study, rows: list[dict]) -> Lines:
+    """Accuracy in percent with gates as they are and fixed; the difference in points."""
     cells = []
     for row in rows:
         difference = ablation(row)
@@ -166,6 +167,7 @@ def ablation_table(study: Study, rows: list[dict]) -> Lines:
 
 
 def stage_table(study: Study, rows: list[dict]) -> Lines:
+    """The gates of each stage; none for a model without gates."""
     cells = [
         [
             label(study, f"`{row['model']}`"),
@@ -181,6 +183,7 @@ def stage_table(study: Study, rows: list[dict]) -> Lines:
 
 
 def cam_table(study: Study, rows: list[dict]) -> Lines:
+    """Grad-CAM's deletion and insertion scores (random maps'), and what random weights leave."""
     cells = [
         [
             label(study, f"`{row['model']}`"),

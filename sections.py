@@ -87,6 +87,7 @@ def front_sentence(f: Findings) -> Lines:
 
 
 def headline(f: Findings) -> str:
+    """All verdicts in one sentence."""
     if "baseline" not in f.models:
         return "**No verdict:** there is no finished run of the baseline to compare with."
     if len(f.models) == 1:
@@ -467,6 +468,8 @@ def environments(studies: list[Study]) -> Lines:
 
 
 def environment(run: Run) -> str:
+    """What a run was made with, in words, from env.json and result.json."""
+
     def known(key, otherwise="unknown"):
         return run.env.get(key) or otherwise
 

@@ -106,6 +106,7 @@ def beside_maps(images: torch.Tensor, maps: dict[str, torch.Tensor]) -> torch.Te
 
 
 def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
+    """Counts of true class by predicted class; labels, predictions: int64 (N,) on the CPU."""
     k = len(classes)
     matrix = torch.bincount(labels * k + predictions, minlength=k * k).view(k, k).numpy()
     figure, axes = plt.subplots(figsize=(7, 7), layout="constrained")

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -47,6 +48,19 @@ def script(*command, **options):
     """Runs `python SCRIPT ...` as a user would, from the repository's folder."""
     return subprocess.run(
         [sys.executable, *map(str, command)], cwd=REPO, capture_output=True, text=True, **options
+    )
+
+
+def run_all(*arguments, **environment):
+    """Runs ./run_all.sh with this Python and these variables."""
+    needs_pins()
+    variables = {"PYTHON": sys.executable} | {k: str(v) for k, v in environment.items()}
+    return subprocess.run(
+        ["./run_all.sh", *arguments],
+        cwd=REPO,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
     )
 
 

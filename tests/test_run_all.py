@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import REPO, copy_run, is_one_line, needs_pins
+from conftest import REPO, copy_run, is_one_line, needs_pins, run_all
 from test_image_folder import make
 
 import benchmark
@@ -26,18 +26,6 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.split("#")[0].strip()
 ]
-
-
-def run_all(*arguments, **environment):
-    needs_pins()
-    environment = {key: str(value) for key, value in environment.items()}
-    return subprocess.run(
-        ["./run_all.sh", *arguments],
-        cwd=REPO,
-        env=os.environ | {"PYTHON": sys.executable} | environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 def test_plan_prints_runnable_commands_and_runs_nothing(finished_run, tmp_path):

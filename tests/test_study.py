@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import REPO, is_one_line, needs_pins
+from conftest import REPO, is_one_line, needs_pins, run_all
 
 import benchmark
 import explain
@@ -22,18 +22,6 @@ from settings import parse_settings
 
 COMPARED = ["baseline", "cbam_classifier", "se", "cbam_blocks", "se_static"]
 FURTHER = [model for model in MODELS if model not in COMPARED]
-
-
-def run_all(*arguments, **environment):
-    needs_pins()
-    environment = {"PYTHON": sys.executable} | {k: str(v) for k, v in environment.items()}
-    return subprocess.run(
-        ["./run_all.sh", *arguments],
-        cwd=REPO,
-        env=os.environ | environment,
-        capture_output=True,
-        text=True,
-    )
 
 
 def planned(*arguments, **environment):
