@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import data
 import train
@@ -15,6 +16,12 @@ import train
 REPO = Path(__file__).resolve().parent.parent
 # A run of a second or two: narrow, three batches an epoch, the last of them partial.
 SMALL = ["--width", "8", "--limit-train", "160", "--limit-test", "100", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Every test draws the same numbers, alone or after others."""
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

@@ -387,7 +387,7 @@ def test_modules_are_one_graph_without_breaks(name):
 
 @pytest.mark.parametrize(("model", "module"), [("se", "se"), ("cbam_blocks", "cbam")])
 def test_a_control_has_the_same_parameters_and_cannot_see_the_image(model, module):
-    real, static = ATTENTION[module](32), ATTENTION[f"{module}_static"](32)
+    real, static = (ATTENTION[name](32, reduction=2) for name in (module, f"{module}_static"))
     for parameter in static.parameters():
         nn.init.normal_(parameter)  # CBAM's spatial gate starts shut to everything
     real.load_state_dict(static.state_dict())  # the same parameters
