@@ -34,10 +34,10 @@ import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from environment import choose_device, device_name, is_out_of_memory, source_hashes
-from files import write_atomically
+from kit.environment import choose_device, device_name, is_out_of_memory, source_hashes
+from kit.files import write_atomically
 from models import MODELS, build_model, count_parameters
-from modes import (
+from kit.modes import (
     MODES,
     PRECISIONS,
     Graphed,

@@ -1,9 +1,9 @@
-"""Data sets as uint8 tensors: found or fetched, split, shuffled, normalised.
+"""Data sets as uint8 tensors: found or fetched, split, shuffled, augmented, normalised.
 
     python data.py                                # get Fashion-MNIST into data/ and verify it
     python data.py --data-dir /datasets           # ... or find it there
     python data.py --dataset cifar10
-    python data.py --dataset path/to/folder       # any folder of images: see image_folder.py
+    python data.py --dataset path/to/folder       # any folder of images: see kit/image_folder.py
 
 A second at most once the files are on disk; 30 MB to download before. There is no DataLoader: a
 data set this size stays on the device as bytes, and a batch is an index into it.
@@ -11,9 +11,7 @@ data set this size stays on the device as bytes, and a batch is an index into it
 To add a data set: write a function `data_dir -> ImageData`, add one line to DATASETS.
 """
 
-import argparse
 import re
-import signal
 import sys
 from functools import partial
 from pathlib import Path
@@ -21,82 +19,43 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from fashion_mnist import load_fashion_mnist
-from image_data import DataError, ImageData, moments
-from image_folder import load_folder, load_tiny_imagenet
-
-
-def load_from_torchvision(name: str, data_dir: Path) -> ImageData:
-    """The data set of torchvision's class `name`, which fetches it, too. Raises DataError."""
-    import torchvision  # here, for it takes a second to import
-
-    try:
-        train, test = (
-            getattr(torchvision.datasets, name)(data_dir, train=part, download=True)
-            for part in (True, False)
-        )
-    except Exception as error:  # of networks, archives, checksums and pickles: they are many
-        raise DataError(
-            f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read "
-            f"({type(error).__name__}: {first_line(error)}): bring its files there, as torchvision "
-            "lays them out, or try again with a network"
-        ) from error
-
-    def tensors(part):
-        images = torch.as_tensor(part.data)  # (N, H, W) if grey, (N, H, W, C) if not
-        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
-        return images.contiguous(), torch.as_tensor(part.targets, dtype=torch.int64)
-
-    (train_images, train_labels), (test_images, test_labels) = tensors(train), tensors(test)
-    mean, std = moments(train_images)
-    source = f"read from {data_dir} by torchvision's {name}"
-    return ImageData(
-        train_images, train_labels, test_images, test_labels, list(train.classes), mean, std, source
-    )
-
-
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
+from kit.augment import Augmentation
+from kit.command_line import UserError, exit_code, make_parser
+from kit.datasets import ImageData, from_torchvision, load_fashion_mnist
+from kit.image_folder import load_folder, load_tiny_imagenet
 
 DATASETS = {
     "fashion_mnist": load_fashion_mnist,
-    "mnist": partial(load_from_torchvision, "MNIST"),
-    "kmnist": partial(load_from_torchvision, "KMNIST"),
-    "cifar10": partial(load_from_torchvision, "CIFAR10"),
-    "cifar100": partial(load_from_torchvision, "CIFAR100"),
+    "mnist": partial(from_torchvision, "MNIST"),
+    "kmnist": partial(from_torchvision, "KMNIST"),
+    "cifar10": partial(from_torchvision, "CIFAR10"),
+    "cifar100": partial(from_torchvision, "CIFAR100"),
     "tiny_imagenet": load_tiny_imagenet,
 }
 
 
-def is_folder(name: str) -> bool:
-    """Whether a --dataset is a folder of images rather than a name of DATASETS."""
-    return name not in DATASETS and ("/" in name or (name != "" and Path(name).is_dir()))
+def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
+    """(a name of DATASETS or the absolute path of a folder, the name its results go by).
 
-
-def name_of(dataset: str) -> str:
-    """What a data set is called in run folders and reports: "flowers" for path/to/flowers."""
-    return Path(dataset).resolve().name if is_folder(dataset) else dataset
-
-
-def what_is_wrong_with(dataset: str, image_size: int | None) -> str | None:
-    """Why there can be no such --dataset and --image-size; None if there can."""
-    if not is_folder(dataset):
-        if dataset not in DATASETS:
-            return f"unknown data set {dataset!r}: choose from {', '.join(DATASETS)}, or a folder"
+    Raises ValueError with one line that says what is wrong.
+    """
+    if dataset in DATASETS:
         if image_size is not None:
-            return f"--image-size is for folders of images, not for {dataset}"
-        return None
-    if not str(Path(dataset).resolve()).isprintable():
-        return "--dataset: a path with characters that cannot be printed: rename it"
-    name = name_of(dataset)
-    if name in DATASETS:
-        return f"{dataset}: its results would be taken for those of the data set {name}: rename it"
-    if not re.fullmatch(r"[\w.+-]+", name, re.ASCII):
-        return f"{dataset}: rename it, to letters, digits and . _ + - alone"
+            raise ValueError(f"--image-size is for folders of images, not for {dataset}")
+        return dataset, dataset
+    folder = Path(dataset).resolve()
+    if not (dataset and ("/" in dataset or folder.is_dir())):
+        known = ", ".join(DATASETS)
+        raise ValueError(f"unknown data set {dataset!r}: choose from {known}, or a folder")
+    if not str(folder).isprintable():
+        raise ValueError("--dataset: a path with characters that cannot be printed: rename it")
+    if folder.name in DATASETS:
+        raise ValueError(f"{dataset}: {folder.name} is the name of another data set: rename it")
+    if not re.fullmatch(r"[\w.+-]+", folder.name, re.ASCII):
+        raise ValueError(f"{dataset}: rename it, to letters, digits and . _ + - alone")
     if image_size is not None and not 1 <= image_size <= 4096:
-        return f"--image-size {image_size} is not from 1 to 4096"
-    return None
+        raise ValueError(f"--image-size {image_size} is not from 1 to 4096")
+    return str(folder), folder.name
 
 
 def load_dataset(
@@ -104,14 +63,15 @@ def load_dataset(
 ) -> ImageData:
     """The data set `name` of DATASETS, fetched into `data_dir` where it is missing; or the folder.
 
-    image_size: to which the images of a folder are brought. Raises DataError with one line that
-    says what is wrong and what to do.
+    image_size: pixels that the images of a folder are resized to. Raises UserError.
     """
-    if is_folder(name):
-        return load_folder(Path(name), image_size)
-    if name not in DATASETS:
-        raise DataError(what_is_wrong_with(name, image_size))
-    return DATASETS[name](Path(data_dir))
+    try:
+        name, _ = resolve(name, image_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    if name in DATASETS:
+        return DATASETS[name](Path(data_dir))
+    return load_folder(Path(name), image_size)
 
 
 # --- Split, order, normalisation: the same for every model of one seed ----------------------------
@@ -147,43 +107,78 @@ def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> to
     return (images / scale).sub_(mean).div_(std)
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The script, with `argv` in place of the command line; the exit code."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # an error is then a single line
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--dataset",
-        default="fashion_mnist",
-        metavar="NAME",
-        help=f"{', '.join(DATASETS)}, or a folder of images; default: fashion_mnist",
-    )
-    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="default: data")
-    parser.add_argument("--image-size", type=int, help="pixels; for folders of images")
-    parser.add_argument("--shape", action="store_true", help="print C, H, W, number of classes")
+class Loader:
+    """The images of a run, all of them on its device as bytes, and the batches of its epochs."""
+
+    def __init__(self, dataset: ImageData, settings, device: torch.device):
+        self.seed, self.batch_size = settings.seed, settings.batch_size
+        self.dataset, self.classes = dataset, dataset.classes
+        self.train_idx, val_idx = split_indices(len(dataset.train_images), settings.seed)
+        if settings.limit_train:
+            self.train_idx = self.train_idx[: settings.limit_train]
+            val_idx = val_idx[: max(settings.batch_size, settings.limit_train // 9)]
+        self.n_train = len(self.train_idx)
+        if self.n_train < 2 or 1 in (self.batch_size, self.n_train % self.batch_size):
+            raise UserError(
+                f"{self.n_train:,} training images in batches of {self.batch_size} leave a batch of "
+                "one image or none, and BatchNorm needs two: use another --batch-size"
+            )
+        self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)
+        self.channels = self.images.shape[1]
+        self.validation = self.images[val_idx], self.labels[val_idx]
+        n_test = settings.limit_test or len(dataset.test_images)
+        self.test = dataset.test_images[:n_test].to(device), dataset.test_labels[:n_test].to(device)
+        self.mean, self.std = dataset.mean_and_std(settings.normalize, device)
+        self.augmentation = Augmentation.of(settings)
+
+    def epoch(self, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(idx, aug_params) of each batch, on the device; the last batch may be smaller."""
+        device = self.images.device
+        idx = shuffled(self.train_idx, self.seed, epoch).to(device)
+        aug_params = self.augmentation.make_params(self.n_train, self.seed, epoch).to(device)
+        return list(
+            zip(idx.split(self.batch_size), aug_params.split(self.batch_size), strict=True)
+        )
+
+    def batch(self, idx: torch.Tensor, aug_params: torch.Tensor):
+        """Part of a training step: (images[idx], augmented and normalised, float32 (N, C, H, W);
+        their labels (N,); with CutMix or MixUp the weight (N,) of an image's own label, else None).
+        """
+        images = self.augmentation.of_pixels(self.images[idx], aug_params)
+        images, weight = self.augmentation.of_normalized(self.normalize(images), aug_params)
+        return images, self.labels[idx], weight
+
+    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+        return normalize(images, self.mean, self.std)
+
+    def mean_over_images(self, losses: torch.Tensor) -> float:
+        """Of an epoch, from the mean losses of its batches: float64 (batches,)."""
+        sizes = torch.full_like(losses, self.batch_size)
+        sizes[-1] = self.n_train - (len(losses) - 1) * self.batch_size
+        return (losses @ sizes).item() / self.n_train
+
+
+@exit_code
+def main(argv: list[str] | None = None) -> None:
+    """The script, with `argv` in place of the command line."""
+    parser = make_parser(__doc__)
+    add, default = parser.add_argument, "default: %(default)s"
+    add("--dataset", default="fashion_mnist", help=f"{', '.join(DATASETS)}, or a folder; {default}")
+    add("--data-dir", type=Path, default=Path("data"), help=default)
+    add("--image-size", type=int, help="pixels; for folders of images")
     args = parser.parse_args(argv)
-    if unknown := what_is_wrong_with(args.dataset, args.image_size):
-        parser.error(unknown)
     try:
-        dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
-    except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        resolve(args.dataset, args.image_size)
+    except ValueError as error:
+        parser.error(str(error))
+    dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
     channels, height, width = dataset.train_images.shape[1:]
-    if args.shape:
-        print(channels, height, width, len(dataset.classes))
-        return 0
     print(
-        f"{args.dataset}: {dataset.source}: {len(dataset.train_images):,} "
-        f"training and {len(dataset.test_images):,} test images, {channels} x {height} x {width}, "
+        f"{args.dataset}: {dataset.source}: {len(dataset.train_images):,} training and "
+        f"{len(dataset.test_images):,} test images, {channels} x {height} x {width}, "
         f"{len(dataset.classes)} classes"
     )
-    return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`
     sys.exit(main())

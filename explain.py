@@ -29,14 +29,14 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-import checkpoint
+from kit import checkpoint
 import data
-import run_folder
-from environment import choose_device
-from explain_pictures import Explained, draw_comparison, draw_model
-from files import check_writable, write_atomically
-from gates import gate_maps_of, gate_numbers, gates_of, replaced, stage_of
-from grad_cam import (
+from kit import run_folder
+from kit.environment import choose_device
+from kit.pictures import Explained, draw_comparison, draw_model
+from kit.files import check_writable, write_atomically
+from kit.gates import gate_maps_of, gate_numbers, gates_of, replaced, stage_of
+from kit.grad_cam import (
     LAYERS,
     correlation,
     deletion_and_insertion,
@@ -46,8 +46,8 @@ from grad_cam import (
     scaled,
 )
 from models import MODELS, build_model
-from modes import set_up_torch
-from training_step import halves
+from kit.modes import set_up_torch
+from kit.training_step import halves
 
 LIMIT_TEST = 2000
 CLASSES_SHOWN = 10

@@ -1,4 +1,4 @@
-"""The ResNet-18 that attention modules sit in, written out by hand, and the table of models.
+"""SE, CBAM and the ResNet-18 that they sit in, written out by hand, and the table of models.
 
     python models.py                    # every model with its parameter count
 
@@ -7,12 +7,12 @@ arXiv 1512.03385): `conv1` is 3x3 with stride 1, and there is no max-pooling, so
 14, 7 and 4 pixels of 28. Its `state_dict` has the same keys and shapes as torchvision's, so weights
 load from one into the other.
 
-To add a model: one line in MODELS, with a module of attention.py and its place.
+To add a module: a class `Module(channels)` whose output has the shape of its input (N, C, H, W), and
+a line in ATTENTION. It is then a model of its own, with the module in every block; a line in MODELS
+puts it elsewhere. The further modules of ATTENTION: kit/attention.py.
 """
 
-import argparse
 import inspect
-import signal
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
@@ -22,7 +22,150 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from attention import ATTENTION, SelectiveKernel
+from kit.attention import BAM, ECA, GC, GE, MHSA, Coordinate, SelectiveKernel, SimAM, Triplet
+from kit.command_line import exit_code, make_parser
+
+# --- Attention ------------------------------------------------------------------------------------
+
+
+class SE(nn.Module):
+    """Squeeze-and-Excitation (Hu, Shen, Sun, CVPR 2018, arXiv 1709.01507).
+
+    s = sigmoid(W2 relu(W1 z + b1) + b2), z = mean of x over H and W (eq. 2, 3); x' = s x (eq. 4).
+    (N, C, H, W) -> (N, C, H, W); one gate per image and channel. The hidden width is C / reduction,
+    with biases, as in the authors' Caffe models; timm rounds the width to a multiple of 8.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.fc1 = nn.Linear(channels, hidden)
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def squeeze(self, x):
+        return x.mean((2, 3))  # (N, C)
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(self.squeeze(x)))))  # (N, C)
+        return x * gate[:, :, None, None]
+
+
+class ChannelGate(nn.Module):
+    """CBAM's channel attention: sigmoid(MLP(avg over H, W) + MLP(max over H, W)), eq. 2.
+
+    The two share one MLP.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        hidden = max(1, channels // reduction)
+        self.mlp = nn.Sequential(
+            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels)
+        )
+
+    def squeeze(self, x):
+        return x.mean((2, 3)), x.amax((2, 3))  # (N, C) both
+
+    def forward(self, x):
+        average, maximum = self.squeeze(x)
+        gate = torch.sigmoid(self.mlp(average) + self.mlp(maximum))  # (N, C)
+        return x * gate[:, :, None, None]
+
+
+class SpatialGate(nn.Module):
+    """CBAM's spatial attention: sigmoid(BN(conv7x7([max over C, mean over C]))), eq. 3.
+
+    As in the authors' code: max comes first, the convolution has no bias, and the BatchNorm (not in
+    the paper's formula) starts with weight 0 and momentum 0.01, so that the gate opens at 0.5.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel_size=7, padding=3, bias=False)
+        self.bn = nn.BatchNorm2d(1, momentum=0.01)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
+        nn.init.zeros_(self.bn.weight)
+
+    def squeeze(self, x):
+        return torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)  # (N, 2, H, W)
+
+    def forward(self, x):
+        gate = torch.sigmoid(self.bn(self.conv(self.squeeze(x))))  # (N, 1, H, W)
+        return x * gate
+
+
+class CBAM(nn.Module):
+    """Convolutional Block Attention Module (Woo, Park, Lee, Kweon, ECCV 2018, arXiv 1807.06521).
+
+    The channel gate, then the spatial gate (eq. 1). (N, C, H, W) -> (N, C, H, W). As in the
+    authors' repository, with biases in the MLP. timm's differs: no biases, mean before max, and a
+    BatchNorm weight of 1.
+    """
+
+    channel_gate, spatial_gate = ChannelGate, SpatialGate
+
+    def __init__(self, channels: int, reduction: int = 16):
+        super().__init__()
+        self.channel = self.channel_gate(channels, reduction)
+        self.spatial = self.spatial_gate()
+
+    def forward(self, x):
+        return self.spatial(self.channel(x))
+
+
+# --- Controls: gates whose input is 1, whatever the image -----------------------------------------
+
+
+class StaticSE(SE):
+    """A control: SE with gates that do not depend on the image, z = 1.
+
+    The same parameters, FLOPs and operations (the mean is taken and multiplied by 0), but the gate
+    is one learned constant per channel. What SE gains over it is due to attention, what both gain
+    over the baseline is due to parameters.
+    """
+
+    def squeeze(self, x):
+        return 1 + 0 * super().squeeze(x)  # (N, C)
+
+
+class StaticChannelGate(ChannelGate):
+    def squeeze(self, x):
+        return [1 + 0 * pooled for pooled in super().squeeze(x)]
+
+
+class StaticSpatialGate(SpatialGate):
+    def squeeze(self, x):
+        return 1 + 0 * super().squeeze(x)
+
+
+class StaticCBAM(CBAM):
+    """A control: CBAM with gates that do not depend on the image (see StaticSE).
+
+    One learned constant per channel, and one per position: the convolution's padding tells the
+    spatial gate how far the border is, and nothing else.
+    """
+
+    channel_gate, spatial_gate = StaticChannelGate, StaticSpatialGate
+
+
+# name: channels -> module, (N, C, H, W) -> (N, C, H, W)
+ATTENTION = {
+    "se": SE,
+    "cbam": CBAM,
+    "eca": ECA,
+    "ge": GE,
+    "gc": GC,
+    "bam": BAM,
+    "simam": SimAM,
+    "coord": Coordinate,
+    "triplet": Triplet,
+    "mhsa": MHSA,
+    "se_static": StaticSE,
+    "cbam_static": StaticCBAM,
+}
+
+
+# --- ResNet-18 ------------------------------------------------------------------------------------
 
 
 class BasicBlock(nn.Module):
@@ -93,23 +236,38 @@ class ResNet18(nn.Module):
 # --- Models: which module, and where --------------------------------------------------------------
 
 
-def in_blocks(model: ResNet18, module: Callable) -> None:
-    for block in model.blocks:
-        block.attention = module(block.conv2.out_channels)
+POSITIONS = (
+    "blocks",  # in every block, after bn2 and before the shortcut is added
+    "before_bn2",  # in every block, between conv2 and bn2
+    "stages",  # after each of the first three stages
+    "prepool",  # once, on the last 4x4 map
+    # Once, after the global pooling, as published. On that 1x1 map the mean is the max: CBAM's two
+    # pooled descriptors coincide, and only the middle taps of its 7x7 kernel are ever used.
+    "classifier",
+)
 
 
-def before_bn2(model: ResNet18, module: Callable) -> None:
-    for block in model.blocks:
-        block.attention_before_bn2 = module(block.conv2.out_channels)
-
-
-def after_stages(model: ResNet18, module: Callable) -> None:
-    for stage in (model.layer1, model.layer2, model.layer3):
-        append_to_stage(stage, module)
-
-
-def before_pooling(model: ResNet18, module: Callable) -> None:
-    append_to_stage(model.layer4, module)
+def insert(model: ResNet18, position: str, module: Callable) -> None:
+    """Puts a module at one of POSITIONS, or in place of a convolution."""
+    if position == "blocks":
+        for block in model.blocks:
+            block.attention = module(block.conv2.out_channels)
+    elif position == "before_bn2":
+        for block in model.blocks:
+            block.attention_before_bn2 = module(block.conv2.out_channels)
+    elif position == "stages":
+        for stage in (model.layer1, model.layer2, model.layer3):
+            append_to_stage(stage, module)
+    elif position == "prepool":
+        append_to_stage(model.layer4, module)
+    elif position == "classifier":
+        model.attention = module(model.fc.in_features)
+    elif position == "replace_conv2":  # of the two blocks of the last stage
+        for block in model.layer4:
+            block.conv2 = module(block.conv2.out_channels)
+    elif position == "replace_conv1":  # and its BatchNorm, in every block
+        for block in model.blocks:
+            block.conv1, block.bn1 = module(block.conv1, block.bn1), nn.Identity()
 
 
 def append_to_stage(stage: nn.Sequential, module: Callable) -> None:
@@ -117,53 +275,28 @@ def append_to_stage(stage: nn.Sequential, module: Callable) -> None:
     stage.append(nn.Sequential(OrderedDict(attention=attention)))  # its keys: layerS.2.attention.*
 
 
-def before_classifier(model: ResNet18, module: Callable) -> None:
-    model.attention = module(model.fc.in_features)
-
-
-def for_conv2_of_layer4(model: ResNet18, module: Callable) -> None:
-    for block in model.layer4:
-        block.conv2 = module(block.conv2.out_channels)
-
-
-def for_conv1(model: ResNet18, module: Callable) -> None:
-    for block in model.blocks:
-        block.conv1, block.bn1 = module(block.conv1, block.bn1), nn.Identity()
-
-
-PLACES = {
-    "blocks": in_blocks,  # in every block, after bn2 and before the shortcut is added
-    "before_bn2": before_bn2,  # in every block, between conv2 and bn2
-    "stages": after_stages,  # after each of the first three stages
-    "prepool": before_pooling,  # once, on the last 4x4 map
-    # Once, after the global pooling, as published. On that 1x1 map the mean is the max: CBAM's two
-    # pooled descriptors coincide, and only the middle taps of its 7x7 kernel are ever used.
-    "classifier": before_classifier,
-    "conv2_of_layer4": for_conv2_of_layer4,  # instead of the second convolution of its two blocks
-    "conv1": for_conv1,  # instead of conv1 and bn1 in every block
-}
-REPLACING = ("conv2_of_layer4", "conv1")  # the places of modules that take over a convolution
-MODULES = ATTENTION | {"sk": SelectiveKernel}  # which takes over a convolution and a BatchNorm
-
+# name: (module, position)
 MODELS = {
     "baseline": (None, None),
-    "se": ("se", "blocks"),
-    "cbam_blocks": ("cbam", "blocks"),
-    "cbam_classifier": ("cbam", "classifier"),
-    "cbam_prepool": ("cbam", "prepool"),  # as many parameters, on a map that has positions
-    "eca": ("eca", "blocks"),
-    "ge": ("ge", "blocks"),
-    "gc": ("gc", "blocks"),
-    "bam": ("bam", "stages"),  # where its authors put it
-    "simam": ("simam", "before_bn2"),  # likewise
-    "coord": ("coord", "blocks"),
-    "triplet": ("triplet", "blocks"),
-    "sk": ("sk", "conv1"),
-    "bot": ("mhsa", "conv2_of_layer4"),
-    # Controls: as many parameters and operations as the model they are named after, blind gates.
-    "se_static": ("se_static", "blocks"),
-    "cbam_blocks_static": ("cbam_static", "blocks"),
+    "se": (SE, "blocks"),
+    "cbam_blocks": (CBAM, "blocks"),
+    "cbam_classifier": (CBAM, "classifier"),
+    "cbam_prepool": (CBAM, "prepool"),  # as many parameters, on a map that has positions
+    "eca": (ECA, "blocks"),
+    "ge": (GE, "blocks"),
+    "gc": (GC, "blocks"),
+    "bam": (BAM, "stages"),  # where its authors put it
+    "simam": (SimAM, "before_bn2"),  # likewise
+    "coord": (Coordinate, "blocks"),
+    "triplet": (Triplet, "blocks"),
+    "sk": (SelectiveKernel, "replace_conv1"),
+    "bot": (MHSA, "replace_conv2"),
+    "se_static": (StaticSE, "blocks"),
+    "cbam_blocks_static": (StaticCBAM, "blocks"),
 }
+# A module that no model has yet: in every block, under its own name.
+in_use = {module for module, _ in MODELS.values()}
+MODELS |= {name: (module, "blocks") for name, module in ATTENTION.items() if module not in in_use}
 
 
 def build_model(
@@ -172,81 +305,46 @@ def build_model(
     in_channels: int = 1,
     width: int = 64,
     seed: int | None = None,
-    place: str | None = None,
+    position: str | None = None,
     reduction: int | None = None,
 ) -> nn.Module:
     """The model `name` of MODELS: images (N, in_channels, H, W) -> logits (N, num_classes).
 
     With one `seed` every model starts from the same backbone weights: attention is added after
     they have been drawn. A seed leaves the global random state as it was; without one the weights
-    come from it. `place` (of PLACES) and `reduction` replace those of the model's attention. Raises
-    ValueError for unknown names and for what the model has not got.
+    come from it. `position` (of POSITIONS) and `reduction` replace those of the model's attention.
+    Raises ValueError for unknown names and for what the model does not have.
     """
-    module, place, options = resolve(name, place, reduction)
+    if name not in MODELS:
+        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
+    module, own_position = MODELS[name]
+    if position and not (own_position in POSITIONS and position in POSITIONS):
+        raise ValueError(f"model {name} has no attention that could be put at {position!r}")
+    if reduction:
+        if not module or "reduction" not in inspect.signature(module).parameters:
+            raise ValueError(f"model {name} has no reduction that could be set")
+        module = partial(module, reduction=reduction)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
             # The CPU's generator alone: torch.manual_seed would reseed the GPUs too.
             torch.default_generator.manual_seed(seed)
         model = ResNet18(num_classes, in_channels, width)
         if module:
-            PLACES[place](model, partial(MODULES[module], **options))
+            insert(model, position or own_position, module)
     return model
-
-
-def resolve(name: str, place: str | None, reduction: int | None) -> tuple[str, str, dict]:
-    """(module, place, options of the module) that build_model takes."""
-    if name not in MODELS:
-        raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
-    module, own_place = MODELS[name]
-    if place is not None:
-        if module is None or own_place in REPLACING:
-            raise ValueError(f"model {name} has no attention that could be put elsewhere")
-        if place in REPLACING:
-            raise ValueError(f"model {name}: {place} is for modules that replace a convolution")
-    place = place or own_place
-    if module and place not in PLACES:
-        raise ValueError(f"model {name}: no place {place!r}: choose from {', '.join(PLACES)}")
-    if reduction is None:
-        return module, place, {}
-    if default_reduction(module) is None:
-        raise ValueError(f"model {name} has no reduction that could be set")
-    return module, place, {"reduction": reduction}
-
-
-def default_reduction(module: str | None) -> int | None:
-    """That of a module that has one."""
-    parameters = inspect.signature(MODULES[module]).parameters if module else {}
-    return parameters["reduction"].default if "reduction" in parameters else None
-
-
-def name_of(name: str, place: str | None = None, reduction: int | None = None) -> str:
-    """What a model is called: "se_r8", "eca_classifier"; its name in MODELS where it has one."""
-    module, place, _ = resolve(name, place, reduction)
-    if (module, place) != MODELS[name]:
-        name = f"{module}_{place}"
-        for other, module_and_place in MODELS.items():
-            if module_and_place == (module, place):
-                name = other
-    return name if reduction in (None, default_reduction(module)) else f"{name}_r{reduction}"
 
 
 def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The script, with `argv` in place of the command line; the exit code."""
-    argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # an error is then a single line
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args(argv)
+@exit_code
+def main(argv: list[str] | None = None) -> None:
+    """The script, with `argv` in place of the command line."""
+    make_parser(__doc__).parse_args(argv)
     for name in MODELS:
         print(f"{name:18s} {count_parameters(build_model(name)):>12,}")
-    return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`
     sys.exit(main())

@@ -29,14 +29,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import sections
-import verdicts
-from explained import explained_of, pictures_of, read_explained
-from figures import FIGURES, draw_figures
-from files import write_atomically
-from findings import Findings, accuracies, compared, find
-from page import as_page
-from studies import PUBLISHED, RUN_COLUMNS, ReportError, Study, read_costs, read_studies
+from kit import sections
+from kit import verdicts
+from kit.explained import explained_of, pictures_of, read_explained
+from kit.figures import FIGURES, draw_figures
+from kit.files import write_atomically
+from kit.findings import Findings, accuracies, compared, find
+from kit.page import as_page
+from kit.results import PUBLISHED, RUN_COLUMNS, ReportError, Study, read_costs, read_studies
 
 # --- What is written ------------------------------------------------------------------------------
 

@@ -30,12 +30,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import checkpoint
+from kit import checkpoint
 import data
-import parallel
-import run_folder
-from augment import Augmentation
-from environment import (
+from kit import parallel
+from kit import run_folder
+from kit.augment import Augmentation
+from kit.environment import (
     describe_environment,
     device_name,
     is_out_of_memory,
@@ -43,18 +43,18 @@ from environment import (
     source_hashes,
 )
 from models import MODELS, build_model, count_parameters
-from modes import set_up_torch
-from run_folder import RunError
-from self_check import self_check
-from settings import (
+from kit.modes import set_up_torch
+from kit.run_folder import RunError
+from kit.self_check import self_check
+from kit.settings import (
     AUGMENTATIONS,
     RECIPES,  # noqa: F401 (train.RECIPES is for all)
     as_config,
     parse_settings,
 )
-from stop_signals import Stopped, leaving_at_once, watch_signals
-from tensorboard_log import log_epoch, log_test, open_writer
-from training_step import Average, adam, choose_mode, halves, logits_of, make_step, schedule
+from kit.stop_signals import Stopped, leaving_at_once, watch_signals
+from kit.tensorboard_log import log_epoch, log_test, open_writer
+from kit.training_step import Average, adam, choose_mode, halves, logits_of, make_step, schedule
 
 EVAL_PIXELS = 1000 * 28 * 28  # in a batch: a matter of speed and memory, not of figures
 

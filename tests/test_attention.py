@@ -9,7 +9,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from attention import ATTENTION, CBAM, ECA, GC, GE, MHSA, SE, SelectiveKernel
+from kit.attention import ATTENTION, CBAM, ECA, GC, GE, MHSA, SE, SelectiveKernel
 from models import build_model, count_parameters
 
 # --- The formulas, for one image (C, H, W), in evaluation mode ------------------------------------

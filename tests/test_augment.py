@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
 
-import augment
-from augment import OPERATIONS, Augmentation
+from kit import augment
+from kit.augment import OPERATIONS, Augmentation
 
 MAGNITUDE = 9 / 30
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import checkpoint
+from kit import checkpoint
 
 
 def test_what_is_saved_is_what_was_there(tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import REPO, is_one_line, needs_pins
 
-import environment
+from kit import environment
 
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 

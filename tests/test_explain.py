@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from conftest import REPO, is_one_line, train_small
 
 import explain
-import grad_cam
-from attention import ATTENTION
-from gates import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
+from kit import grad_cam
+from kit.attention import ATTENTION
+from kit.gates import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
 from models import MODELS, build_model
 
 IMAGES = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1

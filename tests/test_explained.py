@@ -9,7 +9,7 @@ from conftest import REPO, copy_run
 
 import explain
 import report
-from explained import ablation
+from kit.explained import ablation
 
 
 @pytest.fixture(scope="module")

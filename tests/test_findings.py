@@ -7,9 +7,9 @@ import pytest
 from conftest import copy_run
 from scipy import stats
 
-import verdicts
-from findings import find
-from studies import read_studies
+from kit import verdicts
+from kit.findings import find
+from kit.results import read_studies
 
 CLASSES = 10
 

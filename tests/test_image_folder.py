@@ -13,10 +13,10 @@ from PIL import Image
 from test_resume import StopAt
 
 import data
-import image_folder
+from kit import image_folder
 import report
 import train
-from image_data import moments
+from kit.image_data import moments
 
 
 def make(folder, counts, size=(9, 7), mode="RGB", seed=0):

@@ -11,7 +11,7 @@ import pytest
 from conftest import copy_run
 
 import report
-from page import as_html, as_page
+from kit.page import as_html, as_page
 
 FULL = {"quick": False, "overrides": {}, "width": 64}
 

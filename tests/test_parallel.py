@@ -10,8 +10,8 @@ import torch
 import torch.nn as nn
 from conftest import REPO
 
-import checkpoint
-import parallel
+from kit import checkpoint
+from kit import parallel
 
 FOLDER = "fashion_mnist/published/cbam_blocks/seed0"
 FLAGS = ["--limit-train", "624", "--limit-test", "100", "--width", "8", "--device", "cpu"]

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from conftest import REPO
 from test_resume import StopAt
 
-import checkpoint
+from kit import checkpoint
 import data
 import train
-import training_step
-from augment import Augmentation
+from kit import training_step
+from kit.augment import Augmentation
 from models import build_model
-from settings import AUGMENTATIONS, PUBLISHED, STRONG, parse_settings
+from kit.settings import AUGMENTATIONS, PUBLISHED, STRONG, parse_settings
 
 CPU = torch.device("cpu")
 FLAGS = [

@@ -9,11 +9,11 @@ from conftest import copy_run, is_one_line, script
 from PIL import Image
 
 import report
-import verdicts
-from figures import FIGURES
-from findings import find
-from sections import interval
-from studies import Study, read_costs, read_studies
+from kit import verdicts
+from kit.figures import FIGURES
+from kit.findings import find
+from kit.sections import interval
+from kit.results import Study, read_costs, read_studies
 
 ROW = {
     "params": 177_890, "flops": 915_000_000, "flops_aten": 911_000_000, "batch_size": 64,

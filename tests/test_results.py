@@ -9,9 +9,9 @@ from conftest import REPO
 
 import benchmark
 import report
-from explained import ablation_table, explained_of, read_explained
+from kit.explained import ablation_table, explained_of, read_explained
 from models import MODELS
-from studies import read_studies
+from kit.results import read_studies
 
 README = (REPO / "README.md").read_text()
 FOLDERS = re.findall("<!-- report.py: (.*) -->", README)

@@ -18,11 +18,11 @@ import torch
 from conftest import REPO, is_one_line, train_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import checkpoint
+from kit import checkpoint
 import data
 import train
 from models import build_model
-from training_step import adam
+from kit.training_step import adam
 
 FOLDER = "fashion_mnist/published/se/seed0"
 FLAGS = ["--limit-train", "640", "--limit-test", "100", "--width", "8", "--device", "cpu"]

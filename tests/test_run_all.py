@@ -17,7 +17,7 @@ import explain
 import report
 import speed
 import train
-from settings import parse_settings
+from kit.settings import parse_settings
 
 README = (REPO / "README.md").read_text()
 COMMANDS = [

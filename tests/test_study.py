@@ -18,7 +18,7 @@ import explain
 import report
 import speed
 from models import MODELS
-from settings import parse_settings
+from kit.settings import parse_settings
 
 COMPARED = ["baseline", "cbam_classifier", "se", "cbam_blocks", "se_static"]
 FURTHER = [model for model in MODELS if model not in COMPARED]

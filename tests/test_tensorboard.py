@@ -14,8 +14,8 @@ from conftest import train_small
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import tensorboard_log
-from gates import gates_of
+from kit import tensorboard_log
+from kit.gates import gates_of
 from models import build_model
 
 

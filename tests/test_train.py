@@ -11,9 +11,9 @@ from conftest import SMALL, is_one_line, script, train_small
 
 import data
 import train
-import training_step
+from kit import training_step
 from models import build_model
-from settings import PUBLISHED, parse_settings
+from kit.settings import PUBLISHED, parse_settings
 
 TIMES = ("seconds", "images_per_second")
 

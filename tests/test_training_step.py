@@ -9,10 +9,10 @@ import pytest
 import torch
 from conftest import REPO, is_one_line, script, train_small
 
-import modes
-import self_check
+from kit import modes
+from kit import self_check
 import train
-import training_step
+from kit import training_step
 from models import build_model
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-import verdicts
+from kit import verdicts
 
 # Student (1908), extra hours of sleep with two drugs, ten patients: the `sleep` data of R.
 DRUG_1 = dict(enumerate([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]))

@@ -17,9 +17,9 @@ matplotlib.use("Agg")  # the figures never go to a window
 import matplotlib.pyplot as plt
 
 from data import normalize
-from explain_pictures import over_image
-from gates import attention_modules, gates_of, stage_of
-from grad_cam import enlarged, grad_cam, scaled
+from kit.pictures import over_image
+from kit.gates import attention_modules, gates_of, stage_of
+from kit.grad_cam import enlarged, grad_cam, scaled
 
 HPARAMS = ("model", "dataset", "recipe", "seed", "width", "epochs", "batch_size", "lr", "precision")
 SHOWN = 12  # misclassified images

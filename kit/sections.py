@@ -3,12 +3,12 @@
 import re
 from collections import Counter
 
-from cost_tables import cost_table, how, mode_section, training_ratio
-from explained import explained_section
-from findings import CONTROL, Cost, Findings
-from studies import Run, Study, image_of, in_table_order, n_classes_of
-from tables import Lines, image, interval, label, number, p_value, table
-from verdicts import Comparison
+from kit.cost_tables import cost_table, how, mode_section, training_ratio
+from kit.explained import explained_section
+from kit.findings import CONTROL, Cost, Findings
+from kit.results import Run, Study, image_of, in_table_order, n_classes_of
+from kit.tables import Lines, image, interval, label, number, p_value, table
+from kit.verdicts import Comparison
 
 
 def write_report(

@@ -7,8 +7,8 @@ import json
 import re
 from pathlib import Path
 
-from studies import DAMAGED, Study, check_number, in_table_order, is_finite
-from tables import Lines, image, interval, label, number, table
+from kit.results import DAMAGED, Study, check_number, in_table_order, is_finite
+from kit.tables import Lines, image, interval, label, number, table
 
 STAGES = ("layer1", "layer2", "layer3", "layer4", "classifier")
 STAGE_NUMBERS = (

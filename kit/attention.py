@@ -1,13 +1,9 @@
-"""Attention modules, each as its paper and its authors' code have it.
-
-To add one: write a class `Module(channels)` whose output has the shape of its input (N, C, H, W),
-add one line to ATTENTION, and one to MODELS in models.py that says where it goes.
+"""Further attention modules, each as its paper and its authors' code have it: see models.py.
 
 Weights start as PyTorch starts them unless a module says otherwise; some authors start biases at 0.
-Reductions are rounded down, hidden widths are at least 1. Every module works on maps of 1x1 and on
-single images, where BatchNorm has no variance (batch_norm). Means and maxima are taken by `mean`
-and `amax`, not by adaptive pooling: the same values, and deterministic backward passes on CUDA.
-(Where maxima tie, `amax` shares the gradient out among them.)
+Reductions are rounded down, hidden widths are at least 1, and every module works on maps of 1x1.
+Means and maxima are taken by `mean` and `amax`, not by adaptive pooling: the same values, and
+deterministic backward passes on CUDA. (Where maxima tie, `amax` shares the gradient out among them.)
 """
 
 import math
@@ -16,42 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
-def batch_norm(bn: nn.BatchNorm2d, x: torch.Tensor) -> torch.Tensor:
-    """bn(x), for gates that may see a single value per channel (one image, 1x1 map) in training.
-
-    That has no variance, and PyTorch refuses it. The running statistics stand in, and stay as they
-    are, so that a last batch of one image does not end the run.
-    """
-    alone = type(bn) is nn.BatchNorm2d  # not if other processes hold other parts of the batch
-    if alone and bn.training and x.numel() == x.shape[1]:
-        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, eps=bn.eps)
-    return bn(x)
-
-
 # --- One number a channel -------------------------------------------------------------------------
-
-
-class SE(nn.Module):
-    """Squeeze-and-Excitation (Hu, Shen, Sun, CVPR 2018, arXiv 1709.01507).
-
-    s = sigmoid(W2 relu(W1 z + b1) + b2), z = mean of x over H and W (eq. 2, 3); x' = s x (eq. 4).
-    (N, C, H, W) -> (N, C, H, W); one gate per image and channel. The hidden width is C / reduction,
-    with biases, as in the authors' Caffe models; timm rounds the width to a multiple of 8.
-    """
-
-    def __init__(self, channels: int, reduction: int = 16):
-        super().__init__()
-        hidden = max(1, channels // reduction)
-        self.fc1 = nn.Linear(channels, hidden)
-        self.fc2 = nn.Linear(hidden, channels)
-
-    def squeeze(self, x):
-        return x.mean((2, 3))  # (N, C)
-
-    def forward(self, x):
-        gate = torch.sigmoid(self.fc2(F.relu(self.fc1(self.squeeze(x)))))  # (N, C)
-        return x * gate[:, :, None, None]
 
 
 class ECA(nn.Module):
@@ -99,89 +60,6 @@ class GC(nn.Module):
 # --- Channels and positions -----------------------------------------------------------------------
 
 
-class ChannelGate(nn.Module):
-    """CBAM's channel attention: sigmoid(MLP(avg over H, W) + MLP(max over H, W)), eq. 2.
-
-    The two share one MLP.
-    """
-
-    def __init__(self, channels: int, reduction: int = 16):
-        super().__init__()
-        hidden = max(1, channels // reduction)
-        self.mlp = nn.Sequential(
-            nn.Linear(channels, hidden), nn.ReLU(), nn.Linear(hidden, channels)
-        )
-
-    def squeeze(self, x):
-        return x.mean((2, 3)), x.amax((2, 3))  # (N, C) both
-
-    def forward(self, x):
-        average, maximum = self.squeeze(x)
-        gate = torch.sigmoid(self.mlp(average) + self.mlp(maximum))  # (N, C)
-        return x * gate[:, :, None, None]
-
-
-class SpatialGate(nn.Module):
-    """CBAM's spatial attention: sigmoid(BN(conv7x7([max over C, mean over C]))), eq. 3.
-
-    As in the authors' code: max comes first, the convolution has no bias, and the BatchNorm (not in
-    the paper's formula) starts with weight 0 and momentum 0.01, so that the gate opens at 0.5.
-    """
-
-    def __init__(self, bn_weight: float = 0.0):
-        super().__init__()
-        self.conv = nn.Conv2d(2, 1, kernel_size=7, padding=3, bias=False)
-        self.bn = nn.BatchNorm2d(1, momentum=0.01)
-        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
-        nn.init.constant_(self.bn.weight, bn_weight)
-
-    def squeeze(self, x):
-        return torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)  # (N, 2, H, W)
-
-    def forward(self, x):
-        gate = torch.sigmoid(batch_norm(self.bn, self.conv(self.squeeze(x))))  # (N, 1, H, W)
-        return x * gate
-
-
-class CBAM(nn.Module):
-    """Convolutional Block Attention Module (Woo, Park, Lee, Kweon, ECCV 2018, arXiv 1807.06521).
-
-    The channel gate, then the spatial gate (eq. 1). (N, C, H, W) -> (N, C, H, W). As in the
-    authors' repository, with biases in the MLP. timm's differs: no biases, mean before max, and a
-    BatchNorm weight of 1.
-    """
-
-    channel_gate, spatial_gate = ChannelGate, SpatialGate
-
-    def __init__(self, channels: int, reduction: int = 16):
-        super().__init__()
-        self.channel = self.channel_gate(channels, reduction)
-        self.spatial = self.spatial_gate()
-
-    def forward(self, x):
-        return self.spatial(self.channel(x))
-
-
-class Triplet(nn.Module):
-    """Triplet attention (Misra, Nalamada, Arasanipalai, Hou, WACV 2021, arXiv 2010.03045).
-
-    The mean of three gated copies of x: by positions (H, W), and, rotated, by (C, W) and (H, C), so
-    that channels and positions interact. The gates are CBAM's, but BatchNorm's weight starts at 1,
-    as in the file triplet_attention.py of the authors.
-    """
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.height_width = SpatialGate(bn_weight=1.0)
-        self.channel_width = SpatialGate(bn_weight=1.0)
-        self.height_channel = SpatialGate(bn_weight=1.0)
-
-    def forward(self, x):
-        without_height = self.channel_width(x.transpose(1, 2)).transpose(1, 2)
-        without_width = self.height_channel(x.transpose(1, 3)).transpose(1, 3)
-        return (self.height_width(x) + without_height + without_width) / 3
-
-
 class BAM(nn.Module):
     """Bottleneck Attention Module (Park, Woo, Lee, Kweon, BMVC 2018, arXiv 1807.06514).
 
@@ -209,13 +87,46 @@ class BAM(nn.Module):
     @staticmethod
     def run(x, convs, bns):
         for conv, bn in zip(convs, bns, strict=False):  # none after the last
-            x = F.relu(batch_norm(bn, conv(x)))
+            x = F.relu(bn(conv(x)))
         return convs[-1](x)
 
     def forward(self, x):
         channel = self.run(x.mean((2, 3), keepdim=True), self.channel, self.channel_bns)
         spatial = self.run(x, self.spatial, self.spatial_bns)  # (N, 1, H, W)
         return x * (1 + torch.sigmoid(channel + spatial))
+
+
+class PositionGate(nn.Module):
+    """Triplet's gate, that of CBAM's positions: sigmoid(BN(conv7x7([max over C, mean over C])))."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 1, kernel_size=7, padding=3, bias=False)
+        self.bn = nn.BatchNorm2d(1, momentum=0.01)
+        nn.init.kaiming_normal_(self.conv.weight, mode="fan_out")
+
+    def forward(self, x):
+        pooled = torch.cat([x.amax(1, keepdim=True), x.mean(1, keepdim=True)], dim=1)
+        return x * torch.sigmoid(self.bn(self.conv(pooled)))  # the gate is (N, 1, H, W)
+
+
+class Triplet(nn.Module):
+    """Triplet attention (Misra, Nalamada, Arasanipalai, Hou, WACV 2021, arXiv 2010.03045).
+
+    The mean of three gated copies of x: by positions (H, W), and, rotated, by (C, W) and (H, C), so
+    that channels and positions interact. As in the file triplet_attention.py of the authors.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.height_width = PositionGate()
+        self.channel_width = PositionGate()
+        self.height_channel = PositionGate()
+
+    def forward(self, x):
+        without_height = self.channel_width(x.transpose(1, 2)).transpose(1, 2)
+        without_width = self.height_channel(x.transpose(1, 3)).transpose(1, 3)
+        return (self.height_width(x) + without_height + without_width) / 3
 
 
 class Coordinate(nn.Module):
@@ -239,7 +150,7 @@ class Coordinate(nn.Module):
         rows = x.mean(3, keepdim=True)  # (N, C, H, 1)
         columns = x.mean(2, keepdim=True)  # (N, C, 1, W)
         both = torch.cat([rows, columns.transpose(2, 3)], dim=2)  # (N, C, H + W, 1)
-        both = F.hardswish(batch_norm(self.bn, self.conv(both)))
+        both = F.hardswish(self.bn(self.conv(both)))
         rows, columns = both.split([height, width], dim=2)
         row_gate = torch.sigmoid(self.conv_rows(rows))  # (N, C, H, 1)
         column_gate = torch.sigmoid(self.conv_columns(columns.transpose(2, 3)))  # (N, C, 1, W)
@@ -267,7 +178,7 @@ class GE(nn.Module):
     def forward(self, x):
         context = x
         for i, (conv, bn) in enumerate(zip(self.convs, self.bns, strict=True)):
-            context = batch_norm(bn, conv(F.relu(context) if i else context))
+            context = bn(conv(F.relu(context) if i else context))
         return x * torch.sigmoid(F.interpolate(context, x.shape[2:]))
 
 
@@ -360,62 +271,10 @@ class SelectiveKernel(nn.Module):
 
     def forward(self, x):
         branches = (
-            F.relu(batch_norm(self.bn3, self.conv3(x))),
-            F.relu(batch_norm(self.bn5, self.conv5(x))),
+            F.relu(self.bn3(self.conv3(x))),
+            F.relu(self.bn5(self.conv5(x))),
         )
         context = (branches[0] + branches[1]).mean((2, 3), keepdim=True)
-        scores = self.select(F.relu(batch_norm(self.bn, self.fc(context))))  # (N, 2C, 1, 1)
+        scores = self.select(F.relu(self.bn(self.fc(context))))  # (N, 2C, 1, 1)
         weights = scores.unflatten(1, (2, -1)).softmax(1)  # (N, 2, C, 1, 1)
         return weights[:, 0] * branches[0] + weights[:, 1] * branches[1]
-
-
-# --- Controls: all that gates could see is 1 ------------------------------------------------------
-
-
-class StaticSE(SE):
-    """A control: SE whose gates cannot see the image, z = 1 whatever it shows.
-
-    The same parameters, FLOPs and operations (the mean is taken and multiplied by 0), but the gate
-    is one learned constant a channel. What SE gains over it is due to attention, what both gain is
-    due to parameters.
-    """
-
-    def squeeze(self, x):
-        return 1 + 0 * super().squeeze(x)  # (N, C)
-
-
-class StaticChannelGate(ChannelGate):
-    def squeeze(self, x):
-        return [1 + 0 * pooled for pooled in super().squeeze(x)]
-
-
-class StaticSpatialGate(SpatialGate):
-    def squeeze(self, x):
-        return 1 + 0 * super().squeeze(x)
-
-
-class StaticCBAM(CBAM):
-    """A control: CBAM whose gates cannot see the image, all they pool is 1 (see StaticSE).
-
-    A learned constant a channel, and one a position: the convolution's padding tells its spatial
-    gate how far the border is, and nothing else.
-    """
-
-    channel_gate, spatial_gate = StaticChannelGate, StaticSpatialGate
-
-
-# Each name: channels -> module whose output has the shape of its input.
-ATTENTION = {
-    "se": SE,
-    "cbam": CBAM,
-    "eca": ECA,
-    "ge": GE,
-    "gc": GC,
-    "bam": BAM,
-    "simam": SimAM,
-    "coord": Coordinate,
-    "triplet": Triplet,
-    "mhsa": MHSA,
-    "se_static": StaticSE,
-    "cbam_static": StaticCBAM,
-}

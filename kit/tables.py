@@ -1,6 +1,6 @@
 """Cells and tables of the report, in Markdown."""
 
-from studies import Study
+from kit.results import Study
 
 Lines = list[str]
 

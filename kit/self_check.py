@@ -16,10 +16,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from augment import Augmentation
+from kit.augment import Augmentation
 from models import build_model
-from modes import MODES, PRECISIONS, set_up_torch, why_not
-from training_step import Average, adam, halves, make_step
+from kit.modes import MODES, PRECISIONS, set_up_torch, why_not
+from kit.training_step import Average, adam, halves, make_step
 
 # In fp32 every tensor is judged by itself. In TF32 and bf16 rounding alone makes gradients that are
 # sums of cancelling terms wrong by their own size, so all tensors of a kind are judged together.

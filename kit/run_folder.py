@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from files import write_atomically
+from kit.files import write_atomically
 
 # These settings may differ when a run is taken up again; any other makes it another run.
 MAY_DIFFER = {

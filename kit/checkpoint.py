@@ -21,10 +21,10 @@ from pathlib import Path
 
 import torch
 
-import run_folder
-from environment import is_out_of_memory
-from files import write_atomically
-from training_step import Average, load_adam
+from kit import run_folder
+from kit.environment import is_out_of_memory
+from kit.files import write_atomically
+from kit.training_step import Average, load_adam
 
 LENGTH = (64).to_bytes(2, "little")  # of the sha256 at the end of a file
 

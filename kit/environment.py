@@ -1,7 +1,4 @@
-"""The machine a run uses: which device, what it is called, and the record kept in env.json.
-
-python environment.py    # says whether PyTorch can use a GPU here, and if not why; exit code 3
-"""
+"""The machine a run uses: which device, what it is called, and the record kept in env.json."""
 
 import hashlib
 import os
@@ -9,20 +6,18 @@ import platform
 import re
 import resource
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-import parallel
-
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parent.parent
 LOCK = Path("/opt/requirements.lock")  # the Dockerfile puts it there, and sets IMAGE_REVISION
 DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> the oldest driver on Linux
+# What the figures of a run depend on: an edit here makes another experiment.
 SOURCES = (
-    "models.py", "attention.py", "data.py", "fashion_mnist.py", "image_data.py", "image_folder.py",
-    "augment.py", "settings.py", "train.py", "training_step.py", "modes.py", "parallel.py",
+    "train.py", "models.py", "data.py", "kit/attention.py", "kit/augment.py", "kit/datasets.py",
+    "kit/image_folder.py", "kit/fast.py",
 )  # fmt: skip
 
 
@@ -41,13 +36,13 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: {why_no_gpu()}; use --device cpu")
-    needed = device.index if device.index is not None else parallel.LOCAL_RANK
-    if device.type == "cuda" and needed >= torch.cuda.device_count():
+    index = device.index or 0
+    if device.type == "cuda" and index >= torch.cuda.device_count():
         raise ValueError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPU(s)"
         )
     if device.type == "cuda":
-        device = torch.device("cuda", needed)
+        device = torch.device("cuda", index)
         torch.cuda.set_device(device)  # streams and graphs are made on the current one
     return device
 
@@ -81,15 +76,14 @@ def driver_version() -> str | None:
 
 def device_name(device: torch.device) -> str:
     """What the hardware is called, for example "NVIDIA GeForce RTX 4070"."""
-    processes = f"{parallel.WORLD} x " if parallel.WORLD > 1 else ""
     if device.type == "cuda":
-        return processes + torch.cuda.get_device_name(device)
+        return torch.cuda.get_device_name(device)
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    return f"{processes}CPU {cpu}, {torch.get_num_threads()} threads"
+    return f"CPU {cpu}, {torch.get_num_threads()} threads"
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -100,11 +94,6 @@ def peak_memory_mb(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch could not get memory, on a GPU or on the CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def describe_environment(device: torch.device) -> dict:
@@ -140,7 +129,7 @@ def image() -> dict | None:
 
 
 def source_hashes() -> dict[str, str]:
-    """sha256 of the files that a result depends on most."""
+    """sha256 of SOURCES."""
     return {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in SOURCES}
 
 
@@ -160,11 +149,3 @@ def is_dirty() -> bool | None:
         return None
     command = ("git", "-C", HERE, "status", "--porcelain", "--untracked-files=no", "--")
     return output_of(*command, "*.py", "*.sh", "requirements.*") is not None
-
-
-if __name__ == "__main__":
-    if torch.cuda.is_available():
-        print(device_name(torch.device("cuda", 0)))
-    else:
-        print(why_no_gpu())
-        sys.exit(3)

@@ -22,8 +22,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from files import write_atomically
-from image_data import DataError, ImageData, moments
+from kit.command_line import UserError
+from kit.datasets import ImageData, mean_and_std_of
+from kit.files import write_atomically
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 DEFAULT_SIZE = 64
@@ -33,13 +34,13 @@ Labelled = list[tuple[Path, str]]  # images and their classes
 
 
 def load_folder(folder: Path, image_size: int | None = None) -> ImageData:
-    """The images below `folder`. Raises DataError in one line."""
+    """The images below `folder`. Raises UserError in one line."""
     if not folder.is_dir():
-        raise DataError(f"{folder} is no folder: name one with a folder of images for each class")
+        raise UserError(f"{folder} is no folder: name one with a folder of images for each class")
     if (folder / "train").is_dir():
         test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
         if test is None:
-            raise DataError(f"{folder} has a train folder, but neither test nor val beside it")
+            raise UserError(f"{folder} has a train folder, but neither test nor val beside it")
         return load(folder, in_class_folders(folder / "train"), in_class_folders(test), image_size)
     train, test = divided(in_class_folders(folder))
     return load(folder, train, test, image_size)
@@ -49,12 +50,12 @@ def load_tiny_imagenet(data_dir: Path) -> ImageData:
     """100,000 + 10,000 colour images of 64x64 in 200 classes (Le and Yang 2015).
 
     Its test images have no labels: the validation images are the test set. They lie in one flat
-    folder, which a reader of class folders would take for a single class. Raises DataError.
+    folder, which a reader of class folders would take for a single class. Raises UserError.
     """
     folder = data_dir / "tiny-imagenet-200"
     annotations = folder / "val" / "val_annotations.txt"
     if not annotations.is_file():
-        raise DataError(
+        raise UserError(
             f"{annotations} is not there: get tiny-imagenet-200.zip (250 MB, from the pages of "
             f"Stanford's course CS231n) and unpack it in {data_dir}"
         )
@@ -63,7 +64,7 @@ def load_tiny_imagenet(data_dir: Path) -> ImageData:
     train = in_class_folders(folder / "train")
     for part, images in (("train", train), ("val", test)):
         if (n := len({name for _, name in images})) != 200:
-            raise DataError(f"{folder}: {n} classes in {part} instead of 200: unpack it again")
+            raise UserError(f"{folder}: {n} classes in {part} instead of 200: unpack it again")
     return load(folder, train, test, None)
 
 
@@ -73,13 +74,13 @@ def in_class_folders(folder: Path) -> Labelled:
     images = []
     for path in classes:
         if not path.name.isprintable():  # nor are bytes that are not UTF-8
-            raise DataError(f"{str(path)!r} cannot be written in a table: rename it")
+            raise UserError(f"{str(path)!r} cannot be written in a table: rename it")
         found = images_below(path)
         if not found:
-            raise DataError(f"{path} has no images: add some, or delete it")
+            raise UserError(f"{path} has no images: add some, or delete it")
         images += [(image, path.name) for image in found]
     if len(classes) < 2:
-        raise DataError(f"{folder} needs a folder of images for each of two classes or more")
+        raise UserError(f"{folder} needs a folder of images for each of two classes or more")
     return sorted(images, key=lambda image: (image[0].name, image[1], image[0]))
 
 
@@ -106,7 +107,7 @@ def divided(images: Labelled) -> tuple[Labelled, Labelled]:
     test = set()
     for name, of_class in by_class.items():
         if len(of_class) < 2:
-            raise DataError(f"class {name} has a single image: it takes one to train, one to test")
+            raise UserError(f"class {name} has a single image: it takes one to train, one to test")
         n_test = max(1, round(TEST_SHARE * len(of_class)))
         test.update(of_class[i] for i in generator.permutation(len(of_class))[:n_test])
     return [i for i in images if i not in test], [i for i in images if i in test]
@@ -117,7 +118,7 @@ def load(folder: Path, train: Labelled, test: Labelled, image_size: int | None) 
     classes = sorted({name for _, name in train})
     if classes != sorted({name for _, name in test}):
         odd = sorted({name for _, name in train} ^ {name for _, name in test})
-        raise DataError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
+        raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
     paths = [path for path, _ in train + test]
     key = key_of(folder, paths, image_size)
     kept = folder / f".decoded.{key}.npz"
@@ -130,7 +131,7 @@ def load(folder: Path, train: Labelled, test: Labelled, image_size: int | None) 
     train_labels, test_labels = (
         torch.tensor([classes.index(name) for _, name in part]) for part in (train, test)
     )
-    mean, std = moments(train_images)
+    mean, std = mean_and_std_of(train_images)
     source = f"read from {folder}, key {key}"
     return ImageData(
         train_images, train_labels, test_images, test_labels, classes, mean, std, source, key
@@ -170,7 +171,7 @@ def keep(path: Path, images: np.ndarray) -> None:
 
 
 def decode(folder: Path, paths: list[Path], image_size: int | None) -> np.ndarray:
-    """uint8 (N, C, H, W). Raises DataError that names the images that cannot be read."""
+    """uint8 (N, C, H, W). Raises UserError that names the images that cannot be read."""
     print(f"decoding {len(paths):,} images below {folder}", file=sys.stderr, flush=True)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         headers = list(pool.map(header, paths))
@@ -183,7 +184,7 @@ def decode(folder: Path, paths: list[Path], image_size: int | None) -> np.ndarra
         shape = (len(paths), 1 if grey else 3, height, width)
         needed, there = int(np.prod(shape, dtype=np.int64)), available_memory()
         if needed > there / 2:  # it is there twice while it is written
-            raise DataError(
+            raise UserError(
                 f"{folder}: {len(paths):,} images of {shape[1]} x {height} x {width} take "
                 f"{needed / 1e6:,.1f} MB, twice while they are read, of {there / 1e6:,.1f} MB "
                 "free: use a smaller --image-size, or fewer images"
@@ -235,7 +236,7 @@ def raise_if_bad(paths: list[Path], found: list) -> None:
             for path, error in bad[:5]
         )
         more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
-        raise DataError(f"{len(bad):,} images cannot be read: mend or delete them: {some}{more}")
+        raise UserError(f"{len(bad):,} images cannot be read: mend or delete them: {some}{more}")
 
 
 def available_memory() -> int:

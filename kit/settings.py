@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 
 import data
-from environment import choose_device
+from kit.environment import choose_device
 from models import MODELS, PLACES, REPLACING, name_of
-from modes import MODES, PRECISIONS, why_not
-from training_step import choose_precision
+from kit.modes import MODES, PRECISIONS, why_not
+from kit.training_step import choose_precision
 
 PUBLISHED = dict(
     epochs=50,  # also the length of the cosine schedule of the learning rate

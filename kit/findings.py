@@ -9,9 +9,9 @@ from statistics import mean, median, stdev
 
 import numpy as np
 
-import verdicts
-from studies import Run, Study, costs_of, fastest_costs_of, in_table_order, is_finite
-from verdicts import Comparison
+from kit import verdicts
+from kit.results import Run, Study, costs_of, fastest_costs_of, in_table_order, is_finite
+from kit.verdicts import Comparison
 
 CONTROL = "_static"  # se_static is the control of se: as many parameters, but blind gates
 

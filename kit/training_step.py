@@ -12,10 +12,10 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import parallel
-from augment import Augmentation
+from kit import parallel
+from kit.augment import Augmentation
 from data import normalize
-from modes import Graphed, autocast, compiled, first_line
+from kit.modes import Graphed, autocast, compiled, first_line
 
 Moments = tuple[torch.Tensor, torch.Tensor]  # mean and standard deviation, each () or (C, 1, 1)
 FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}

@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable
 
-import parallel
+from kit import parallel
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

@@ -11,7 +11,7 @@ import contextlib
 import torch
 import torch.nn as nn
 
-from grad_cam import BATCH, captured, evaluation
+from kit.grad_cam import BATCH, captured, evaluation
 
 STAGES = ("layer1", "layer2", "layer3", "layer4", "classifier")
 

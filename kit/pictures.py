@@ -9,7 +9,7 @@ import matplotlib
 import numpy as np
 import torch
 
-from files import write_atomically
+from kit.files import write_atomically
 
 matplotlib.use("Agg")  # the figures never go to a window
 import matplotlib.pyplot as plt

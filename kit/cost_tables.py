@@ -1,8 +1,8 @@
 """What models cost, in tables: parameters, FLOPs, time and memory, each beside the baseline's."""
 
-from findings import Cost, Findings
-from studies import in_table_order
-from tables import Lines, label, table
+from kit.findings import Cost, Findings
+from kit.results import in_table_order
+from kit.tables import Lines, label, table
 
 
 def cost_table(f: Findings) -> Lines:

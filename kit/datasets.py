@@ -1,7 +1,8 @@
-"""Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): found or fetched, and verified.
+"""A data set in memory; Fashion-MNIST found or fetched, and verified; torchvision's data sets.
 
-The four idx files may lie, packed or not, in --data-dir itself, in torchvision's layout below it
-(FashionMNIST/raw/) or where the Debian package dataset-fashion-mnist puts them.
+Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): the four idx files may lie, packed or not, in
+--data-dir itself, in torchvision's layout below it (FashionMNIST/raw/) or where the Debian package
+dataset-fashion-mnist puts them.
 """
 
 import gzip
@@ -13,13 +14,85 @@ import tempfile
 import urllib.request
 import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from files import write_atomically
-from image_data import DataError, ImageData
+from kit.command_line import UserError
+from kit.files import write_atomically
+
+@dataclass
+class ImageData:
+    """A data set in memory."""
+
+    train_images: torch.Tensor  # uint8 (N, C, H, W)
+    train_labels: torch.Tensor  # int64 (N,)
+    test_images: torch.Tensor  # uint8 (N, C, H, W)
+    test_labels: torch.Tensor  # int64 (N,)
+    classes: list[str]
+    mean: tuple[float, ...]  # of the training images, per channel, pixels in [0, 1]
+    std: tuple[float, ...]
+    source: str  # where the files came from, for people to read
+    key: str | None = None  # of the content, where the name does not say what it is
+
+    def mean_and_std(
+        self, normalize: str | None, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """By which images are normalised. "data": those of the data, (C, 1, 1) each; else 0.5 and
+        0.5, as published, which scale pixels to [-1, 1] whatever the data."""
+        if normalize != "data":
+            return torch.full((), 0.5, device=device), torch.full((), 0.5, device=device)
+        std = [max(value, 1 / 255) for value in self.std]  # images of a single value have none
+        return tuple(torch.tensor(m, device=device)[:, None, None] for m in (self.mean, std))
+
+
+def mean_and_std_of(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, standard deviation) of each channel of uint8 (N, C, H, W), pixels in [0, 1].
+
+    From the counts of the 256 values: exact, and in little memory.
+    """
+    values = torch.arange(256, dtype=torch.float64) / 255
+    means, deviations = [], []
+    for channel in images.unbind(1):
+        share = torch.bincount(channel.flatten(), minlength=256).double() / channel.numel()
+        mean = share @ values
+        means.append(mean.item())
+        deviations.append((share @ (values - mean).square()).sqrt().item())
+    return tuple(means), tuple(deviations)
+
+
+def from_torchvision(name: str, data_dir: Path) -> ImageData:
+    """The data set of torchvision's class `name`, which fetches it, too. Raises UserError."""
+    import torchvision  # here, for it takes a second to import
+
+    try:
+        train, test = (
+            getattr(torchvision.datasets, name)(data_dir, train=part, download=True)
+            for part in (True, False)
+        )
+    except Exception as error:  # of networks, archives, checksums and pickles: they are many
+        raise UserError(
+            f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read "
+            f"({type(error).__name__}: {str(error).strip().split(chr(10))[0]}): bring its files there, as torchvision "
+            "lays them out, or try again with a network"
+        ) from error
+
+    def tensors(part):
+        images = torch.as_tensor(part.data)  # (N, H, W) if grey, (N, H, W, C) if not
+        images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
+        return images.contiguous(), torch.as_tensor(part.targets, dtype=torch.int64)
+
+    (train_images, train_labels), (test_images, test_labels) = tensors(train), tensors(test)
+    mean, std = mean_and_std_of(train_images)
+    source = f"read from {data_dir} by torchvision's {name}"
+    return ImageData(
+        train_images, train_labels, test_images, test_labels, list(train.classes), mean, std, source
+    )
+
+
+# --- Fashion-MNIST --------------------------------------------------------------------------------
 
 # sha256 of the uncompressed files: gzip headers differ from mirror to mirror, the content must not.
 FASHION_MNIST_SHA256 = {
@@ -45,12 +118,12 @@ FETCH_ERRORS = (  # what a download or an unpacking can end in
     zlib.error,
     http.client.HTTPException,
     subprocess.SubprocessError,
-    DataError,
+    UserError,
 )
 
 
 def load_fashion_mnist(data_dir: Path) -> ImageData:
-    """60,000 + 10,000 grey images of 28x28 in ten classes. Raises DataError in one line."""
+    """60,000 + 10,000 grey images of 28x28 in ten classes. Raises UserError in one line."""
     raw = data_dir / "FashionMNIST" / "raw"
     folders = [data_dir, raw, DEBIAN_FOLDER]
     missing = [name for name in FASHION_MNIST_SHA256 if find_file(name, folders) is None]
@@ -61,8 +134,8 @@ def load_fashion_mnist(data_dir: Path) -> ImageData:
         path = find_file(name, folders)
         try:
             arrays[name] = parse_idx(verified(name, read_file(path), path))
-        except DataError as error:
-            raise DataError(f"{error}. Delete it. {THREE_WAYS}.") from error
+        except UserError as error:
+            raise UserError(f"{error}. Delete it. {THREE_WAYS}.") from error
         used[path.parent] = None  # a dict, not a set: keeps the order
     source = f"read from {', '.join(map(str, used))}, sha256 verified"
     if fetched_from:
@@ -92,14 +165,14 @@ def read_file(path: Path) -> bytes:
     try:
         return gzip.decompress(body)
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path}: truncated or damaged gzip file ({error})") from error
+        raise UserError(f"{path}: truncated or damaged gzip file ({error})") from error
 
 
 def verified(name: str, body: bytes, where: Path | str) -> bytes:
     """`body` itself if its sha256 is the one published for `name`."""
     found, expected = hashlib.sha256(body).hexdigest(), FASHION_MNIST_SHA256[name]
     if found != expected:
-        raise DataError(
+        raise UserError(
             f"{where}: not the published {name}: its {len(body):,} uncompressed bytes have sha256 "
             f"{found}, expected {expected}"
         )
@@ -129,7 +202,7 @@ def fetch_fashion_mnist(names: list[str], folder: Path) -> str:
         for name, body in bodies.items():
             write_atomically(folder / name, body)
         return source
-    raise DataError(
+    raise UserError(
         f"{names[0]} (expected sha256 {FASHION_MNIST_SHA256[names[0]]}): neither below "
         f"{folder.parent.parent} nor in {DEBIAN_FOLDER}, and it cannot be fetched "
         f"({'; '.join(failures)}). {THREE_WAYS}."
@@ -171,7 +244,7 @@ def download_from_debian(names: list[str]) -> Iterator[tuple[str, bytes]]:
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
             if done.returncode != 0:
                 words = done.stderr.split()
-                raise DataError(" ".join(words) or f"{command[0]} exited with {done.returncode}")
+                raise UserError(" ".join(words) or f"{command[0]} exited with {done.returncode}")
         for name in names:
             path = folder / "unpacked" / DEBIAN_FOLDER.relative_to("/") / f"{name}.gz"
             yield name, read_file(path)

@@ -1,0 +1,61 @@
+"""What every script does alike: --help is its docstring, an error is one line, and the exit code
+says how it ended: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n (Ctrl-C: 130)."""
+
+import argparse
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+
+class UserError(RuntimeError):
+    """What a user can mend. The message says in one line what is wrong and what to do."""
+
+
+class Stopped(Exception):
+    """A signal arrived, and everything is saved."""
+
+    def __init__(self, signum: int):
+        self.signal = signal.Signals(signum)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # an error is then a single line
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether PyTorch could not get memory, on a GPU or on the CPU."""
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
+def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
+    """Decorates a script's main(argv=None): what a user can mend ends it with one line and a 1."""
+
+    @functools.wraps(main)
+    def guarded(argv: list[str] | None = None) -> int:
+        try:
+            code = main(argv) or 0
+            sys.stdout.flush()
+            return code
+        except Stopped as stopped:
+            return 128 + stopped.signal
+        except KeyboardInterrupt:
+            return 128 + signal.SIGINT
+        except BrokenPipeError:  # `| head` has read enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + signal.SIGPIPE
+        except (UserError, OSError) as error:
+            message = str(error)
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            message = "out of memory: try a smaller batch size or --width"
+        print(f"error: {message}", file=sys.stderr)
+        return 1
+
+    return guarded
