@@ -131,6 +131,12 @@ class Loader:
         self.mean, self.std = dataset.mean_and_std(settings.normalize, device)
         self.augmentation = Augmentation.of(settings)
 
+    def __str__(self):
+        return (
+            f"{self.n_train:,} training, {len(self.validation[1]):,} validation, "
+            f"{len(self.test[1]):,} test images {self.dataset.source}"
+        )
+
     def epoch(self, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(idx, aug_params) of each batch, on the device; the last batch may be smaller."""
         device = self.images.device

@@ -1,18 +1,18 @@
-"""Data augmentation: an image each, a batch at a time, on the device.
+"""Data augmentation: each image with random parameters of its own, a batch at a time, on the device.
 
-torchvision.transforms.v2 draws one set of parameters a batch, from a generator of its own. Here
-each image has its own, and all random numbers of an epoch are drawn beforehand, from (seed, epoch),
-one row for each image of the epoch. An augmentation is then a function of images and of such draws:
-the same in every mode, capturable in a CUDA graph, and nothing about it has to be saved.
+torchvision.transforms.v2 draws one set of parameters per batch, from a generator of its own. Here
+all random parameters of an epoch are drawn beforehand, from (seed, epoch), one row per image. An
+augmentation is then a function of images and parameters: the same in every mode, capturable in a
+CUDA graph, and nothing about it has to be saved.
 
     augmentation = Augmentation(crop=4, flip=True, cutmix=1.0)
-    draws = augmentation.draw(54_000, seed, epoch)           # (54000, augmentation.columns)
-    images = augmentation.of_pixels(images, draws[:64])      # uint8 (64, C, H, W), then normalised
-    images, share = augmentation.of_normalized(images, draws[:64])
+    params = augmentation.make_params(54_000, seed, epoch)   # (54000, augmentation.n_columns)
+    images = augmentation.of_pixels(images, params[:64])     # uint8 (64, C, H, W), then normalised
+    images, label_weight = augmentation.of_normalized(images, params[:64])
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -21,74 +21,75 @@ import torch.nn.functional as F
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to the images of a batch. None, 0 and False: not done."""
+    """What is done to the images of a batch; 0 and False: not done."""
 
-    crop: int | None = None  # pixels of black around the image, of which a crop is taken at random
-    flip: bool | None = None  # left to right, each image with probability 1/2
-    randaugment: int | None = None  # operations of OPERATIONS, one after the other
-    erase: float | None = None  # share of images of which a rectangle is erased
-    cutmix: float | None = None  # alpha of the Beta distribution of shares
-    # Likewise, of MixUp (Zhang et al., ICLR 2018, arXiv 1710.09412). Where both are given, an image
-    # takes one of the two.
-    mixup: float | None = None
+    crop: int = 0  # pixels of black padding around the image, of which a random crop is taken
+    flip: bool = False  # left to right, each image with probability 1/2
+    randaugment: int = 0  # operations of OPERATIONS per image, one after the other
+    erase: float = 0.0  # share of images in which a rectangle is erased
+    cutmix: float = 0.0  # alpha of the Beta distribution of the label weights
+    # Likewise, of MixUp (Zhang et al., ICLR 2018, arXiv 1710.09412). With both, each image gets one
+    # of the two.
+    mixup: float = 0.0
+
+    @classmethod
+    def of(cls, settings) -> "Augmentation":
+        """From the settings of a run."""
+        return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     @property
-    def parts(self) -> dict[str, slice]:
-        """The columns that each part of it reads."""
+    def columns(self) -> dict[str, slice]:
+        """Which columns of the random parameters each part of it reads."""
         wanted = {
             "crop": 2 if self.crop else 0,
             "flip": 1 if self.flip else 0,
-            "randaugment": 2 * (self.randaugment or 0),
+            "randaugment": 2 * self.randaugment,
             "erase": 5 if self.erase else 0,
             "cutmix": 3 if self.cutmix else 0,
             "mixup": 1 if self.mixup else 0,
             "which": 1 if self.cutmix and self.mixup else 0,
         }
-        parts, start = {}, 0
+        columns, start = {}, 0
         for name, n in wanted.items():
-            parts[name] = slice(start, start + n)
+            columns[name] = slice(start, start + n)
             start += n
-        return parts
+        return columns
 
     @property
-    def columns(self) -> int:
-        return self.parts["which"].stop
+    def n_columns(self) -> int:
+        return self.columns["which"].stop
 
-    @property
-    def mixes(self) -> bool:
-        return bool(self.cutmix or self.mixup)
-
-    def draw(self, n: int, seed: int, epoch: int) -> torch.Tensor:
-        """float32 (n, columns) in [0, 1), fixed by (seed, epoch): uniform, but Beta for shares."""
+    def make_params(self, n: int, seed: int, epoch: int) -> torch.Tensor:
+        """float32 (n, n_columns) in [0, 1), fixed by (seed, epoch): uniform; label weights: Beta."""
         generator = np.random.default_rng((seed, epoch, 1))  # data.shuffled has (seed, epoch)
-        draws = generator.random((n, self.columns), dtype=np.float32)
+        params = generator.random((n, self.n_columns), dtype=np.float32)
         for name, alpha in (("cutmix", self.cutmix), ("mixup", self.mixup)):
             if alpha:
-                draws[:, self.parts[name].start] = generator.beta(alpha, alpha, n)
-        return torch.from_numpy(draws)
+                params[:, self.columns[name].start] = generator.beta(alpha, alpha, n)
+        return torch.from_numpy(params)
 
-    def of_pixels(self, images: torch.Tensor, draws: torch.Tensor) -> torch.Tensor:
-        """Crop, flip, RandAugment: uint8 (N, C, H, W) -> the same, a row of draws an image."""
-        part = {name: draws[:, columns] for name, columns in self.parts.items()}
+    def of_pixels(self, images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+        """Crop, flip, RandAugment: uint8 (N, C, H, W) -> the same; params (N, n_columns)."""
+        part = {name: params[:, columns] for name, columns in self.columns.items()}
         if self.crop or self.flip:
-            images = crop_and_flip(images, self.crop or 0, part["crop"], part["flip"])
-        for i in range(self.randaugment or 0):
+            images = crop_and_flip(images, self.crop, part["crop"], part["flip"])
+        for i in range(self.randaugment):
             images = randaugment(images, *part["randaugment"][:, 2 * i : 2 * i + 2].unbind(1))
         return images
 
     def of_normalized(
-        self, images: torch.Tensor, draws: torch.Tensor
+        self, images: torch.Tensor, params: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Erasing, CutMix, MixUp: float (N, C, H, W) -> (the same, share (N,) or None).
+        """Erasing, CutMix, MixUp: float (N, C, H, W) -> (the same, label weight (N,) or None).
 
-        What is erased becomes 0: the mean if the data's moments normalise, else mid-grey. Every
-        image i is mixed with image i - 1, with a share of its own; in the papers a batch has one.
-        `share`: of its own label in the loss.
+        Erased pixels become 0: the mean with `--normalize data`, else mid-grey. Every image i is
+        mixed with image i - 1 by a weight of its own; the papers use one for the whole batch.
+        The label weight is that of the image's own label in the loss.
         """
-        part = {name: draws[:, columns] for name, columns in self.parts.items()}
+        part = {name: params[:, columns] for name, columns in self.columns.items()}
         if self.erase:
             images = erase(images, self.erase, part["erase"])
-        if not self.mixes:
+        if not (self.cutmix or self.mixup):
             return images, None
         height, width = images.shape[2:]
         # weight: of each pixel of image i, (N, 1 or H, 1 or W); the rest is of image i - 1.
@@ -98,9 +99,9 @@ class Augmentation:
             weight = of_mixup = part["mixup"][:, :, None]
         if self.cutmix and self.mixup:
             weight = torch.where(part["which"][:, :, None] < 0.5, of_cutmix, of_mixup)
-        share = weight.mean((1, 2))
+        label_weight = weight.mean((1, 2))
         weight = weight[:, None]
-        return images * weight + images.roll(1, 0) * (1 - weight), share
+        return images * weight + images.roll(1, 0) * (1 - weight), label_weight
 
 
 def crop_and_flip(images, padding: int, offsets: torch.Tensor, flips: torch.Tensor):
@@ -171,7 +172,7 @@ MAGNITUDE = 9 / 30
 
 
 def randaugment(images: torch.Tensor, which: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    """One operation an image: uint8 (N, C, H, W) -> the same. which, sign: (N,) in [0, 1).
+    """One operation per image: uint8 (N, C, H, W) -> the same. which, sign: (N,) in [0, 1).
 
     Each operation is computed for all images, and each image takes its own.
     """
@@ -243,7 +244,7 @@ def luminance(x: torch.Tensor) -> torch.Tensor:
 
 
 def smoothed(x: torch.Tensor) -> torch.Tensor:
-    """Each pixel with a weight of 5 beside its eight neighbours; the border as it is."""
+    """Each pixel averaged with weight 5, its eight neighbours with 1; the border as it is."""
     if min(x.shape[2:]) < 3:
         return x
     inner = (F.avg_pool2d(x, 3, stride=1) * 9 + 4 * x[:, :, 1:-1, 1:-1]) / 13

@@ -4,6 +4,7 @@ tensorboard --logdir runs
 """
 
 import threading
+from contextlib import ExitStack
 from pathlib import Path
 
 import matplotlib
@@ -16,18 +17,17 @@ from torch.utils.tensorboard.summary import hparams
 matplotlib.use("Agg")  # the figures never go to a window
 import matplotlib.pyplot as plt
 
-from data import normalize
-from kit.pictures import over_image
 from kit.gates import attention_modules, gates_of, stage_of
 from kit.grad_cam import enlarged, grad_cam, scaled
+from kit.pictures import over_image
 
 HPARAMS = ("model", "dataset", "recipe", "seed", "width", "epochs", "batch_size", "lr", "precision")
 SHOWN = 12  # misclassified images
 GATED = 32  # test images whose gates are shown: enough for a histogram, and soon done
 
 
-def open_writer(folder: Path) -> SummaryWriter:
-    """The run's events file. A full disk is an OSError of the next call, or of closing it.
+def open_writer(folder: Path, stack: ExitStack) -> SummaryWriter:
+    """The run's events file, closed with `stack`. A full disk is an OSError of the next call.
 
     The library's own thread raises it once more, which Python would print with a traceback.
     """
@@ -38,7 +38,7 @@ def open_writer(folder: Path) -> SummaryWriter:
             others(raised)
 
     threading.excepthook = excepthook
-    return SummaryWriter(folder)
+    return stack.enter_context(SummaryWriter(folder))
 
 
 def log_epoch(writer: SummaryWriter, row: dict) -> None:
@@ -49,44 +49,33 @@ def log_epoch(writer: SummaryWriter, row: dict) -> None:
     writer.add_scalar("lr", row["lr"], row["epoch"])
 
 
-def log_test(
-    writer: SummaryWriter,
-    config: dict,
-    result: dict,
-    images: torch.Tensor,
-    labels: torch.Tensor,
-    predictions: torch.Tensor,
-    classes: list[str],
-    model: torch.nn.Module,
-    moments: tuple[torch.Tensor, torch.Tensor],
-) -> None:
+def log_test(writer: SummaryWriter, config: dict, epoch: int, model, loader, predictions) -> None:
     """Test accuracy, hyper-parameters, confusion matrix, misclassified images, Grad-CAM, gates.
 
-    images: uint8 (N, C, H, W); labels, predictions: int64 (N,); moments: (mean, std) by which the
-    model's images are normalised.
+    loader: has the test images, `test`, and normalises; predictions: int64 (N,), of these.
     """
-    epoch = result["epochs_run"]
-    writer.add_scalar("accuracy/test", result["test_acc"], epoch)
-    shown = {key: config[key] for key in HPARAMS}
+    images, labels = loader.test
+    accuracy = 100 * (predictions == labels).double().mean().item()
+    writer.add_scalar("accuracy/test", accuracy, epoch)
     # Not writer.add_hparams: that opens a second run in a folder of its own.
-    for summary in hparams(shown, {"accuracy/test": result["test_acc"]}):
+    for summary in hparams({key: config[key] for key in HPARAMS}, {"accuracy/test": accuracy}):
         writer.file_writer.add_summary(summary)
-    for stage, gates in gates_by_stage(model, normalize(images[:GATED], *moments)).items():
+    for stage, gates in gates_by_stage(model, loader.normalize(images[:GATED])).items():
         writer.add_histogram(f"gates/{stage}", gates, epoch)
     wrong = (predictions != labels).nonzero().flatten()[:SHOWN]
     if len(wrong):
-        maps = grad_cam(model, normalize(images[wrong], *moments), predictions[wrong])
-        writer.add_images("grad_cam", beside_maps(images[wrong], maps), epoch)
+        maps = grad_cam(model, loader.normalize(images[wrong]), predictions[wrong])
+        writer.add_images("grad_cam", with_maps(images[wrong], maps), epoch)
     images, labels, predictions = images.cpu(), labels.cpu(), predictions.cpu()
     title = f"{config['model']}, seed {config['seed']}, test set"
-    writer.add_figure(
-        "confusion_matrix", draw_confusion(labels, predictions, classes, title), epoch
-    )
-    writer.add_figure("misclassified", draw_wrong(images, labels, predictions, classes), epoch)
+    confusion = draw_confusion(labels, predictions, loader.classes, title)
+    writer.add_figure("confusion_matrix", confusion, epoch)
+    misclassified = draw_misclassified(images, labels, predictions, loader.classes)
+    writer.add_figure("misclassified", misclassified, epoch)
 
 
 def gates_by_stage(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{stage: the gates of all its modules, flat}, of normalised images; see gates.py."""
+    """{stage: the gates of all its modules, flat}, of normalised images; see kit/attribution.py."""
     if not attention_modules(model):
         return {}
     found = {}
@@ -95,7 +84,7 @@ def gates_by_stage(model: torch.nn.Module, images: torch.Tensor) -> dict[str, to
     return {stage: torch.cat(parts) for stage, parts in found.items()}
 
 
-def beside_maps(images: torch.Tensor, maps: dict[str, torch.Tensor]) -> torch.Tensor:
+def with_maps(images: torch.Tensor, maps: dict[str, torch.Tensor]) -> torch.Tensor:
     """Each image with its maps to the right, fourfold, and a white gap: float (N, 3, h, w)."""
     images = images.cpu()
     tiles = [(images.float() / 255).expand(-1, 3, -1, -1)]
@@ -121,7 +110,7 @@ def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
     return figure
 
 
-def draw_wrong(images, labels, predictions, classes) -> plt.Figure:
+def draw_misclassified(images, labels, predictions, classes) -> plt.Figure:
     """The first misclassified images of the test set."""
     figure, grid = plt.subplots(3, SHOWN // 3, figsize=(8, 7))
     figure.subplots_adjust(0, 0.01, 1, 0.93, 0.05, 0.3)  # a layout that is found costs more time
@@ -131,7 +120,7 @@ def draw_wrong(images, labels, predictions, classes) -> plt.Figure:
     for axes, i in zip(grid.flat, wrong, strict=False):
         axes.imshow(images[i].permute(1, 2, 0).numpy(), cmap="gray")
         axes.set_title(
-            f"{classes[labels[i]]}\ntaken for {classes[predictions[i]]}",
+            f"{classes[labels[i]]}\npredicted {classes[predictions[i]]}",
             fontsize=8,
             parse_math=False,
         )

@@ -1,0 +1,166 @@
+"""The ways to run one and the same training step or forward pass: precisions, and modes of launch.
+
+    eager           as it stands: Python launches one kernel after the other
+    compile         torch.compile fuses what is element-wise; compiling takes up to a minute, once
+    graph           CUDA: all kernels are captured once, then replayed by a single launch
+    compile+graph   both
+
+    fp32            float32 throughout
+    tf32            ... but convolutions and matrix multiplications with a mantissa of 10 bits
+    bf16            autocast: convolutions and matrix multiplications in bfloat16, a mantissa of 7;
+                    weights, BatchNorm's statistics, the loss and Adam stay in float32
+
+At batch 64 a large GPU is done with a small CNN sooner than Python has launched all its kernels.
+That is what a graph is for. tests/test_fast.py compares every mode with eager float32.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read as CUDA starts
+
+import torch
+
+MODES = ("eager", "compile", "graph", "compile+graph")
+PRECISIONS = ("fp32", "tf32", "bf16")
+FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}
+# `auto` compiles runs of at least so many steps. On two CPU cores compiling took 50 s and saved
+# about 10 ms a step of the baseline, which gains least. The figure for GPUs is a guess so far.
+COMPILE_PAYS_FROM = {"cpu": 8_000, "cuda": 20_000}
+
+# On a CPU, torch.compile would print a line about a CUDA runtime that is not there.
+logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
+# On a GPU it would advise TF32 where fp32 was asked for.
+warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
+
+
+def choose_precision(name: str, device: torch.device) -> str:
+    """`auto`: bf16 on GPUs that are made for it. Of CPUs only the latest gain by it: ask for it."""
+    if name != "auto":
+        return name
+    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "bf16" if fast else "fp32"
+
+
+def choose_mode(name: str, device: torch.device, steps: int) -> str:
+    """`auto`: the mode in which a run of `steps` steps should take the least time in all."""
+    if name != "auto":
+        return name
+    parts = ["compile"] * (steps >= COMPILE_PAYS_FROM[device.type])
+    parts += ["graph"] * (device.type == "cuda")
+    return "+".join(parts) or "eager"
+
+
+def why_not(mode: str, precision: str, device: torch.device) -> str | None:
+    """Why `device` cannot run a mode in a precision; None if it can."""
+    if device.type != "cuda" and "graph" in mode:
+        return f"mode {mode} needs a CUDA GPU"
+    if precision == "tf32" and device.type != "cuda":
+        return "precision tf32 needs a CUDA GPU"
+    if precision == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
+        return "precision tf32 needs a GPU of compute capability 8.0 or more"
+    return None
+
+
+def set_up_torch(precision: str) -> None:
+    """Deterministic algorithms, and TF32 only where that is asked for."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Otherwise every new tensor is first filled with NaN: a help in debugging, and a kernel each.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
+
+
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    # No cache of cast weights: captured while it is warm, a graph would lack the casts, and its
+    # replays would use stale weights.
+    bf16 = precision == "bf16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
+
+
+def compiled(function: Callable, **options) -> Callable:
+    """torch.compile for tensors of one shape, or an exception, but never silently eager mode.
+
+    All functions that are made by one piece of code share a cache of compiled variants. By default
+    it holds eight, and a ninth would be run as it stands.
+    """
+    torch._dynamo.config.recompile_limit = 1000
+    torch._dynamo.config.accumulated_recompile_limit = 1000
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False, **options)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what a compiler or a driver raised, and of what had led to that."""
+    cause = error
+    while cause.__context__ is not None:
+        cause = cause.__context__
+    lines = []
+    for e in (error, cause) if cause is not error else (error,):
+        line = (str(e).strip().splitlines() or [""])[0]
+        lines.append(f"{type(e).__name__}: {line[:200]}")
+    return ", after ".join(lines)
+
+
+class Graphed:
+    """`function` of some tensors, captured as one CUDA graph: called like the function, one launch.
+
+    Capturing: CUDA libraries, the allocator and optimizers set themselves up when they first run,
+    which a graph cannot capture. So the function is run a few times to warm up, on the stream that
+    then captures one more run without executing it. Whoever captures a training step restores the
+    weights and all else that the warm-up changed, in place: a graph knows addresses, not variables.
+
+    Replaying: the same kernels on the same addresses. Hence the arguments are copied to where the
+    graph reads them, and the results are valid until the next call. Whatever Python decided while
+    capturing is fixed: shapes, branches, every number that is not a tensor on the device.
+    """
+
+    def __init__(self, function: Callable, *examples: torch.Tensor):
+        self.function = function  # keeps alive the weights whose addresses the graph has
+        self.arguments = [example.clone() for example in examples]
+        self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                function(*self.arguments)
+            with torch.cuda.graph(self.graph, stream=stream):
+                self.results = function(*self.arguments)
+        torch.cuda.synchronize()  # the warm-up ran on a stream of its own
+
+    def __call__(self, *arguments: torch.Tensor):
+        for there, new in zip(self.arguments, arguments, strict=True):
+            there.copy_(new)
+        self.graph.replay()
+        return self.results
+
+
+def fast(step: Callable, forward: Callable, mode: str, example: tuple, restore: Callable):
+    """(step in `mode` or the next simpler one that works, that mode, why no faster one).
+
+    step(*batch, forward=forward) is a whole training step, forward(*batch) the part of it that can
+    be compiled. Only batches of the example's shape take the fast way, for compiled code and graphs
+    are of one shape; the last, partial batch of an epoch runs in eager mode. restore() undoes, in
+    place, what steps have changed. When this returns, everything is compiled and captured, and
+    weights, buffers, optimizer and random generators are as they were.
+    """
+    failures, size = [], len(example[0])
+    while mode != "eager":
+        try:
+            run = compiled(forward) if "compile" in mode else forward
+
+            def quick(*batch, run=run):
+                return step(*batch, forward=run)
+
+            quick = Graphed(quick, *example) if "graph" in mode else quick
+            quick(*example)  # torch.compile compiles when it is first called
+            return lambda *batch: (quick if len(batch[0]) == size else step)(*batch), mode, failures
+        except Exception as error:  # compilers, drivers and out of memory raise what they like
+            failures.append(f"mode {mode} failed ({first_line(error)})")
+            mode = FALLBACK[mode]
+        finally:
+            restore()
+    return step, mode, failures

@@ -1,0 +1,304 @@
+"""A run while it is trained: resumed where it was stopped, saved, logged, complete at its end.
+
+    with Run(settings) as run:                          # its folder (kit/run_folder.py) is locked
+        run.result                                      # there if the run is complete already
+        progress = run.restore(loader, model, optimizer, scheduler, ema)
+        step = run.speed_up(step, forward)              # compiled, or one CUDA graph
+        run.leave_if_stopped()                          # between two steps: Ctrl-C, SIGTERM
+        run.log_and_save()                              # after each epoch
+        run.test(model, predictions)                    # once
+        run.complete(accuracies)                        # writes result.json
+
+Step, loop and data are train.py's. last.pt is saved at the end of an epoch, but not so often that
+saving takes more than 1% of the time, and always when a signal stops the run.
+"""
+
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kit import run_folder
+from kit.checkpoint import (
+    STARTS_AT_ZERO,
+    Progress,
+    copied,
+    get_state,
+    load_state,
+    resume,
+    serialized,
+)
+from kit.command_line import Stopped, UserError
+from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
+from kit.fast import choose_mode, fast
+from kit.files import write_atomically
+from kit.run_folder import in_brackets, read_json, write_json
+from kit.settings import as_config
+from kit.tensorboard_log import log_epoch, log_test, open_writer
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SUMMARY = dict(  # what is printed of result.json
+    test_acc=float, test_acc_last=float, val_acc=float, best_epoch=int, epochs_run=int,
+    train_seconds=float, quick=bool,
+)  # fmt: skip
+
+
+class Run:
+    def __init__(self, settings):
+        self.settings, self.device = settings, settings.device
+        self.stack = ExitStack()
+        self.result: dict | None = None
+        self.stopped_by: int | None = None  # a signal
+        self.in_loop = False  # whether there is something to save when a signal arrives
+        self.failures: list[str] = []  # why it is in no faster mode
+        self.set_up_seconds = self.save_seconds = self.last_save_took = self.saved_at = 0.0
+
+    def __enter__(self):
+        s, runs = self.settings, self.settings.runs
+        with ExitStack() as self.stack:
+            self.watch_signals()
+            if s.dry_run:
+                runs = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="runs-")))
+            self.folder = runs / s.dataset_name / s.recipe / s.model / f"seed{s.seed}"
+            run_folder.lock(self.folder, self.stack)
+            if not s.overwrite and (self.folder / "result.json").exists():
+                self.result = self.read_result()
+            self.stack = self.stack.pop_all()  # nothing failed: all of it stays until __exit__
+        return self
+
+    def __exit__(self, kind, error, trace):
+        with self.stack:
+            if kind is Stopped:
+                self.save()
+            if kind is Stopped and not self.settings.dry_run:
+                print(
+                    f"stopped by {error.signal.name}: checkpoint saved in {self.folder}; the same "
+                    "command (without --overwrite) resumes the run",
+                    file=sys.stderr,
+                )
+
+    def read_result(self) -> dict:
+        there = read_json(self.folder / "config.json", model=str)
+        # It is done, in whatever mode, and the data are not read again.
+        config = as_config(self.settings)
+        run_folder.refuse_another_run(self.folder, there, config, ignore={"mode", "data"})
+        result = read_json(self.folder / "result.json", **SUMMARY)
+        # It may have been killed after its result was written, before these went.
+        run_folder.discard_states(self.folder, there.get("keep_last", True))
+        changes = run_folder.changes_since(self.folder, source_hashes())
+        print(f"already complete: {self.folder}{in_brackets(changes)}")
+        return result
+
+    # --- Signals ----------------------------------------------------------------------------------
+
+    def watch_signals(self) -> None:
+        """Ctrl-C, SIGTERM and a closed terminal (SIGHUP): finish the step, save, then leave.
+
+        Before the first step there is nothing to save: leave at once. nohup's SIGHUP stays ignored.
+        (An exception raised in the handler could come out of any line, and some swallow it.)
+        """
+
+        def handle(signum, frame):
+            if not self.in_loop:
+                self.stack.close()
+                os._exit(128 + signum)
+            self.stopped_by = signum
+
+        if threading.current_thread() is not threading.main_thread():
+            return  # only there can handlers be set
+        for signum in SIGNALS:
+            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+                self.stack.callback(signal.signal, signum, signal.signal(signum, handle))
+
+    def leave_if_stopped(self) -> None:
+        """Raises Stopped if a signal has arrived."""
+        if self.stopped_by:
+            raise Stopped(self.stopped_by)
+
+    # --- Before the first step --------------------------------------------------------------------
+
+    def restore(self, loader, model, optimizer, scheduler, ema) -> Progress:
+        """Loads what the folder holds of this run into these objects; how far it is."""
+        s, folder = self.settings, self.folder
+        self.loader, self.model, self.optimizer = loader, model, optimizer
+        self.parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
+        # `auto` looks at the length of the whole run, so that a resumed one takes the same mode.
+        steps = s.epochs * loader.n_train // s.batch_size
+        full_batches = loader.n_train >= s.batch_size  # the other modes are for these
+        self.mode = choose_mode(s.mode, s.device, steps) if full_batches else "eager"
+        self.config = as_config(s) | {"mode": self.mode, "data": loader.dataset.key}
+        env = describe_environment(s.device)
+        if s.overwrite:
+            run_folder.clear(folder)  # only now that data and model are there
+        elif (folder / "config.json").exists():
+            advice = "delete it to resume from last.pt, or use --overwrite to start from scratch"
+            there = read_json(folder / "config.json", advice, model=str)
+            run_folder.refuse_another_run(folder, there, self.config)
+        run_folder.remove_strays(folder)
+        self.progress = resume(folder, self.parts, self.device, self.config)
+        if self.progress.epochs or self.progress.step:
+            changes = run_folder.changes_since(folder, env["sha256"], env["device"])
+            env["changes"] = changes  # so that they are not forgotten
+            print(
+                f"resuming in epoch {self.progress.epochs + 1}, after {self.progress.step:,} "
+                f"steps{in_brackets(changes)}"
+            )
+        self.write_best_and_metrics()
+        write_json(folder / "config.json", self.config)
+        write_json(folder / "env.json", env)
+        self.writer = open_writer(folder, self.stack)
+        for row in self.progress.history:
+            log_epoch(self.writer, row)
+        return self.progress
+
+    def speed_up(self, step, forward):
+        """The step in the fastest mode that works, compiled or captured before the clock starts."""
+        start, mode = time.perf_counter(), self.mode
+        if "compile" in mode:
+            print("compiling the training step, the first time up to a minute", flush=True)
+        lr_in_place = isinstance(self.optimizer.param_groups[0]["lr"], torch.Tensor)
+        if "graph" in mode and not (lr_in_place and isinstance(self.optimizer, STARTS_AT_ZERO)):
+            self.failures.append("a CUDA graph needs Adam or SGD with a learning rate on the GPU")
+            mode = "compile" if "compile" in mode else "eager"
+        idx = torch.arange(self.settings.batch_size, device=self.device) % self.loader.n_train
+        columns = self.loader.augmentation.n_columns
+        example = idx, torch.full((len(idx), columns), 0.5, device=self.device)
+        before = copied(get_state(self.parts, self.device))
+        self.model.train()
+        step, self.mode, failures = fast(
+            step, forward, mode, example, lambda: load_state(before, self.parts, self.device)
+        )
+        self.failures += failures
+        self.set_up_seconds = time.perf_counter() - start
+        for failure in self.failures:
+            print(f"note: {failure}; training in mode {self.mode}", file=sys.stderr)
+        s, loader = self.settings, self.loader
+        print(
+            f"{s.model}, {s.dataset}, recipe {s.recipe}, seed {s.seed} -> {self.folder}\n"
+            f"{self.n_parameters:,} parameters; {loader}; {device_name(self.device)}; "
+            f"{s.precision}, {self.mode}",
+            flush=True,
+        )
+        self.saved_at, self.in_loop = time.perf_counter(), True
+        return step
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    # --- Saving -----------------------------------------------------------------------------------
+
+    def log_and_save(self) -> None:
+        """After an epoch: TensorBoard, metrics.jsonl, a line on the terminal, last.pt."""
+        row, best = self.progress.history[-1], self.progress.best_epoch == self.progress.epochs
+        log_epoch(self.writer, row)
+        if time.perf_counter() - self.saved_at >= 100 * self.last_save_took:
+            self.save()
+        else:
+            self.write_best_and_metrics(best=False)
+        print(
+            f"epoch {row['epoch']:2d}/{self.settings.epochs}  lr {row['lr']:.2e}  "
+            f"train {row['train_loss']:.4f} {row['train_acc']:6.2f}%  "
+            f"val {row['val_loss']:.4f} {row['val_acc']:6.2f}%{' *' if best else '  '}  "
+            f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s",
+            flush=True,
+        )
+
+    def save(self) -> None:
+        start = time.perf_counter()
+        if not (self.folder / "config.json").exists():
+            raise UserError(
+                f"{self.folder} was moved or deleted during its run: the same command resumes what "
+                "there is of it, or starts from scratch"
+            )
+        state = get_state(self.parts, self.device) | {
+            "progress": vars(self.progress), "config": self.config, "torch": str(torch.__version__),
+        }  # fmt: skip
+        path = self.folder / "last.pt"
+        write_atomically(path, serialized(state), previous=path.with_name("prev.pt"))
+        self.write_best_and_metrics()
+        self.saved_at = time.perf_counter()
+        self.last_save_took = self.saved_at - start
+        self.save_seconds += self.last_save_took
+
+    def write_best_and_metrics(self, best: bool = True) -> None:
+        """From the progress, so that whenever the process is killed they belong together."""
+        if best and self.progress.best:
+            write_atomically(self.folder / "best.pt", serialized(self.progress.best))
+        rows = "".join(json.dumps(row) + "\n" for row in self.progress.history)
+        write_atomically(self.folder / "metrics.jsonl", rows)
+
+    # --- At its end -------------------------------------------------------------------------------
+
+    def test(self, model: torch.nn.Module, predictions: torch.Tensor) -> None:
+        """Writes predictions and labels; in TensorBoard confusions, Grad-CAM, gates."""
+        kind = np.uint8 if len(self.loader.classes) <= 256 else np.uint16
+        for name, classes in (("predictions", predictions), ("labels", self.loader.test[1])):
+            buffer = io.BytesIO()
+            np.save(buffer, classes.cpu().numpy().astype(kind))
+            write_atomically(self.folder / f"test_{name}.npy", buffer.getbuffer())
+        epoch = self.progress.epochs
+        log_test(self.writer, self.config, epoch, model, self.loader, predictions)
+
+    def complete(self, accuracies: dict) -> dict:
+        """Writes result.json, which is returned."""
+        self.save() if self.settings.keep_last else self.write_best_and_metrics()
+        s, loader, history = self.settings, self.loader, self.progress.history
+        seconds, best_epoch = sum(row["seconds"] for row in history), self.progress.best_epoch
+        result = {
+            "model": s.model,
+            "dataset": s.dataset_name,
+            "recipe": s.recipe,
+            "seed": s.seed,
+            "width": s.width,
+            **accuracies,  # test_acc, test_acc_last
+            "val_acc": history[best_epoch - 1]["val_acc"],
+            "best_epoch": best_epoch,
+            "epochs_run": len(history),
+            "stopped_early": len(history) < s.epochs,
+            "test_images": len(loader.test[1]),
+            "classes": loader.classes,
+            "image": list(loader.images.shape[1:]),
+            "params": self.n_parameters,
+            "train_seconds": seconds,
+            "images_per_second": len(history) * loader.n_train / seconds,
+            "peak_memory_mb": peak_memory_mb(self.device),
+            "precision": s.precision,
+            "mode": self.mode,
+            "set_up_seconds": self.set_up_seconds,  # compiling or capturing, not in train_seconds
+            "save_seconds": self.save_seconds,  # likewise
+            "fallback": "; ".join(self.failures) or None,  # why it ran in no faster mode
+            "device": device_name(self.device),
+            "quick": s.quick,
+            "overrides": s.overrides,
+        }
+        self.stack.callback(run_folder.discard_states, self.folder, s.keep_last)
+        self.writer.close()
+        write_json(self.folder / "result.json", result)  # last: it means that all is there
+        return result
+
+    def verdict(self, result: dict) -> int:
+        """Prints the result; the exit code, 1 if --target-acc is missed."""
+        if self.settings.dry_run:
+            print("dry run: one batch of each kind went through; nothing was kept")
+            return 0
+        print(
+            f"test accuracy {result['test_acc']:.2f}% with the best weights (epoch "
+            f"{result['best_epoch']}, validation {result['val_acc']:.2f}%), "
+            f"{result['test_acc_last']:.2f}% with the last; epochs: {result['epochs_run']}, "
+            f"training: {result['train_seconds']:.0f} s"
+            + ("; a smoke test, not a result" if result["quick"] else "")
+        )
+        target = self.settings.target_acc
+        if target is not None and result["test_acc"] < target:
+            raise UserError(f"test accuracy {result['test_acc']:.2f}% misses the target, {target:g}%")
+        return 0
