@@ -120,8 +120,8 @@ class Loader:
         self.n_train = len(self.train_idx)
         if self.n_train < 2 or 1 in (self.batch_size, self.n_train % self.batch_size):
             raise UserError(
-                f"{self.n_train:,} training images in batches of {self.batch_size} leave a batch of "
-                "one image or none, and BatchNorm needs two: use another --batch-size"
+                f"{self.n_train:,} training images in batches of {self.batch_size} leave one of a "
+                "single image, and BatchNorm needs two: use another --batch-size"
             )
         self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)
         self.channels = self.images.shape[1]
@@ -142,9 +142,7 @@ class Loader:
         device = self.images.device
         idx = shuffled(self.train_idx, self.seed, epoch).to(device)
         aug_params = self.augmentation.make_params(self.n_train, self.seed, epoch).to(device)
-        return list(
-            zip(idx.split(self.batch_size), aug_params.split(self.batch_size), strict=True)
-        )
+        return list(zip(idx.split(self.batch_size), aug_params.split(self.batch_size), strict=True))
 
     def batch(self, idx: torch.Tensor, aug_params: torch.Tensor):
         """Part of a training step: (images[idx], augmented and normalised, float32 (N, C, H, W);

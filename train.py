@@ -219,7 +219,9 @@ def stop_if_not_finite(losses, val_loss: float, epoch: int, lr: float) -> None:
         where, loss = f"step {bad[0] + 1} of {len(losses)}", losses[bad[0]]
         raise UserError(f"the loss is {loss:g} at epoch {epoch}, {where}: lower --lr {lr:g}")
     if not math.isfinite(val_loss):
-        raise UserError(f"the validation loss is {val_loss:g} after epoch {epoch}: lower --lr {lr:g}")
+        raise UserError(
+            f"the validation loss is {val_loss:g} after epoch {epoch}: lower --lr {lr:g}"
+        )
 
 
 @exit_code

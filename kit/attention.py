@@ -3,7 +3,7 @@
 Weights start as PyTorch starts them unless a module says otherwise; some authors start biases at 0.
 Reductions are rounded down, hidden widths are at least 1, and every module works on maps of 1x1.
 Means and maxima are taken by `mean` and `amax`, not by adaptive pooling: the same values, and
-deterministic backward passes on CUDA. (Where maxima tie, `amax` shares the gradient out among them.)
+deterministic backward passes on CUDA.
 """
 
 import math

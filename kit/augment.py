@@ -1,4 +1,4 @@
-"""Data augmentation: each image with random parameters of its own, a batch at a time, on the device.
+"""Data augmentation, a batch at a time on the device, each image with parameters of its own.
 
 torchvision.transforms.v2 draws one set of parameters per batch, from a generator of its own. Here
 all random parameters of an epoch are drawn beforehand, from (seed, epoch), one row per image. An
@@ -60,7 +60,7 @@ class Augmentation:
         return self.columns["which"].stop
 
     def make_params(self, n: int, seed: int, epoch: int) -> torch.Tensor:
-        """float32 (n, n_columns) in [0, 1), fixed by (seed, epoch): uniform; label weights: Beta."""
+        """float32 (n, n_columns) in [0, 1), fixed by (seed, epoch): uniform, label weights Beta."""
         generator = np.random.default_rng((seed, epoch, 1))  # data.shuffled has (seed, epoch)
         params = generator.random((n, self.n_columns), dtype=np.float32)
         for name, alpha in (("cutmix", self.cutmix), ("mixup", self.mixup)):

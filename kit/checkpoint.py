@@ -1,9 +1,9 @@
 """last.pt: everything needed to resume bit for bit, in one file that is whole or not there.
 
-It holds the states of model, optimizer, scheduler, EMA and random generators, the settings, and how
-far the run is. The one before it is kept as prev.pt until the run is complete. Everything in it is a
-plain type or a tensor, loaded with `weights_only=True`, which cannot run code, and on the CPU, from
-where each state is copied into place.
+It holds the states of model, optimizer, scheduler, EMA and random generators, the settings, and
+how far the run is. The one before it is kept as prev.pt until the run is complete. Everything in it
+is a plain type or a tensor, loaded with `weights_only=True`, which cannot run code, and on the CPU,
+from where each state is copied into place.
 """
 
 import hashlib
@@ -78,7 +78,7 @@ def load_state(state: dict, parts: dict, device: torch.device) -> None:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """load_state_dict for any optimizer, but in place where it has tensors: a graph knows addresses.
+    """load_state_dict for any optimizer, in place where it has tensors: a graph knows addresses.
 
     What depends on the device stays as it is, so that a run may resume on another one.
     """
@@ -144,6 +144,15 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
             )
         return progress
     return Progress()
+
+
+def why_no_graph(optimizer: torch.optim.Optimizer) -> str | None:
+    """Why a CUDA graph of its steps would be wrong; None if it would not."""
+    if not all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups):
+        return "no CUDA graph: its learning rate would be fixed, for it is no tensor on the GPU"
+    if not isinstance(optimizer, STARTS_AT_ZERO):
+        return f"no CUDA graph: the state of {type(optimizer).__name__} cannot be reset in place"
+    return None
 
 
 def copied(state):

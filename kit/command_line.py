@@ -6,7 +6,9 @@ import functools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 
 
 class UserError(RuntimeError):
@@ -26,6 +28,18 @@ def make_parser(description: str) -> argparse.ArgumentParser:
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def handle_signals(handler: Callable, stack: ExitStack) -> None:
+    """Until `stack` is closed, Ctrl-C, SIGTERM and a closed terminal call handler(signum, frame).
+
+    nohup's SIGHUP stays ignored. In threads, where no handlers can be set, nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+            stack.callback(signal.signal, signum, signal.signal(signum, handler))
 
 
 def is_out_of_memory(error: Exception) -> bool:

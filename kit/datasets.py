@@ -23,6 +23,7 @@ import torch
 from kit.command_line import UserError
 from kit.files import write_atomically
 
+
 @dataclass
 class ImageData:
     """A data set in memory."""
@@ -73,10 +74,10 @@ def from_torchvision(name: str, data_dir: Path) -> ImageData:
             for part in (True, False)
         )
     except Exception as error:  # of networks, archives, checksums and pickles: they are many
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise UserError(
-            f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read "
-            f"({type(error).__name__}: {str(error).strip().split(chr(10))[0]}): bring its files there, as torchvision "
-            "lays them out, or try again with a network"
+            f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read ({reason}): "
+            "bring its files there, as torchvision lays them out, or try again with a network"
         ) from error
 
     def tensors(part):

@@ -9,9 +9,9 @@ import torch.nn as nn
 class EMA:
     """`model`: the average of the weights and of BatchNorm's statistics over the steps so far.
 
-    average += rate (weights - average) after each step, with rate = max(1 - decay, 9 / (10 + steps)),
-    so that the first steps are soon forgotten. (torch.optim.swa_utils.AveragedModel reads its counter
-    on the host in every step, which a CUDA graph cannot capture.)
+    After each step average += rate (weights - average), with rate = max(1 - decay, 9 / (10 + steps))
+    so that the first steps are soon forgotten. (torch.optim.swa_utils.AveragedModel reads its
+    counter on the host in every step, which a CUDA graph cannot capture.)
     """
 
     def __init__(self, model: nn.Module, decay: float):

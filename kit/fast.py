@@ -157,7 +157,11 @@ def fast(step: Callable, forward: Callable, mode: str, example: tuple, restore: 
 
             quick = Graphed(quick, *example) if "graph" in mode else quick
             quick(*example)  # torch.compile compiles when it is first called
-            return lambda *batch: (quick if len(batch[0]) == size else step)(*batch), mode, failures
+
+            def fast_where_it_fits(*batch, quick=quick):
+                return (quick if len(batch[0]) == size else step)(*batch)
+
+            return fast_where_it_fits, mode, failures
         except Exception as error:  # compilers, drivers and out of memory raise what they like
             failures.append(f"mode {mode} failed ({first_line(error)})")
             mode = FALLBACK[mode]

@@ -13,13 +13,10 @@ Step, loop and data are train.py's. last.pt is saved at the end of an epoch, but
 saving takes more than 1% of the time, and always when a signal stops the run.
 """
 
-import io
 import json
 import os
-import signal
 import sys
 import tempfile
-import threading
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,29 +24,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit import run_folder
-from kit.checkpoint import (
-    STARTS_AT_ZERO,
-    Progress,
-    copied,
-    get_state,
-    load_state,
-    resume,
-    serialized,
-)
-from kit.command_line import Stopped, UserError
+from kit import checkpoint, run_folder
+from kit.checkpoint import Progress, copied, load_state, serialized
+from kit.command_line import Stopped, UserError, handle_signals
 from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
 from kit.fast import choose_mode, fast
 from kit.files import write_atomically
-from kit.run_folder import in_brackets, read_json, write_json
+from kit.run_folder import in_brackets, read_json, write_array, write_json
 from kit.settings import as_config
 from kit.tensorboard_log import log_epoch, log_test, open_writer
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SUMMARY = dict(  # what is printed of result.json
-    test_acc=float, test_acc_last=float, val_acc=float, best_epoch=int, epochs_run=int,
-    train_seconds=float, quick=bool,
-)  # fmt: skip
+# What is printed of result.json.
+SUMMARY = dict.fromkeys(("test_acc", "test_acc_last", "val_acc", "train_seconds"), float)
+SUMMARY |= {"best_epoch": int, "epochs_run": int, "quick": bool}
 
 
 class Run:
@@ -65,7 +52,7 @@ class Run:
     def __enter__(self):
         s, runs = self.settings, self.settings.runs
         with ExitStack() as self.stack:
-            self.watch_signals()
+            handle_signals(self.on_signal, self.stack)
             if s.dry_run:
                 runs = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="runs-")))
             self.folder = runs / s.dataset_name / s.recipe / s.model / f"seed{s.seed}"
@@ -100,24 +87,15 @@ class Run:
 
     # --- Signals ----------------------------------------------------------------------------------
 
-    def watch_signals(self) -> None:
-        """Ctrl-C, SIGTERM and a closed terminal (SIGHUP): finish the step, save, then leave.
+    def on_signal(self, signum: int, frame) -> None:
+        """Remembers a signal until the step is done; before the first step there is nothing to save.
 
-        Before the first step there is nothing to save: leave at once. nohup's SIGHUP stays ignored.
-        (An exception raised in the handler could come out of any line, and some swallow it.)
+        (An exception raised here could come out of any line, and some swallow it.)
         """
-
-        def handle(signum, frame):
-            if not self.in_loop:
-                self.stack.close()
-                os._exit(128 + signum)
-            self.stopped_by = signum
-
-        if threading.current_thread() is not threading.main_thread():
-            return  # only there can handlers be set
-        for signum in SIGNALS:
-            if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-                self.stack.callback(signal.signal, signum, signal.signal(signum, handle))
+        if not self.in_loop:
+            self.stack.close()
+            os._exit(128 + signum)
+        self.stopped_by = signum
 
     def leave_if_stopped(self) -> None:
         """Raises Stopped if a signal has arrived."""
@@ -130,6 +108,7 @@ class Run:
         """Loads what the folder holds of this run into these objects; how far it is."""
         s, folder = self.settings, self.folder
         self.loader, self.model, self.optimizer = loader, model, optimizer
+        self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
         # `auto` looks at the length of the whole run, so that a resumed one takes the same mode.
         steps = s.epochs * loader.n_train // s.batch_size
@@ -144,7 +123,7 @@ class Run:
             there = read_json(folder / "config.json", advice, model=str)
             run_folder.refuse_another_run(folder, there, self.config)
         run_folder.remove_strays(folder)
-        self.progress = resume(folder, self.parts, self.device, self.config)
+        self.progress = checkpoint.resume(folder, self.parts, self.device, self.config)
         if self.progress.epochs or self.progress.step:
             changes = run_folder.changes_since(folder, env["sha256"], env["device"])
             env["changes"] = changes  # so that they are not forgotten
@@ -165,14 +144,13 @@ class Run:
         start, mode = time.perf_counter(), self.mode
         if "compile" in mode:
             print("compiling the training step, the first time up to a minute", flush=True)
-        lr_in_place = isinstance(self.optimizer.param_groups[0]["lr"], torch.Tensor)
-        if "graph" in mode and not (lr_in_place and isinstance(self.optimizer, STARTS_AT_ZERO)):
-            self.failures.append("a CUDA graph needs Adam or SGD with a learning rate on the GPU")
+        if "graph" in mode and (reason := checkpoint.why_no_graph(self.optimizer)):
+            self.failures.append(reason)
             mode = "compile" if "compile" in mode else "eager"
         idx = torch.arange(self.settings.batch_size, device=self.device) % self.loader.n_train
         columns = self.loader.augmentation.n_columns
         example = idx, torch.full((len(idx), columns), 0.5, device=self.device)
-        before = copied(get_state(self.parts, self.device))
+        before = copied(checkpoint.get_state(self.parts, self.device))
         self.model.train()
         step, self.mode, failures = fast(
             step, forward, mode, example, lambda: load_state(before, self.parts, self.device)
@@ -190,10 +168,6 @@ class Run:
         )
         self.saved_at, self.in_loop = time.perf_counter(), True
         return step
-
-    @property
-    def n_parameters(self) -> int:
-        return sum(parameter.numel() for parameter in self.model.parameters())
 
     # --- Saving -----------------------------------------------------------------------------------
 
@@ -216,11 +190,8 @@ class Run:
     def save(self) -> None:
         start = time.perf_counter()
         if not (self.folder / "config.json").exists():
-            raise UserError(
-                f"{self.folder} was moved or deleted during its run: the same command resumes what "
-                "there is of it, or starts from scratch"
-            )
-        state = get_state(self.parts, self.device) | {
+            raise UserError(f"{self.folder} was moved or deleted during its run: start it again")
+        state = checkpoint.get_state(self.parts, self.device) | {
             "progress": vars(self.progress), "config": self.config, "torch": str(torch.__version__),
         }  # fmt: skip
         path = self.folder / "last.pt"
@@ -243,9 +214,7 @@ class Run:
         """Writes predictions and labels; in TensorBoard confusions, Grad-CAM, gates."""
         kind = np.uint8 if len(self.loader.classes) <= 256 else np.uint16
         for name, classes in (("predictions", predictions), ("labels", self.loader.test[1])):
-            buffer = io.BytesIO()
-            np.save(buffer, classes.cpu().numpy().astype(kind))
-            write_atomically(self.folder / f"test_{name}.npy", buffer.getbuffer())
+            write_array(self.folder / f"test_{name}.npy", classes.cpu().numpy().astype(kind))
         epoch = self.progress.epochs
         log_test(self.writer, self.config, epoch, model, self.loader, predictions)
 
@@ -300,5 +269,7 @@ class Run:
         )
         target = self.settings.target_acc
         if target is not None and result["test_acc"] < target:
-            raise UserError(f"test accuracy {result['test_acc']:.2f}% misses the target, {target:g}%")
+            raise UserError(
+                f"test accuracy {result['test_acc']:.2f}% misses the target, {target:g}%"
+            )
         return 0

@@ -8,10 +8,12 @@ Every file is written by temporary file and rename, `result.json` last: its pres
 run is complete.
 """
 
+import io
 import json
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock, Timeout
 
 from kit.command_line import UserError
@@ -101,6 +103,12 @@ def read_json(path: Path, advice: str = "use --overwrite to start from scratch",
 
 def write_json(path: Path, content: dict) -> None:
     write_atomically(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_atomically(path, buffer.getbuffer())
 
 
 def remove_strays(folder: Path) -> None:

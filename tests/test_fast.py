@@ -103,7 +103,9 @@ def steps_of(model, mode, precision, runs, *flags):
     argv = ["--model", model, "--mode", mode, "--precision", precision, "--device", DEVICE, *flags]
     argv += ["--width", "8", "--limit-train", "128", "--limit-test", "64", "--runs", str(runs)]
     argv += ["--data-dir", str(REPO / "data"), "--overwrite"]
-    settings = parse_settings(argv, "", train.SETTINGS, train.RECIPES, MODELS, POSITIONS, data.resolve)
+    settings = parse_settings(
+        argv, "", train.SETTINGS, train.RECIPES, MODELS, POSITIONS, data.resolve
+    )
     with pytest.raises(Done), Probe(settings) as run:
         train.train(settings, run)
     return run.found, run.mode, run.failures
@@ -173,7 +175,9 @@ def test_every_mode_takes_the_same_step(model, mode, precision, tmp_path, capsys
 def wrong_gradient(forward):
     def wrong(*batch):
         loss, correct = forward(*batch)
-        return loss + 0.02 * (loss - loss.detach()), correct  # the same loss, gradients 2% too large
+        return loss + 0.02 * (
+            loss - loss.detach()
+        ), correct  # the same loss, gradients 2% too large
 
     return wrong
 

@@ -4,14 +4,15 @@ import json
 import subprocess
 import sys
 
-import data
 import plain_loop
 import pytest
 import torch
-import train
 from conftest import REPO
-from models import build_model
 from torch.utils.data import DataLoader
+
+import data
+import train
+from models import build_model
 
 
 def test_the_training_loop_equals_the_plain_one(tmp_path, fashion_mnist):
