@@ -7,9 +7,9 @@ arXiv 1512.03385): `conv1` is 3x3 with stride 1, and there is no max-pooling, so
 14, 7 and 4 pixels of 28. Its `state_dict` has the same keys and shapes as torchvision's, so weights
 load from one into the other.
 
-To add a module: a class `Module(channels)` whose output has the shape of its input (N, C, H, W), and
-a line in ATTENTION. It is then a model of its own, with the module in every block; a line in MODELS
-puts it elsewhere. The further modules of ATTENTION: kit/attention.py.
+To add a module: a class `Module(channels)` whose output has the shape of its input (N, C, H, W),
+and a line in ATTENTION. It is then a model of its own, with the module in every block; a line in
+MODELS puts it elsewhere. The further modules of ATTENTION: kit/attention.py.
 """
 
 import inspect

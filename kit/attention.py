@@ -12,8 +12,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-# --- One number a channel -------------------------------------------------------------------------
-
 
 class ECA(nn.Module):
     """Efficient Channel Attention (Wang et al., CVPR 2020, arXiv 1910.03151).
@@ -57,9 +55,6 @@ class GC(nn.Module):
         return x + self.fc2(F.relu(self.norm(self.fc1(context))))[:, :, None, None]
 
 
-# --- Channels and positions -----------------------------------------------------------------------
-
-
 class BAM(nn.Module):
     """Bottleneck Attention Module (Park, Woo, Lee, Kweon, BMVC 2018, arXiv 1807.06514).
 
@@ -76,9 +71,7 @@ class BAM(nn.Module):
             [nn.Conv2d(channels, hidden, 1), nn.Conv2d(hidden, channels, 1)]
         )
         self.channel_bns = nn.ModuleList([nn.BatchNorm2d(hidden)])
-        dilated = [
-            nn.Conv2d(hidden, hidden, 3, padding=dilation, dilation=dilation) for _ in range(2)
-        ]
+        dilated = [nn.Conv2d(hidden, hidden, 3, 1, dilation, dilation) for _ in range(2)]
         self.spatial = nn.ModuleList(
             [nn.Conv2d(channels, hidden, 1), *dilated, nn.Conv2d(hidden, 1, 1)]
         )
@@ -270,10 +263,7 @@ class SelectiveKernel(nn.Module):
         self.select = nn.Conv2d(hidden, 2 * channels, 1, bias=False)
 
     def forward(self, x):
-        branches = (
-            F.relu(self.bn3(self.conv3(x))),
-            F.relu(self.bn5(self.conv5(x))),
-        )
+        branches = F.relu(self.bn3(self.conv3(x))), F.relu(self.bn5(self.conv5(x)))
         context = (branches[0] + branches[1]).mean((2, 3), keepdim=True)
         scores = self.select(F.relu(self.bn(self.fc(context))))  # (N, 2C, 1, 1)
         weights = scores.unflatten(1, (2, -1)).softmax(1)  # (N, 2, C, 1, 1)

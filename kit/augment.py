@@ -6,7 +6,7 @@ augmentation is then a function of images and parameters: the same in every mode
 CUDA graph, and nothing about it has to be saved.
 
     augmentation = Augmentation(crop=4, flip=True, cutmix=1.0)
-    params = augmentation.make_params(54_000, seed, epoch)   # (54000, augmentation.n_columns)
+    params = augmentation.make_params(54_000, seed, epoch)   # (54000, columns)
     images = augmentation.of_pixels(images, params[:64])     # uint8 (64, C, H, W), then normalised
     images, label_weight = augmentation.of_normalized(images, params[:64])
 """
@@ -55,21 +55,17 @@ class Augmentation:
             start += n
         return columns
 
-    @property
-    def n_columns(self) -> int:
-        return self.columns["which"].stop
-
     def make_params(self, n: int, seed: int, epoch: int) -> torch.Tensor:
-        """float32 (n, n_columns) in [0, 1), fixed by (seed, epoch): uniform, label weights Beta."""
+        """float32 (n, columns) in [0, 1), fixed by (seed, epoch): uniform, label weights Beta."""
         generator = np.random.default_rng((seed, epoch, 1))  # data.shuffled has (seed, epoch)
-        params = generator.random((n, self.n_columns), dtype=np.float32)
+        params = generator.random((n, self.columns["which"].stop), dtype=np.float32)
         for name, alpha in (("cutmix", self.cutmix), ("mixup", self.mixup)):
             if alpha:
                 params[:, self.columns[name].start] = generator.beta(alpha, alpha, n)
         return torch.from_numpy(params)
 
     def of_pixels(self, images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
-        """Crop, flip, RandAugment: uint8 (N, C, H, W) -> the same; params (N, n_columns)."""
+        """Crop, flip, RandAugment: uint8 (N, C, H, W) -> the same; params (N, columns)."""
         part = {name: params[:, columns] for name, columns in self.columns.items()}
         if self.crop or self.flip:
             images = crop_and_flip(images, self.crop, part["crop"], part["flip"])

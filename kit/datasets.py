@@ -76,8 +76,8 @@ def from_torchvision(name: str, data_dir: Path) -> ImageData:
     except Exception as error:  # of networks, archives, checksums and pickles: they are many
         reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise UserError(
-            f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read ({reason}): "
-            "bring its files there, as torchvision lays them out, or try again with a network"
+            f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read "
+            f"({reason}): bring its files there, as torchvision lays them out, or try again"
         ) from error
 
     def tensors(part):

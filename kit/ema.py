@@ -9,8 +9,8 @@ import torch.nn as nn
 class EMA:
     """`model`: the average of the weights and of BatchNorm's statistics over the steps so far.
 
-    After each step average += rate (weights - average), with rate = max(1 - decay, 9 / (10 + steps))
-    so that the first steps are soon forgotten. (torch.optim.swa_utils.AveragedModel reads its
+    After each step average += rate (weights - average), rate = max(1 - decay, 9 / (10 + steps)), so
+    that the first steps are soon forgotten. (torch.optim.swa_utils.AveragedModel reads its
     counter on the host in every step, which a CUDA graph cannot capture.)
     """
 

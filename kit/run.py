@@ -88,7 +88,7 @@ class Run:
     # --- Signals ----------------------------------------------------------------------------------
 
     def on_signal(self, signum: int, frame) -> None:
-        """Remembers a signal until the step is done; before the first step there is nothing to save.
+        """Remembers a signal until the step is done. Before the first there is nothing to save.
 
         (An exception raised here could come out of any line, and some swallow it.)
         """
@@ -127,10 +127,8 @@ class Run:
         if self.progress.epochs or self.progress.step:
             changes = run_folder.changes_since(folder, env["sha256"], env["device"])
             env["changes"] = changes  # so that they are not forgotten
-            print(
-                f"resuming in epoch {self.progress.epochs + 1}, after {self.progress.step:,} "
-                f"steps{in_brackets(changes)}"
-            )
+            where = f"epoch {self.progress.epochs + 1}, after {self.progress.step:,} steps"
+            print(f"resuming in {where}{in_brackets(changes)}")
         self.write_best_and_metrics()
         write_json(folder / "config.json", self.config)
         write_json(folder / "env.json", env)
@@ -147,9 +145,7 @@ class Run:
         if "graph" in mode and (reason := checkpoint.why_no_graph(self.optimizer)):
             self.failures.append(reason)
             mode = "compile" if "compile" in mode else "eager"
-        idx = torch.arange(self.settings.batch_size, device=self.device) % self.loader.n_train
-        columns = self.loader.augmentation.n_columns
-        example = idx, torch.full((len(idx), columns), 0.5, device=self.device)
+        example = self.loader.epoch(1)[0]
         before = copied(checkpoint.get_state(self.parts, self.device))
         self.model.train()
         step, self.mode, failures = fast(
@@ -270,6 +266,6 @@ class Run:
         target = self.settings.target_acc
         if target is not None and result["test_acc"] < target:
             raise UserError(
-                f"test accuracy {result['test_acc']:.2f}% misses the target, {target:g}%"
+                f"test accuracy {result['test_acc']:.2f}% misses {target:g}%, the target"
             )
         return 0

@@ -3,9 +3,9 @@
     python tests/plain_loop.py                                # one epoch of the published recipe
     python tests/plain_loop.py --limit-train 960 --epochs 2   # seconds on a CPU
 
-torchvision's ResNet-18 with a 3x3 stem, PIL transforms in a DataLoader, eager float32 with PyTorch's
-default flags, `.item()` in every step. Prints a JSON object per epoch; images_per_second is that of
-training alone. The first epoch of a process is the slowest.
+torchvision's ResNet-18 with a 3x3 stem, PIL transforms in a DataLoader, eager float32 with
+PyTorch's default flags, `.item()` in every step. Prints a JSON object per epoch; images_per_second
+is that of training alone. The first epoch of a process is the slowest.
 """
 
 import argparse

@@ -4,9 +4,9 @@
     ./run_all.sh test -m '' tests/test_fast.py              # every model, mode and precision
     ./run_all.sh test -m '' tests/test_fast.py -k cbam_blocks-compile-fp32
 
-Each prints a line with the largest relative error found in the loss, in any gradient, in BatchNorm's
-buffers, in Adam's state, in the EMA and in the size of the update. Modes that need a GPU are skipped
-without one; with one, nothing is slow.
+Each prints a line with the largest relative error found in the loss, in any gradient, in
+BatchNorm's buffers, in Adam's state, in the EMA and in the size of the update. Modes that need a
+GPU are skipped without one; with one, nothing is slow.
 """
 
 import pytest
