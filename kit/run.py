@@ -98,7 +98,6 @@ class Run:
         self.stopped_by = signum
 
     def leave_if_stopped(self) -> None:
-        """Raises Stopped if a signal has arrived."""
         if self.stopped_by:
             raise Stopped(self.stopped_by)
 
