@@ -1,0 +1,26 @@
+"""The engine room. The scripts at the top are the experiment and import kit; kit imports no script
+(study.py alone, the program behind run_all.sh, reads models.MODELS).
+
+What figures depend on
+    attention       the further attention modules; SE and CBAM are in models.py
+    augment         crop, flip, erase, RandAugment, CutMix, MixUp: per image, on the device
+    datasets        ImageData; Fashion-MNIST, torchvision's data sets;  image_folder: any other
+    fast            precisions, and the modes of a step: eager, compiled, as one CUDA graph
+    ema             the moving average of the weights
+
+A run
+    settings        the flags of train.py, made from its tables
+    run             resume, signals, saving, logging, result.json;  run_folder: whose files are these
+    checkpoint      last.pt: states saved, verified, loaded in place
+    tensorboard_log, environment (env.json), command_line (errors, exit codes), files (atomic writes)
+
+The report and the pictures
+    results         run folders, benchmark.json, explain.json: read and checked
+    verdicts        is a difference real?  findings: what a study shows, in numbers
+    report.md, readme_block.md, page.html       Jinja templates;  words: their sentences and cells
+    figures         the report's figures
+    attribution     Grad-CAM and gates, measured;  pictures: drawn
+
+All of it
+    study           quick, full, study: lists of commands, run JOBS at a time
+"""
