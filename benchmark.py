@@ -5,27 +5,28 @@
     python benchmark.py --batch-sizes 1 64 1024 --out /tmp/sweep
     python benchmark.py --image 3x32x32 --classes 100       # as for CIFAR-100
 
-Prints tables and writes --out/benchmark.json, and the gist of it as --out/benchmark.md.
-Inference of float32 images that are already on the device, in evaluation mode, random weights: no
-data loading, no pre-processing. The modes are those of modes.py. `eager` is PyTorch as it stands,
-in fp32 the published way; the others also use the channels_last layout, and compiled models have
-frozen weights and BatchNorm folded into the convolutions.
-Before a mode is timed, its logits are compared with those of eager fp32: exit code 1 if they differ
-by more than TOLERANCE. Each figure is the median over many batches after a warm-up, the device
-synchronised at both ends of each batch; models and modes take turns, so a machine that slows down
-slows them all. Batches of 64 of all models take four minutes on two CPU cores. Each batch size and
-precision is written when it is measured: after a stop, --keep goes on with what is missing.
+Writes OUT/benchmark.json, and its gist as OUT/benchmark.md, which is printed too: after each batch
+size and precision, so that --keep resumes after a stop. Batches of 64 of all models take four
+minutes on two CPU cores.
+
+Measured is inference on float32 images that are already on the device, in evaluation mode, with
+random weights: no data loading, no pre-processing. The modes are those of kit/fast.py: `eager` in
+fp32 is the published way, the others use the channels_last layout, and compiled models have frozen
+weights and BatchNorm folded into the convolutions. Figures are medians over many batches after a
+warm-up, the device synchronised at both ends of each; compiling and capturing are off the clock.
+Models and modes take turns, so a machine that slows down slows them all. A mode whose logits differ
+from those of eager fp32 by more than TOLERANCE is left out, and the exit code is 1.
 """
 
 import argparse
 import copy
 import functools
+import itertools
 import json
 import re
-import signal
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -33,67 +34,51 @@ import thop
 import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
-from kit.environment import choose_device, device_name, is_out_of_memory, source_hashes
-from kit.files import write_atomically
+from kit import fast
+from kit.command_line import UserError, exit_code, is_out_of_memory, make_parser
+from kit.environment import choose_device, device_name, source_hashes
+from kit.files import check_writable, write_atomically
 from models import MODELS, build_model, count_parameters
-from kit.modes import (
-    MODES,
-    PRECISIONS,
-    Graphed,
-    autocast,
-    compiled,
-    first_line,
-    set_up_torch,
-    why_not,
-)
 
 IMAGE = "1x28x28"  # channels, height, width: as published
 CLASSES = 10
-# The largest error of a logit, relative to the largest logit of eager fp32.
-TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}
-NUMBERS = (
-    "batch_size", "params", "flops", "flops_aten", "ms_per_image", "ms_per_image_p10",
-    "ms_per_image_p90", "ms_per_image_p99", "images_per_second", "tflops", "share_of_ceiling",
-)  # fmt: skip
+TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}  # of logits, relative to the largest one
+REPEATS = {"cuda": (1000, 200), "cpu": (200, 10)}  # of one image (enough for a p99), of more
+SOURCES = ("models.py", "kit/attention.py", "kit/fast.py")  # an edit makes another model or mode
+PERCENTILES = {"_p10": 10, "": 50, "_p90": 90, "_p99": 99}
+BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 def shape_of(image: str) -> tuple[int, int, int]:
-    """(3, 32, 32) of "3x32x32". Raises ValueError."""
-    if not re.fullmatch(r"[1-9]\d{0,3}x[1-9]\d{0,3}x[1-9]\d{0,3}", image, re.ASCII):
-        raise ValueError(image)
-    channels, height, width = map(int, image.split("x"))
-    return channels, height, width
-
-
-def count_flops(model: nn.Module, image: str = IMAGE) -> tuple[int, int]:
-    """(2 x the MACs that thop counts, FlopCounterMode's count) for one image.
-
-    The first is the published convention: thop counts modules, BatchNorm and pooling among them,
-    but nothing that is called as a function. FlopCounterMode counts every convolution and matrix
-    product exactly, and nothing else. thop writes counters into what it profiles: it gets a copy.
-    """
-    model = copy.deepcopy(model).cpu().eval()
-    zeros = torch.zeros(1, *shape_of(image))
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(zeros)
-    macs, _ = thop.profile(model, (zeros,), verbose=False)
-    return round(2 * macs), counter.get_total_flops()
+    """(3, 32, 32) of "3x32x32". Raises ValueError with one line."""
+    if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){2}", image, re.ASCII):
+        raise ValueError(f"--image {image}: give channels x height x width, such as {IMAGE}")
+    return tuple(map(int, image.split("x")))
 
 
 @functools.cache
-def size_of(name: str, width: int, image: str, classes: int) -> dict[str, int]:
-    """Parameters and FLOPs of a model."""
+def count(name: str, width: int = 64, image: str = IMAGE, classes: int = CLASSES) -> dict[str, int]:
+    """Parameters, and the FLOPs of one image by two counts.
+
+    `flops` is the published convention, 2 x the MACs that thop counts: it counts modules, BatchNorm
+    and pooling among them, but nothing that is called as a function. `flops_aten` is exact for
+    convolutions and matrix products, and leaves out everything else.
+    """
     model = build(name, width, image, classes)
-    flops, flops_aten = count_flops(model, image)
-    return {"params": count_parameters(model), "flops": flops, "flops_aten": flops_aten}
+    zeros = torch.zeros(1, *shape_of(image))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(zeros)
+    macs, exact = thop.profile(model, (zeros,), verbose=False)[0], counter.get_total_flops()
+    return {"params": count_parameters(model), "flops": round(2 * macs), "flops_aten": exact}
 
 
 def build(name: str, width: int, image: str = IMAGE, classes: int = CLASSES) -> nn.Module:
-    """The model in evaluation mode, its BatchNorms and what starts at 0 as if trained.
+    """The model in evaluation mode; BatchNorms and weights that start at 0 get random values.
 
-    As they start they pass on what they get, and stop CBAM's spatial gate and all of GC: a mode
-    that got them wrong would go unseen.
+    At their initial values BatchNorms pass on their input, and CBAM's spatial gate and GC are
+    constant: the check of the logits would not notice a mode that computes them wrongly.
     """
     model = build_model(name, classes, shape_of(image)[0], width, seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -108,70 +93,68 @@ def build(name: str, width: int, image: str = IMAGE, classes: int = CLASSES) -> 
 
 
 def make_forward(model: nn.Module, mode: str, precision: str, images: torch.Tensor) -> Callable:
-    """images -> float32 logits in a mode and precision, of images of this shape only."""
-    if mode != "eager":  # eager is as published, in the layout that PyTorch has by default
+    """images -> float32 logits in a mode and precision, for images of this shape only."""
+    if mode != "eager":  # eager is as published, in PyTorch's default layout
         model = model.to(memory_format=torch.channels_last)
 
     def forward(images):
-        with autocast(precision, images.device):
+        with fast.autocast(precision, images.device):
             return model(images).float()
 
     if "compile" in mode:
-        forward = compiled(forward, options={"freezing": True})
-    return Graphed(forward, images) if "graph" in mode else forward
+        forward = fast.compiled(forward, options={"freezing": True})
+    return fast.Graphed(forward, images) if "graph" in mode else forward
 
 
-def set_up(model: nn.Module, mode: str, precision: str, images: torch.Tensor) -> dict:
-    """The forward pass, warm, and what was found on the way.
+def prepare(name: str, mode: str, settings: dict, images: torch.Tensor) -> dict:
+    """A row of benchmark.json without its times, and the forward pass, compiled, captured and warm.
 
-    Peak memory: weights, activations and workspace of one batch, as PyTorch's allocator saw them.
-    Of eager mode alone: that of compiling and capturing is another matter.
+    Raises UserError if the logits are wrong, and whatever compilers and drivers raise.
+    Peak memory: weights, activations and workspace of one batch, as counted by PyTorch's allocator;
+    of eager mode alone, for compiling and capturing need memory of their own.
     """
-    cuda = images.device.type == "cuda"
-    set_up_torch("fp32")
-    expected = copy.deepcopy(model).to(images.device)(images)
-    set_up_torch(precision)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(images.device)
-        before = torch.cuda.memory_allocated(images.device)
-    model = model.to(images.device)
+    device, precision, eager = images.device, settings["precision"], mode == "eager"
+    shape = settings["width"], settings["image"], settings["classes"]
+    model = build(name, *shape)
+    fast.set_up_torch("fp32")
+    expected = copy.deepcopy(model).to(device)(images)
+    fast.set_up_torch(precision)
+    if cuda := device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
-    forward = make_forward(model, mode, precision, images)
+    forward = make_forward(model.to(device), mode, precision, images)
     error = (forward(images) - expected).abs().max() / expected.abs().max()
-    error = error.item()  # waits
-    seconds = time.perf_counter() - start
+    error = error.item()  # waits for the device
+    set_up_seconds = None if eager else time.perf_counter() - start
+    if not error <= TOLERANCE[precision]:
+        raise UserError(f"logits differ from those of eager fp32, relative error {error:.1e}")
     for _ in range(10 if cuda else 2):
         forward(images)
-    peak = None
-    if cuda and mode == "eager":
-        peak = (torch.cuda.max_memory_allocated(images.device) - before) / 1e6
-    return {
-        "forward": forward,
-        "logit_error": error,
-        "set_up_seconds": None if mode == "eager" else seconds,
-        "peak_memory_mb": peak,
-    }
+    peak = (torch.cuda.max_memory_allocated(device) - before) / 1e6 if cuda and eager else None
+    row = {"model": name, "mode": mode} | count(name, *shape) | settings
+    row |= {"logit_error": error, "set_up_seconds": set_up_seconds, "peak_memory_mb": peak}
+    return row | {"forward": forward}
 
 
 def seconds_per_call(function: Callable, argument: torch.Tensor) -> float:
-    """Wall time of function(argument); work that was queued before is waited for first."""
-    cuda = argument.device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(argument.device)
+    """Wall time of function(argument), the device synchronised at both ends."""
+    wait = torch.cuda.synchronize if argument.is_cuda else lambda: None
+    wait()
     start = time.perf_counter()
     function(argument)
-    if cuda:
-        torch.cuda.synchronize(argument.device)
+    wait()
     return time.perf_counter() - start
 
 
+@functools.cache
 @torch.no_grad()
 def ceiling_tflops(precision: str, device: torch.device) -> float:
-    """What the device reaches at most: the better of a large matrix product and convolution.
+    """The most that the device reaches: the better of a large matrix product and convolution.
 
-    (Of the two, because PyTorch's matrix product is slow on some CPUs.)
+    (Both, because PyTorch's matrix product is slow on some CPUs.)
     """
-    set_up_torch(precision)
+    fast.set_up_torch(precision)
     n, images, channels, size = (8192 if device.type == "cuda" else 2048), 16, 256, 14
     images *= 64 if device.type == "cuda" else 1
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -179,302 +162,199 @@ def ceiling_tflops(precision: str, device: torch.device) -> float:
     layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, dtype=dtype, device=device)
     maps = torch.randn(images, channels, size, size, dtype=dtype, device=device)
     layer, maps = (x.to(memory_format=torch.channels_last) for x in (layer, maps))
-    product = [seconds_per_call(lambda m: m @ m, matrix) for _ in range(13)]
-    convolution = [seconds_per_call(layer, maps) for _ in range(13)]
-    return max(
-        2 * n**3 / min(product),
-        2 * 9 * channels**2 * images * size**2 / min(convolution),
-    ) / 1e12  # fmt: skip
+    product = min(seconds_per_call(lambda m: m @ m, matrix) for _ in range(13))
+    convolution = min(seconds_per_call(layer, maps) for _ in range(13))
+    convolution_flops = 2 * 9 * channels**2 * images * size**2
+    return max(2 * n**3 / product, convolution_flops / convolution) / 1e12
 
 
 @torch.no_grad()
-def measure(
-    variants: list[tuple[str, str]], settings: dict, repeats: int, ceiling: float, device
-) -> list[dict]:
-    """The rows of benchmark.json of all (model, mode) in `variants`, at one batch size.
+def measure(variants: list[tuple[str, str]], settings: dict, repeats: int, device, bar):
+    """(rows, whether any logits were wrong) of all (model, mode) in `variants`, at one batch size.
 
-    A mode that does not run here is left out, with a note on stderr.
+    A mode that does not run here, or gives wrong logits, is left out and named on stderr.
     """
-    shape = {key: settings[key] for key in ("width", "image", "classes")}
-    images = torch.rand(settings["batch_size"], *shape_of(settings["image"]), device=device)
-    ready = {}
+    size, precision = settings["batch_size"], settings["precision"]
+    images = torch.rand(size, *shape_of(settings["image"]), device=device)
+    rows, failed = [], False
     for name, mode in variants:
+        bar.set_description(f"batch {size}, {precision}: {name}, {mode}")
+        bar.update()
         try:
-            model = build(name, **shape)
-            ready[name, mode] = set_up(model, mode, settings["precision"], images)
+            rows.append(prepare(name, mode, settings, images))
+        except UserError as error:
+            complain(f"error: {name}, mode {mode}, {precision}, batch {size} left out: {error}")
+            failed = True
         except Exception as error:  # compilers and drivers raise what they like
             if mode == "eager" or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
                 raise  # eager mode has neither: it would be a bug
-            print(f"note: {name}, mode {mode} left out: {first_line(error)}", file=sys.stderr)
-
-    seconds = {variant: [] for variant in ready}
+            complain(f"note: {name}, mode {mode} left out: {fast.first_line(error)}")
+    bar.set_description(f"batch {size}, {precision}: timing")
+    seconds = [[] for _ in rows]
     for _ in range(repeats):
-        for variant, found in ready.items():
-            seconds[variant].append(seconds_per_call(found["forward"], images))
-
-    rows = []
-    for (name, mode), found in ready.items():
-        ms_per_image = 1e3 * np.array(seconds[name, mode]) / settings["batch_size"]
-        size = size_of(name, **shape)
-        images_per_second = float(1e3 / np.median(ms_per_image))
-        tflops = size["flops_aten"] * images_per_second / 1e12
-        rows.append({
-            "model": name,
-            "mode": mode,
-            **size,
-            **settings,
-            "ms_per_image": float(np.median(ms_per_image)),
-            "ms_per_image_p10": float(np.percentile(ms_per_image, 10)),
-            "ms_per_image_p90": float(np.percentile(ms_per_image, 90)),
-            "ms_per_image_p99": float(np.percentile(ms_per_image, 99)),
-            "images_per_second": images_per_second,
-            "tflops": tflops,
-            "share_of_ceiling": tflops / ceiling,
-            **{key: value for key, value in found.items() if key != "forward"},
-            "repeats": repeats,
-        })  # fmt: skip
-    return rows
+        for row, of_row in zip(rows, seconds, strict=True):
+            of_row.append(seconds_per_call(row["forward"], images))
+        bar.update(len(variants) / repeats)
+    for row, of_row in zip(rows, seconds, strict=True):
+        del row["forward"]
+        ms = 1e3 / size * np.array(of_row)
+        row |= {f"ms_per_image{p}": float(np.percentile(ms, q)) for p, q in PERCENTILES.items()}
+        row["images_per_second"] = 1e3 / row["ms_per_image"]
+        row["tflops"] = row["flops_aten"] * row["images_per_second"] / 1e12
+        row["share_of_ceiling"] = row["tflops"] / ceiling_tflops(precision, device)
+        row["repeats"] = repeats
+    return rows, failed
 
 
-def rows_kept(path: Path, settings: dict) -> list[dict]:
-    """The rows in `path` that were measured with `settings`."""
+def measure_all(args: argparse.Namespace, common: dict, rows: dict[tuple, dict]) -> bool:
+    """Measures what `rows` lacks and adds it; whether anything failed.
+
+    Writes benchmark.json after each precision and batch size. Raises OSError.
+    """
+    variants, device = list(itertools.product(args.models, args.modes)), args.device
+    missing = [
+        (precision, size, lacking)
+        for precision, size in itertools.product(args.precisions, args.batch_sizes)
+        if (lacking := [v for v in variants if place(size, precision, *v) not in rows])
+    ]
+    for precision, *_ in missing:
+        ceiling_tflops(precision, device)  # now, before compilers are at work
+    steps = 2 * sum(len(lacking) for *_, lacking in missing)  # each is prepared, then timed
+    failed = False
+    with tqdm(total=steps, disable=None, leave=False, bar_format=BAR) as bar:
+        for precision, size, lacking in missing:
+            settings = common | {"batch_size": size, "precision": precision}
+            repeats = args.repeats or REPEATS[device.type][size > 1]
+            try:
+                found, wrong = measure(lacking, settings, repeats, device, bar)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                what = f"--batch-sizes {size} and --width {args.width}, {precision}"
+                complain(f"error: out of memory with {what}: try a smaller one")
+                failed = True
+                continue
+            rows |= {place(size, precision, row["model"], row["mode"]): row for row in found}
+            failed |= wrong
+            write(args.out, rows)
+    return failed
+
+
+def complain(line: str) -> None:
+    tqdm.write(line, file=sys.stderr)  # above the progress bar
+
+
+def place(batch_size: int, precision: str, model: str, mode: str) -> tuple[int, int, int, int]:
+    """Which row it is, and where it stands in the file. Raises ValueError."""
+    numbers = fast.PRECISIONS.index(precision), list(MODELS).index(model), fast.MODES.index(mode)
+    return batch_size, *numbers
+
+
+def read_rows(path: Path, common: dict) -> dict[tuple, dict]:
+    """{place: row} of the rows in `path` that were measured with these settings and sources."""
     try:
-        rows = [row for row in json.loads(path.read_text()) if is_whole(row)]
-        return [row for row in rows if settings.items() <= row.items()]
+        rows = [row for row in json.loads(path.read_text()) if common.items() <= row.items()]
+        return {place(r["batch_size"], r["precision"], r["model"], r["mode"]): r for r in rows}
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
-        return []  # nothing there that could be kept: everything is measured
+        return {}  # nothing there that could be kept: everything is measured
 
 
-def is_whole(row: dict) -> bool:
-    """Whether the tables can be made of it. Raises KeyError or TypeError if it is far from that."""
-    numbers = [row[key] for key in NUMBERS]
-    place_of(row)  # raises ValueError for a name of another version
-    return all(isinstance(number, (int, float)) for number in numbers)
-
-
-def key_of(row: dict) -> tuple:
-    return row["batch_size"], row["precision"], row["model"], row["mode"]
-
-
-def place_of(row: dict) -> tuple:
-    """Its place in the table."""
-    size, precision, model, mode = key_of(row)
-    order = (PRECISIONS.index(precision), list(MODELS).index(model), MODES.index(mode))
-    return size, *order
-
-
-def default_repeats(batch_size: int, device: torch.device) -> int:
-    """Enough of single images for the p99 of their latency."""
-    if device.type == "cuda":
-        return 1000 if batch_size == 1 else 200
-    return 200 if batch_size == 1 else 10
-
-
-def print_tables(rows: list[dict]) -> None:
-    """A line a model with its size, then a line a row; times in ms per image."""
-    print(f"\n{'model':19s} {'parameters':>11s} {'MFLOPs':>9s} {'GFLOPs as published':>20s}")
-    for row in {row["model"]: row for row in rows}.values():
-        print(f"{row['model']:19s} {row['params']:11,} {row['flops_aten'] / 1e6:9,.1f} "
-              f"{row['flops'] / 1e9:20.2f}")  # fmt: skip
-    columns = "{:>5s} {:9s} {:19s} {:13s} {:>9s} {:>15s} {:>8s} {:>9s} {:>8s} {:>9s} {:>8s} {:>7s}"
-    print("\n" + columns.format(
-        "batch", "precision", "model", "mode", "ms/image", "p10-p90", "p99", "images/s", "TFLOP/s",
-        "share", "memory", "set-up",
-    ))  # fmt: skip
-    for row in rows:
-        memory, set_up_seconds = row["peak_memory_mb"], row["set_up_seconds"]
-        print(columns.format(
-            str(row["batch_size"]), row["precision"], row["model"], row["mode"],
-            f"{row['ms_per_image']:.4f}",
-            f"{row['ms_per_image_p10']:.4f}-{row['ms_per_image_p90']:.4f}",
-            f"{row['ms_per_image_p99']:.4f}",
-            f"{row['images_per_second']:,.0f}",
-            f"{row['tflops']:.3f}",
-            f"{100 * row['share_of_ceiling']:.0f} %",
-            "-" if memory is None else f"{memory:,.0f} MB",
-            "-" if set_up_seconds is None else f"{set_up_seconds:.1f} s",
-        ))  # fmt: skip
+def write(out: Path, rows: dict[tuple, dict]) -> str:
+    """Writes benchmark.json and benchmark.md; returns the latter. Raises OSError."""
+    ordered = [row for _, row in sorted(rows.items())]
+    write_atomically(out / "benchmark.json", json.dumps(ordered, indent=2) + "\n")
+    write_atomically(out / "benchmark.md", markdown(ordered))
+    return markdown(ordered)
 
 
 def markdown(rows: list[dict]) -> str:
-    """benchmark.md: for each batch size and precision a line a model, times beside the baseline."""
+    """benchmark.md: for each batch size and precision a table with a line for each model."""
     lines = [
         f"{rows[0]['device']}, torch {rows[0]['torch']}, width {rows[0]['width']}, images "
         f"{rows[0]['image']}, {rows[0]['classes']} classes."
     ]
-    for size, precision in sorted({(row["batch_size"], row["precision"]) for row in rows}):
-        times = {
-            (row["model"], row["mode"]): row
-            for row in rows
-            if (row["batch_size"], row["precision"]) == (size, precision)
-        }
-        modes = [mode for mode in MODES if any(mode == m for _, m in times)]
-        columns = ["model", "parameters", "MFLOPs", "GFLOPs as published"]
-        columns += [f"{mode}, ms/image" for mode in modes]
-        lines += [
-            "",
-            f"Batches of {size}, {precision}; in brackets beside the baseline:",
-            "",
-            f"| {' | '.join(columns)} |",
-            f"|{'---|' * len(columns)}",
-        ]
-        for model in dict.fromkeys(model for model, _ in times):
-            row = next(row for (name, _), row in times.items() if name == model)
-            cells = [f"`{model}`", f"{row['params']:,}", f"{row['flops_aten'] / 1e6:,.1f}"]
-            cells.append(f"{row['flops'] / 1e9:.2f}")
+    for key in dict.fromkeys((row["batch_size"], row["precision"]) for row in rows):
+        table = {}  # model -> mode -> row
+        for row in rows:
+            if (row["batch_size"], row["precision"]) == key:
+                table.setdefault(row["model"], {})[row["mode"]] = row
+        base = table.get("baseline", {})
+        modes = [mode for mode in fast.MODES if any(mode in times for times in table.values())]
+        header = ["model", "parameters", "MFLOPs", "GFLOPs as published"]
+        header += [f"{mode}, ms/image" for mode in modes]
+        lines += ["", f"Batches of {key[0]}, {key[1]}; in brackets relative to the baseline:", ""]
+        lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+        for model, times in table.items():
+            row = next(iter(times.values()))
+            line = f"| `{model}` | {row['params']:,} | {row['flops_aten'] / 1e6:,.1f} "
+            line += f"| {row['flops'] / 1e9:.2f} |"
             for mode in modes:
-                ms, of_baseline = (
-                    times.get((name, mode), {}).get("ms_per_image") for name in (model, "baseline")
-                )
-                ratio = f" ({ms / of_baseline:.2f})" if ms and of_baseline else ""
-                cells.append(f"{ms:#.3g}{ratio}" if ms else "-")
-            lines.append(f"| {' | '.join(cells)} |")
+                ms, baseline_ms = (row.get(mode, {}).get("ms_per_image") for row in (times, base))
+                ratio = f" ({ms / baseline_ms:.2f})" if ms and baseline_ms else ""
+                line += f" {ms:#.3g}{ratio} |" if ms else " - |"
+            lines.append(line)
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, rows: Iterable[dict]) -> list[dict]:
-    """Writes benchmark.json and benchmark.md; the rows, sorted. Raises OSError."""
-    rows = sorted(rows, key=place_of)
-    write_atomically(path, json.dumps(rows, indent=2) + "\n")
-    if rows:
-        write_atomically(path.with_suffix(".md"), markdown(rows))
-    return rows
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The settings; device, modes and precisions as they are to be measured. Exits with 2."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # an error is then a single line
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="MODEL",
-        help="default: all")  # fmt: skip
-    add("--batch-sizes", nargs="+", type=int, default=[1, 64], metavar="N", help="default: 1 64")
-    add("--modes", nargs="+", choices=MODES, metavar="MODE",
-        help=f"of {', '.join(MODES)}; default: all that the device can run")  # fmt: skip
-    add("--precisions", nargs="+", choices=PRECISIONS, metavar="PRECISION",
-        help=f"of {', '.join(PRECISIONS)}; default: fp32, and bf16 on a GPU")  # fmt: skip
-    add("--repeats", type=int, help="timed batches a row; default: 200, or 1000 of one image, on a "
-        "GPU; 10, or 200 of one image, on a CPU")  # fmt: skip
-    add("--width", type=int, default=64, help="channels of the first stage; default: %(default)s")
-    add("--image", default=IMAGE, help="channels x height x width; default: %(default)s")
-    add("--classes", type=int, default=CLASSES, help="default: %(default)s")
+    """The settings; device, modes and precisions resolved. Exits with 2 on wrong usage."""
+    parser = make_parser(__doc__)
+    add, default = parser.add_argument, "default: %(default)s"
+    add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help="or all")
+    add("--batch-sizes", nargs="+", type=int, default=[1, 64], metavar="N", help=default)
+    add("--modes", nargs="+", choices=fast.MODES, metavar="MODE",
+        help=f"of {', '.join(fast.MODES)}; default: all that the device can run")  # fmt: skip
+    add("--precisions", nargs="+", choices=fast.PRECISIONS, metavar="PRECISION",
+        help=f"of {', '.join(fast.PRECISIONS)}; default: fp32, and bf16 on a GPU")  # fmt: skip
+    add("--repeats", type=int, help="timed batches per row; default: 200, or 1000 of one "
+        "image, on a GPU; 10, or 200 of one image, on a CPU")  # fmt: skip
+    add("--width", type=int, default=64, help=f"channels of the first stage; {default}")
+    add("--image", default=IMAGE, help=f"channels x height x width; {default}")
+    add("--classes", type=int, default=CLASSES, help=default)
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
-    add("--out", type=Path, default=Path("results"), help="folder; default: %(default)s")
-    add("--keep", action="store_true", help="keep rows that benchmark.json has of this device, "
-        "torch, width and models.py, measure the others")  # fmt: skip
+    add("--out", type=Path, default=Path("results"), help=f"folder; {default}")
+    add("--keep", action="store_true", help="keep the rows of benchmark.json with the same device, "
+        "torch, width, images and source files; measure the others")  # fmt: skip
     args = parser.parse_args(argv)
     try:
-        args.device = choose_device(args.device)
+        args.device, _ = choose_device(args.device), shape_of(args.image)
     except ValueError as error:
         parser.error(str(error))
-    args.modes = args.modes or [mode for mode in MODES if not why_not(mode, "fp32", args.device)]
-    fast = ["bf16"] if args.device.type == "cuda" else []
-    args.precisions = args.precisions or ["fp32", *fast]
-    for mode in args.modes:
-        for precision in args.precisions:
-            if impossible := why_not(mode, precision, args.device):
-                parser.error(impossible)
-    if max(args.batch_sizes) > 10**9:
-        parser.error("--batch-sizes must be at most 10^9")
-    numbers = (*args.batch_sizes, args.width, args.classes, args.repeats or 1)
-    if min(numbers) < 1 or args.repeats == 0:
-        parser.error("--batch-sizes, --repeats, --width and --classes must be at least 1")
-    try:
-        shape_of(args.image)
-    except ValueError:
-        parser.error(f"--image {args.image}: give channels x height x width, such as {IMAGE}")
+    numbers = [*args.batch_sizes, args.width, args.classes]
+    numbers += [] if args.repeats is None else [args.repeats]
+    if not 1 <= min(numbers) <= max(numbers) <= 10**9:
+        parser.error("--batch-sizes, --repeats, --width and --classes must be from 1 to 10^9")
+    runs_here = [mode for mode in fast.MODES if not fast.why_not(mode, "fp32", args.device)]
+    args.modes = args.modes or runs_here
+    args.precisions = args.precisions or ["fp32", "bf16"][: 1 + (args.device.type == "cuda")]
+    for mode, precision in itertools.product(args.modes, args.precisions):
+        if impossible := fast.why_not(mode, precision, args.device):
+            parser.error(impossible)
     return args
 
 
-def measure_all(args: argparse.Namespace) -> tuple[list[dict], list[str], int]:
-    """(all rows of benchmark.json, what was left out and why, how many were kept).
-
-    Writes benchmark.json after each precision and batch size. Raises OSError.
-    """
-    path, device = args.out / "benchmark.json", args.device
+@exit_code
+def main(argv: list[str] | None = None) -> int:
+    """The script, with `argv` in place of the command line; the exit code."""
+    args = parse(argv)
+    check_writable(args.out)
     common = {
-        "device": device_name(device),
+        "device": device_name(args.device),
         "torch": torch.__version__,
         "width": args.width,
         "image": args.image,
         "classes": args.classes,
-        # An edited model is another model, an edited mode another mode.
-        "models_sha256": source_hashes()["models.py"],
-        "attention_sha256": source_hashes()["attention.py"],
-        "modes_sha256": source_hashes()["modes.py"],
+        "sha256": {name: source_hashes()[name] for name in SOURCES},
     }
-    rows = {key_of(row): row for row in rows_kept(path, common)} if args.keep else {}
-    kept, left_out = len(rows), []
-    missing = {
-        (precision, size): [
-            (name, mode)
-            for name in args.models
-            for mode in args.modes
-            if (size, precision, name, mode) not in rows
-        ]
-        for precision in args.precisions
-        for size in args.batch_sizes
-    }
-    to_measure = {precision for (precision, _), variants in missing.items() if variants}
-    # All of them now, before compilers are at work.
-    ceilings = {precision: ceiling_tflops(precision, device) for precision in to_measure}
-    for (precision, size), variants in missing.items():
-        if variants:
-            settings = common | {"batch_size": size, "precision": precision}
-            repeats = args.repeats or default_repeats(size, device)
-            try:
-                measured = measure(variants, settings, repeats, ceilings[precision], device)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                left_out.append(
-                    f"out of memory on {device_name(device)} with --batch-sizes {size} and --width "
-                    f"{args.width}, {precision}: try a smaller one"
-                )
-                continue
-            for row in measured:
-                if row["logit_error"] <= TOLERANCE[precision]:
-                    rows[key_of(row)] = row
-                else:
-                    left_out.append(
-                        f"{row['model']}, mode {row['mode']}, {precision}, batch {size}: logits "
-                        f"differ from those of eager fp32 by {row['logit_error']:.1e}, relatively; "
-                        "left out"
-                    )
-            write(path, rows.values())
-    return write(path, rows.values()), left_out, kept
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The script, with `argv` in place of the command line; the exit code."""
-    args = parse(argv)
-    try:
-        rows, left_out, kept = measure_all(args)
-    except torch.OutOfMemoryError:  # before anything is measured
-        print(f"error: out of memory on {device_name(args.device)}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(
-        f"{device_name(args.device)}, torch {torch.__version__}; medians"
-        + (f"; {kept} rows kept" if kept else "")
-    )
-    print_tables(rows)
-    print(
-        "\nMFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs. TFLOP/s: "
-        "MFLOPs x images/s.\nShare: of what one large product or convolution reaches here. Set-up: "
-        f"compiling, capturing, first call.\nWritten to {args.out / 'benchmark.json'}"
-    )
-    for what in left_out:
-        print(f"error: {what}", file=sys.stderr)
-    return 1 if left_out or not rows else 0
+    rows = read_rows(args.out / "benchmark.json", common) if args.keep else {}
+    kept = len(rows)
+    failed = measure_all(args, common, rows)
+    if rows:
+        print(write(args.out, rows))
+        print("MFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs.")
+        print(f"Written to {args.out / 'benchmark.json'}, {kept} of {len(rows)} rows kept.")
+    return 1 if failed or not rows else 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`
     sys.exit(main())

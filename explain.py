@@ -5,99 +5,87 @@
     python explain.py --compare RUN RUN RUN           # models side by side on the same images
 
 Writes OUT/explain_<model>_seed<k>.png for each run, OUT/explain_compare.png for several, and
-OUT/explain.json, from which report.py makes a section of the report. By default it shows of every
-class (of the first ten) the first test image that the (first) model gets right and the first that
-it gets wrong. One model of full width takes half a minute on two CPU cores.
+OUT/explain.json, which becomes a section of the report. Half a minute for a model of full width on
+two CPU cores.
 
-A picture has Grad-CAM at the ends of stages 3 and 4 for the predicted class (grad_cam.py); where
-gates tell positions apart, those of the last block of each stage (gates.py); and below, for each
-class, the mean gate of every channel.
-
-Beside the pictures, over --limit-test images: mean, spread and saturation of the gates, how many
-hardly vary from image to image; the accuracy with every gate fixed at its mean over the images
-(gate ablation); and over --limit-cam of them: deletion and insertion scores of Grad-CAM and of
-random maps as coarse, and how much the maps change when the weights are random.
+Pictures, of test images that the (first) model gets right and wrong, by default the first of each
+class: Grad-CAM of the predicted class, gates that depend on the position, and each channel's mean
+gate by class. Numbers, over --limit-test images: mean, spread and saturation of the gates, and the
+accuracy with every gate replaced by its mean over the images (gate ablation); over --limit-cam:
+deletion and insertion scores of Grad-CAM compared with random maps of the same resolution, and how
+similar the maps are when the weights are random.
 """
 
 import argparse
 import dataclasses
 import json
-import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn as nn
+from tqdm import tqdm
 
-from kit import checkpoint
 import data
-from kit import run_folder
+from kit import attribution
+from kit.checkpoint import load_weights
+from kit.command_line import UserError, exit_code, make_parser
 from kit.environment import choose_device
-from kit.pictures import Explained, draw_comparison, draw_model
+from kit.fast import set_up_torch
 from kit.files import check_writable, write_atomically
-from kit.gates import gate_maps_of, gate_numbers, gates_of, replaced, stage_of
-from kit.grad_cam import (
-    LAYERS,
-    correlation,
-    deletion_and_insertion,
-    enlarged,
-    grad_cam,
-    predict,
-    scaled,
-)
-from models import MODELS, build_model
-from kit.modes import set_up_torch
-from kit.training_step import halves
+from kit.pictures import Explained, draw_comparison, draw_model
+from models import build_model
 
 LIMIT_TEST = 2000
 CLASSES_SHOWN = 10
 OTHER_SEED = 10**6  # of the random weights
-
-
-class ExplainError(RuntimeError):
-    """There is nothing to explain. The message says in one line why and what to do."""
+STEPS = 4  # of the progress bar, for each run
+# What is used of a config.json.
+KINDS = {"model": str, "dataset": str, "data_dir": str, "width": int, "seed": int}
+KINDS |= {"base_model": str, "limit_test": int | None}
 
 
 # --- Runs -----------------------------------------------------------------------------------------
 
 
 def read_config(path: Path) -> dict:
-    """The settings of the run that the checkpoint `path` is of."""
-    if not path.parent.is_dir():
-        raise ExplainError(f"{path.parent} is no folder: name a run's folder, or its --checkpoint")
-    kinds = dict(model=str, dataset=str, data_dir=str, width=int, seed=int)
-    config = run_folder.read_json(path.parent / "config.json", "name the folder of a run", **kinds)
-    base, limit = config.setdefault("base_model", config["model"]), config.get("limit_test")
-    if config["width"] < 1 or base not in list(MODELS) or not config["model"].isidentifier():
-        raise ExplainError(
-            f"{path.parent / 'config.json'}: there is no model {base} of width {config['width']}"
-        )
-    if not (limit is None or (isinstance(limit, int) and limit > 0)):
-        raise ExplainError(f"{path.parent / 'config.json'}: limit_test is {limit}")
+    """The settings of the run that the checkpoint `path` belongs to. Raises UserError."""
+    try:
+        config = json.loads((path.parent / "config.json").read_text())
+        config = {"base_model": config["model"], "limit_test": None} | config
+        for key, kind in KINDS.items():
+            if not isinstance(config[key], kind):
+                raise TypeError(f"{key} is {config[key]}")
+        if config["width"] < 1 or not config["model"].isidentifier():  # it names the pictures
+            raise ValueError(f"no model {config['model']} has width {config['width']}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path.parent} is not the folder of a run: config.json: {error}") from None
     return config
 
 
 def load_dataset(configs: list[dict], paths: list[Path], args) -> data.ImageData:
-    """What all the runs were trained on."""
+    """What all the runs were trained on, with the test images that are used. Raises UserError."""
+    first = configs[0]
     for path, config in zip(paths, configs, strict=True):
-        if any(config.get(key) != configs[0].get(key) for key in ("dataset", "data", "image_size")):
-            raise ExplainError(f"{path} is of other data than {paths[0]}: compare like with like")
-    place = args.data_dir or Path(configs[0]["data_dir"])
-    dataset = data.load_dataset(configs[0]["dataset"], place, configs[0].get("image_size"))
-    limits = [config.get("limit_test") or LIMIT_TEST for config in configs]
+        # Older runs have no digest of the data.
+        same_data = (
+            not (config.get("data") and first.get("data")) or config["data"] == first["data"]
+        )
+        if not same_data or any(config.get(k) != first.get(k) for k in ("dataset", "image_size")):
+            raise UserError(f"{path} has other data than {paths[0]}: compare like with like")
+    folder = args.data_dir or Path(first["data_dir"])
+    dataset = data.load_dataset(first["dataset"], folder, first.get("image_size"))
+    limits = [config["limit_test"] or LIMIT_TEST for config in configs]
     n = min(args.limit_test or min(LIMIT_TEST, *limits), len(dataset.test_images))
     if args.images and not 0 <= min(args.images) <= max(args.images) < n:
-        raise ExplainError(
-            f"--images must be from 0 to {n - 1}, the test images that are looked at: see "
-            "--limit-test"
-        )
-    return dataclasses.replace(
-        dataset, test_images=dataset.test_images[:n], test_labels=dataset.test_labels[:n]
-    )
+        raise UserError(f"--images must be from 0 to {n - 1}, or --limit-test higher")
+    images, labels = dataset.test_images[:n], dataset.test_labels[:n]
+    return dataclasses.replace(dataset, test_images=images, test_labels=labels)
 
 
 def names_of(configs: list[dict]) -> list[str]:
-    """Of each run: se_seed0, say, and more where another has that name, too."""
+    """For each run "se_seed0", say, with more where two would have the same name."""
     names = [f"{config['model']}_seed{config['seed']}" for config in configs]
     for more in (lambda i: configs[i].get("recipe"), lambda i: i + 1):
         names = [
@@ -107,45 +95,93 @@ def names_of(configs: list[dict]) -> list[str]:
 
 
 def load_model(path: Path, config: dict, dataset: data.ImageData, seed=None) -> nn.Module:
-    """The model with the weights in `path`, or, with a seed, with weights of that seed."""
+    """The model with the weights in `path`, or with random ones of a seed. Raises UserError."""
     try:
         model = build_model(
             config["base_model"],
-            place=config.get("place"),
-            reduction=config.get("reduction"),
             num_classes=len(dataset.classes),
             in_channels=dataset.test_images.shape[1],
             width=config["width"],
             seed=seed,
+            position=config.get("position") or config.get("place"),  # as older runs call it
+            reduction=config.get("reduction"),
         )
-    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
-        reason = str(error).split("\n")[0]
-        raise ExplainError(f"{path.parent / 'config.json'}: {reason}") from None
-    if seed is None:
-        try:
-            weights = checkpoint.load_weights(path)
-        except FileNotFoundError:
-            raise ExplainError(
-                f"{path} is not there: train the run to its end first (or again, with --overwrite: "
-                "Git keeps no weights)"
-            ) from None
-        except Exception as error:  # damaged files raise what they like
-            reason = str(error).strip().split("\n")[0] or type(error).__name__
-            raise ExplainError(f"{path} cannot be read: {reason}") from None
-        try:
-            model.load_state_dict(weights)
-        except (
-            RuntimeError,
-            TypeError,
-            AttributeError,
-        ) as error:
-            reason = " ".join(str(error).split())[:150]
-            raise ExplainError(f"{path} is not of {config['model']}: {reason}") from None
+        if seed is None:
+            model.load_state_dict(load_weights(path))
+    except Exception as error:  # damaged files raise what they like
+        reason = " ".join(str(error).split())[:150] or type(error).__name__
+        raise UserError(
+            f"{path} does not load as {config['model']} ({reason}): train it (Git keeps no weights)"
+        ) from None
     return model.to(memory_format=torch.channels_last).eval()
 
 
+# --- Explanations ---------------------------------------------------------------------------------
+
+
+def explain(
+    name: str, path: Path, dataset: data.ImageData, config: dict, args, step: Callable = str
+) -> tuple[dict, Explained]:
+    """(an entry of explain.json, what is drawn). Fills in args.images where it is None.
+
+    step(words) is called before each part of the work. Raises UserError.
+    """
+    device = args.device
+    model = load_model(path, config, dataset).to(device)
+    labels = dataset.test_labels.to(device)
+    mean_and_std = dataset.mean_and_std(config.get("normalize"), device)
+    images = data.normalize(dataset.test_images.to(device), *mean_and_std)
+    images = images.contiguous(memory_format=torch.channels_last)
+    step("gates")
+    probabilities, gates, means = attribution.gates_of(model, images)
+    if not probabilities.isfinite().all():
+        raise UserError(f"{path}: its outputs are not all finite, there is nothing to explain")
+    predictions = probabilities.argmax(1)
+    if args.images is None:
+        args.images = chosen(labels, predictions)  # other models are then shown the same
+        args.choice = (
+            f"Images: for each class the first that {config['model']} gets right, then the first "
+            "that it gets wrong."
+        )
+    step("gates replaced by their mean")
+    numbers = {
+        "model": config["model"],
+        "dataset": data.resolve(config["dataset"], config.get("image_size"))[1],
+        "recipe": config.get("recipe"),
+        "overrides": config.get("overrides", {}),
+        "quick": config.get("quick", False),
+        "seed": config["seed"],
+        "test_images": len(labels),
+        **ablation(model, images, labels, predictions, means),
+        "gates": attribution.gate_numbers(gates),
+    }
+    step("Grad-CAM")
+    random_model = load_model(path, config, dataset, seed=OTHER_SEED).to(device)
+    few = images[: args.limit_cam], predictions[: args.limit_cam]
+    numbers |= attribution.faithfulness(model, random_model, *few)
+    numbers |= {"images": args.images, "picture": f"explain_{name}.png"}
+    numbers |= {"asked": asked(config, args)}
+    step("picture")
+    at = torch.tensor(args.images, device=device)
+    size, cams = tuple(images.shape[2:]), attribution.grad_cam(model, images[at], predictions[at])
+    gate_maps = attribution.gate_maps_of(model, images[at])
+    return numbers, Explained(
+        name=f"{config['model']}, {name.removeprefix(config['model'] + '_').replace('_', ', ')}",
+        choice=args.choice,
+        quick=bool(numbers["quick"]),
+        classes=dataset.classes,
+        pixels=dataset.test_images[args.images],
+        labels=labels[at].tolist(),
+        predictions=predictions[at].tolist(),
+        probabilities=probabilities[at].amax(1).tolist(),
+        cams={k: attribution.enlarged(attribution.scaled(m), size).cpu() for k, m in cams.items()},
+        gate_maps={stage: maps.cpu() for stage, maps in gate_maps.items()},
+        gates_by_class=attribution.gates_by_class(gates, dataset.test_labels, len(dataset.classes)),
+    )
+
+
 def chosen(labels: torch.Tensor, predictions: torch.Tensor) -> list[int]:
-    """Of each of the first classes the first image that is right, then the first that is wrong."""
+    """For each of the first classes the first image that is right, then the first that is wrong."""
     picked = []
     for right in (True, False):
         for label in labels.unique().tolist()[:CLASSES_SHOWN]:
@@ -154,100 +190,18 @@ def chosen(labels: torch.Tensor, predictions: torch.Tensor) -> list[int]:
     return picked
 
 
-def explain(
-    name: str, path: Path, dataset: data.ImageData, config: dict, args
-) -> tuple[dict, Explained]:
-    """(an entry of explain.json, what is drawn). Fills in args.images where it is None."""
-    device = args.device
-    by_data = config.get("normalize") == "data"
-    moments = dataset.moments_on(device) if by_data else halves(device)
-    model = load_model(path, config, dataset).to(device)
-    labels = dataset.test_labels.to(device)
-    images = data.normalize(dataset.test_images.to(device), *moments)
-    images = images.contiguous(memory_format=torch.channels_last)
-    probabilities, gates, fixed = gates_of(model, images)
-    if not probabilities.isfinite().all():
-        raise ExplainError(f"{path}: not all that it gives is finite, there is nothing to explain")
-    predictions = probabilities.argmax(1)
-    if args.images is None:
-        args.images = chosen(labels, predictions)  # other models are then shown the same
-        args.choice = (
-            f"Images: of each class the first that {config['model']} gets right, then the first "
-            "that it gets wrong."
-        )
-
-    def accuracy(classes):
-        return 100 * (classes == labels).double().mean().item()
-
-    # Do the gates carry accuracy? Each is fixed at its mean.
-    predictions_fixed = predictions
-    if fixed:
-        with replaced(model, fixed):
-            predictions_fixed = predict(model, images).argmax(1)
-    right, right_fixed = predictions == labels, predictions_fixed == labels
-
-    # Is Grad-CAM faithful? Beside random maps as coarse, and beside those of random weights.
-    few, classes = images[: args.limit_cam], predictions[: args.limit_cam]
-    maps = grad_cam(model, few, classes)
-    size = tuple(images.shape[2:])
-    guide = enlarged(maps["layer4"], size)
-    random_maps = torch.rand(maps["layer4"].shape, generator=torch.Generator().manual_seed(0))
-    random_maps = enlarged(random_maps, size).to(device)
-    deletion, insertion = deletion_and_insertion(model, few, classes, guide)
-    deletion_random, insertion_random = deletion_and_insertion(model, few, classes, random_maps)
-    random_model = load_model(path, config, dataset, seed=OTHER_SEED).to(device)
-    random_cams = grad_cam(random_model, few, classes)
-
-    numbers = {
-        "model": config["model"],
-        "dataset": data.name_of(config["dataset"]),
-        "recipe": config.get("recipe"),
-        "overrides": config.get("overrides", {}),
-        "quick": config.get("quick", False),
-        "seed": config["seed"],
-        "test_images": len(labels),
-        "test_acc": accuracy(predictions),
-        "test_acc_gates_fixed": accuracy(predictions_fixed) if fixed else None,
-        "lost": (right & ~right_fixed).sum().item(),  # images, with gates fixed
-        "won": (~right & right_fixed).sum().item(),
-        "gates": gate_numbers(gates),
-        "cam_images": len(few),
-        "empty_maps": {k: (m.amax((1, 2)) <= 0).double().mean().item() for k, m in maps.items()},
-        "deletion": deletion,
-        "insertion": insertion,
-        "deletion_random": deletion_random,
-        "insertion_random": insertion_random,
-        "correlation_with_random_weights": {
-            layer: correlation(maps[layer], random_cams[layer]) for layer in LAYERS
-        },
-        "images": args.images,
-        "picture": f"explain_{name}.png",
-        "asked": asked(config, args),
+def ablation(model, images, labels, predictions, means: dict[str, nn.Module]) -> dict:
+    """Do the gates carry accuracy? Each is replaced by its mean; `lost` and `won` count images."""
+    with attribution.replaced(model, means):
+        replaced = attribution.predict(model, images).argmax(1) if means else predictions
+    right, still_right = predictions == labels, replaced == labels
+    accuracy, accuracy_replaced = (100 * r.double().mean().item() for r in (right, still_right))
+    return {
+        "test_acc": accuracy,
+        "test_acc_gates_fixed": accuracy_replaced if means else None,
+        "lost": (right & ~still_right).sum().item(),
+        "won": (~right & still_right).sum().item(),
     }
-    at = torch.tensor(args.images, device=device)
-    cams = grad_cam(model, images[at], predictions[at])
-    last_of_stage = {stage_of(name): of_module.float() for name, of_module in gates.items()}
-    by_class = {
-        stage: torch.stack([
-            of_stage[dataset.test_labels == label].nanmean(0)
-            for label in range(len(dataset.classes))
-        ])
-        for stage, of_stage in last_of_stage.items()
-        if not of_stage.isnan().all()
-    }  # fmt: skip
-    return numbers, Explained(
-        name=name.replace("_seed", ", seed "),
-        choice=args.choice,
-        quick=bool(numbers["quick"]),
-        classes=dataset.classes,
-        pixels=dataset.test_images[args.images],
-        labels=labels[at].tolist(),
-        predictions=predictions[at].tolist(),
-        probabilities=probabilities[at].amax(1).tolist(),
-        cams={layer: enlarged(scaled(m), size).cpu() for layer, m in cams.items()},
-        gate_maps={stage: m.cpu() for stage, m in gate_maps_of(model, images[at]).items()},
-        gates_by_class=by_class,
-    )
 
 
 def asked(config: dict, args) -> dict:
@@ -258,7 +212,7 @@ def asked(config: dict, args) -> dict:
 
 
 def is_kept(paths: list[Path], configs: list[dict], args) -> bool:
-    """Whether explain.json is of these runs, in this order, and younger than their weights.
+    """Whether explain.json has these runs, in this order, and is newer than their weights.
 
     Weights may be gone: results that were committed and cloned have none.
     """
@@ -272,7 +226,7 @@ def is_kept(paths: list[Path], configs: list[dict], args) -> bool:
             and all(path.stat().st_mtime < written for path in paths if path.exists())
         )
     except (OSError, ValueError, LookupError, TypeError):
-        return False  # it is then made anew
+        return False
 
 
 # --- Command line ---------------------------------------------------------------------------------
@@ -280,26 +234,20 @@ def is_kept(paths: list[Path], configs: list[dict], args) -> bool:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The settings, the device resolved. Exits with 2 on wrong usage."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # an error is then a single line
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
+    parser = make_parser(__doc__)
+    add, default = parser.add_argument, "default: %(default)s"
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="a run's folder")
     which.add_argument("--checkpoint", type=Path, help="a best.pt, in its run's folder")
     which.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="runs' folders")
-    add("--images", type=int, nargs="+", metavar="I", help="of the test set, counted from 0")
-    limit = f"test images that the numbers are of; default: the run's, up to {LIMIT_TEST:,}"
-    add("--limit-test", type=int, help=limit)
-    add("--limit-cam", type=int, default=100,
-        help="of these, images that Grad-CAM is judged on; default: %(default)s")  # fmt: skip
+    add("--images", type=int, nargs="+", metavar="I", help="to show: of the test set, from 0")
+    add("--limit-test", type=int, help=f"test images; default: the run's, up to {LIMIT_TEST:,}")
+    add("--limit-cam", type=int, default=100, help=f"of these, images for Grad-CAM; {default}")
     add("--data-dir", type=Path, help="default: the run's")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
-    add("--out", type=Path, default=Path("results"), help="folder; default: %(default)s")
-    add("--keep", action="store_true", help="do nothing where OUT/explain.json is of these runs")
-    parser.set_defaults(choice="")  # how --images were chosen, where that was not the user
+    add("--out", type=Path, default=Path("results"), help=f"folder; {default}")
+    add("--keep", action="store_true", help="do nothing if OUT/explain.json has these runs")
+    parser.set_defaults(choice="")  # how --images were chosen, unless by the user
     args = parser.parse_args(argv)
     if min(args.limit_cam, 1 if args.limit_test is None else args.limit_test) < 1:
         parser.error("--limit-test and --limit-cam must be at least 1")
@@ -310,59 +258,56 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
-def main(argv: list[str] | None = None) -> int:
-    """The script, with `argv` in place of the command line; the exit code."""
+@exit_code
+def main(argv: list[str] | None = None) -> None:
+    """The script, with `argv` in place of the command line."""
     args = parse(argv)
     set_up_torch("fp32")
     folders = args.compare or ([args.run] if args.run else [])
     paths = [folder / "best.pt" for folder in folders] or [args.checkpoint]
-    try:
-        configs = [read_config(path) for path in paths]
-        if args.keep and is_kept(paths, configs, args):
-            print(f"kept: {args.out / 'explain.json'}")
-            return 0
-        dataset = load_dataset(configs, paths, args)
-        check_writable(args.out)
-        rows, drawn = [], []
+    configs = [read_config(path) for path in paths]
+    if args.keep and is_kept(paths, configs, args):
+        print(f"kept: {args.out / 'explain.json'}")
+        return
+    dataset = load_dataset(configs, paths, args)
+    check_writable(args.out)
+    rows, drawn = [], []
+    with tqdm(total=STEPS * len(paths), disable=None, leave=False) as bar:
         for name, path, config in zip(names_of(configs), paths, configs, strict=True):
-            numbers, explained = explain(name, path, dataset, config, args)
-            picture = args.out / numbers["picture"]
-            draw_model(explained, picture)
+
+            def step(words, name=name):
+                bar.set_description(f"{name}: {words}")
+                bar.update()
+
+            numbers, explained = explain(name, path, dataset, config, args, step)
+            draw_model(explained, args.out / numbers["picture"])
             rows.append(numbers)
             drawn.append(explained)
-            print_numbers(numbers, picture)
-        if len(drawn) > 1:
-            draw_comparison(drawn, args.out / "explain_compare.png")
-            print(f"written: {args.out / 'explain_compare.png'}")
-        body = json.dumps(rows, indent=2, allow_nan=False)
-        write_atomically(args.out / "explain.json", body + "\n")
-    except (data.DataError, ExplainError, run_folder.RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+            tqdm.write(in_words(numbers) + f"\nwritten: {args.out / numbers['picture']}")
+    if len(drawn) > 1:
+        draw_comparison(drawn, args.out / "explain_compare.png")
+        print(f"written: {args.out / 'explain_compare.png'}")
+    body = json.dumps(rows, indent=2, allow_nan=False)
+    write_atomically(args.out / "explain.json", body + "\n")
     print(f"written: {args.out / 'explain.json'}")
-    return 0
 
 
-def print_numbers(row: dict, picture: Path) -> None:
+def in_words(row: dict) -> str:
     """The gist of one entry of explain.json."""
-    print(f"{row['model']}, seed {row['seed']}: {row['test_acc']:.2f} % of {row['test_images']:,}")
+    text = f"{row['model']}, seed {row['seed']}: {row['test_acc']:.2f}% of {row['test_images']:,}"
     if row["test_acc_gates_fixed"] is not None:
-        print(f"  with every gate fixed at its mean: {row['test_acc_gates_fixed']:.2f} %")
-    for stage, g in row["gates"].items():
-        print(
-            f"  gates, {stage:10s} mean {g['mean']:.3f}, spread over channels "
-            f"{g['spread_over_channels']:.3f}, over images {g['spread_over_images']:.3f}, "
-            f"hardly vary {g['hardly_vary']:.0%}"
-        )
-    print(
-        f"  Grad-CAM, {row['cam_images']} images: deletion {row['deletion']:.3f} (random maps "
-        f"{row['deletion_random']:.3f}), insertion {row['insertion']:.3f} "
-        f"({row['insertion_random']:.3f})\nwritten: {picture}",
-        flush=True,
+        text += f"; with gates replaced by their mean: {row['test_acc_gates_fixed']:.2f}%"
+    for stage, gates in row["gates"].items():
+        numbers = ("mean", "spread_over_channels", "spread_over_images")
+        mean, channels, images = (f"{gates[key]:.3f}" for key in numbers)
+        text += f"\n  gates, {stage}: mean {mean}, spread over channels {channels}, images {images}"
+    deletion, deletion_random = row["deletion"], row["deletion_random"]
+    insertion, insertion_random = row["insertion"], row["insertion_random"]
+    return (
+        f"{text}\n  Grad-CAM (random maps): deletion {deletion:.3f} ({deletion_random:.3f}), "
+        f"insertion {insertion:.3f} ({insertion_random:.3f})"
     )
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`
     sys.exit(main())

@@ -1,5 +1,6 @@
-"""The pictures of explain.py: each image with Grad-CAM and gate maps, and every channel's gate."""
+"""The pictures of explain.py: images with Grad-CAM and gate maps, and every channel's gate."""
 
+import functools
 import io
 import textwrap
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ from kit.files import write_atomically
 matplotlib.use("Agg")  # the figures never go to a window
 import matplotlib.pyplot as plt
 
-# In inches. side: room for names to the left of the strips, and half of that of the tiles.
-INCH = dict(tile=0.68, caption=0.26, gap=0.05, between=0.35, top=0.85, strip=1.3, side=1.0)
+WIDTH, LABEL, LINE, GAP = 7.2, 0.9, 0.12, 0.04  # inches: page, names at its left, text, tiles
+COLUMNS = 10  # images side by side
+COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="lightgrey")
 LEGEND = (
-    "Below an image its class and the probability of the prediction; ✗: what it is taken for. Dark "
-    "blue: low, yellow: high; each Grad-CAM has a scale of its own."
+    "Above an image its class; below, the predicted class and its probability, bold red if wrong. "
+    "Dark blue: low, yellow: high; each Grad-CAM map has its own scale. Grey: no evidence for the "
+    "predicted class (Grad-CAM), or no input (the gate is inactive)."
 )
 
 
@@ -41,126 +44,107 @@ class Explained:
 
 def draw_model(e: Explained, path: Path) -> None:
     """Every image, its Grad-CAM and gate maps, and the channels' gates of each class."""
-    headings, tiles = ["image"], []
-    for i, label in enumerate(e.labels):
-        tiles.append([image_tile(e, i, f"{short(e.classes[label])}\n{verdict(e, i, ' ')}")])
-    for layer, maps in e.cams.items():
-        headings.append(f"Grad-CAM\n{layer}")
-        for i, row in enumerate(tiles):
-            row.append(cam_tile(e, i, maps[i]))
+    rows = [("image", e.pixels.expand(-1, 3, -1, -1) / 255, predicted(e))]
+    rows += [(f"Grad-CAM\n{k}", over_image(e.pixels, maps), None) for k, maps in e.cams.items()]
     for stage, maps in e.gate_maps.items():
         low, high = np.nanmin(maps), np.nanmax(maps)
-        headings.append(f"gate, {stage}\n{low:.2f} to {high:.2f}")
-        for i, row in enumerate(tiles):
-            row.append([dict(X=maps[i].numpy(), cmap="cividis", vmin=low, vmax=high), ""])
-    title = e.name + ", quick run" * e.quick
-    legend = LEGEND
-    if any(maps.isnan().any() for maps in [*e.gate_maps.values(), *e.gates_by_class.values()]):
-        legend += " White: no signal reaches the gate."
-    draw(title, [e.choice, legend], headings, tiles, e.gates_by_class, e.classes, path)
+        tiles = torch.from_numpy(COLOURS(((maps - low) / (high - low)).numpy())[..., :3])
+        rows.append((f"gate, {stage}\n{low:.2f} to {high:.2f}", tiles.permute(0, 3, 1, 2), None))
+    draw(e.name + ", smoke test" * e.quick, e, rows, e.gates_by_class, path)
 
 
 def draw_comparison(models: list[Explained], path: Path) -> None:
-    """Every image, and where each model looks for what it takes it for."""
+    """Every image, and where each model finds evidence for the class that it predicts."""
     first = models[0]
-    headings = ["image"]
-    tiles = [[image_tile(first, i, short(first.classes[first.labels[i]]))]
-             for i in range(len(first.labels))]  # fmt: skip
+    rows = [("image", first.pixels.expand(-1, 3, -1, -1) / 255, None)]
     for e in models:
-        headings.append(e.name.replace(", ", "\n"))
-        for i, row in enumerate(tiles):
-            heat, _ = cam_tile(e, i, e.cams["layer4"][i])
-            row.append([heat, verdict(e, i, "\n")])
-    title = "Grad-CAM at layer4" + ", quick runs" * any(e.quick for e in models)
-    draw(title, [first.choice, LEGEND], headings, tiles, {}, first.classes, path)
-
-
-def image_tile(e: Explained, i: int, caption: str) -> list:
-    return [dict(X=e.pixels[i].permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255), caption]
-
-
-def cam_tile(e: Explained, i: int, heat: torch.Tensor) -> list:
-    """The map over the grey image; empty where nothing speaks for the class."""
-    if not heat.max() > 0:
-        return [None, "empty map"]
-    return [dict(X=over_image(e.pixels[i : i + 1], heat[None])[0].permute(1, 2, 0).numpy()), ""]
+        heat = over_image(e.pixels, e.cams["layer4"])
+        rows.append((e.name.replace(", ", "\n"), heat, predicted(e)))
+    title = "Grad-CAM at layer4" + ", smoke tests" * any(e.quick for e in models)
+    draw(title, first, rows, {}, path)
 
 
 def over_image(pixels: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
-    """Maps (N, H, W) from 0 to 1 over uint8 images (N, C, H, W): float (N, 3, H, W)."""
-    colours = torch.from_numpy(matplotlib.colormaps["cividis"](heat.numpy())[..., :3])
+    """Maps (N, H, W) from 0 to 1 over uint8 images (N, C, H, W): float (N, 3, H, W).
+
+    Over an empty map the image is pale, without colours.
+    """
+    colours = torch.from_numpy(COLOURS(heat.numpy())[..., :3]).permute(0, 3, 1, 2)
+    empty = (heat.amax((1, 2)) <= 0)[:, None, None, None]
     grey = pixels.float().mean(1, keepdim=True) / 255
-    return 0.35 * grey + 0.65 * colours.permute(0, 3, 1, 2)
-
-
-def verdict(e: Explained, i: int, between: str) -> str:
-    """The probability of the predicted class, and before it which that is if it is wrong."""
-    probability, predicted = f"{e.probabilities[i]:.0%}", e.predictions[i]
-    if predicted == e.labels[i]:
-        return probability
-    return f"✗ {short(e.classes[predicted])}{between}{probability}"
+    return 0.35 * grey + 0.65 * torch.where(empty, 0.83, colours)
 
 
 def short(name: str) -> str:
-    return name if len(name) <= 14 else f"{name[:6]}…{name[-7:]}"
+    return name if len(name) <= 11 else f"{name[:5]}…{name[-5:]}"
 
 
-def draw(title, notes, headings, tiles, gates_by_class, classes, path) -> None:
-    """Two images a row, each with its tiles; below, a strip of channel gates for each stage.
+def wrapped(name: str) -> list[str]:
+    """Lines as long as fit to the left of the tiles; a long model's name breaks after a "_"."""
+    return [line.replace("_ ", "_") for line in textwrap.wrap(name.replace("_", "_ "), 15)]
 
-    tiles: for each image a list of [arguments of imshow or None, caption].
+
+def predicted(e: Explained) -> list[tuple[str, bool]]:
+    """For each image (the predicted class and its probability, whether it is wrong)."""
+    shown = zip(e.predictions, e.probabilities, e.labels, strict=True)
+    return [(f"{short(e.classes[k])}\n{p:.0%}", k != label) for k, p, label in shown]
+
+
+def draw(title: str, e: Explained, rows: list[tuple], gates_by_class: dict, path: Path) -> None:
+    """Bands of up to COLUMNS images, each with all rows; below, a strip of gates for each stage.
+
+    rows: (name, tiles (n, 3, H, W), what predicted() gives or None). All is drawn in one axes, with
+    coordinates in inches from the upper left corner.
     """
-    inch, n, stages = INCH, len(tiles), list(gates_by_class)
-    blocks = min(n, 2) if len(headings) <= 8 else 1
-    rows = -(-n // blocks)
-    step, row_height = inch["tile"] + inch["gap"], inch["tile"] + inch["caption"]
-    block = len(headings) * step
-    side = inch["side"] if stages else inch["between"] / 2
-    width = max(blocks * block + (blocks - 1) * inch["between"] + inch["between"],
-                side + 1.7 * len(stages), 4.5)  # fmt: skip
-    margin = (width - blocks * block - (blocks - 1) * inch["between"]) / 2
-    top = inch["top"] + rows * row_height
-    height = top + (inch["strip"] + 0.45 if stages else 0)
-    figure = plt.figure(figsize=(width, height))
-
-    def place(left, top, wide, high):  # in inches from the upper left corner
-        axes = figure.add_axes(
-            [left / width, 1 - (top + high) / height, wide / width, high / height]
-        )
-        axes.set_xticks([])
-        axes.set_yticks([])
-        return axes
-
-    figure.text(0.5, 1 - 0.13 / height, title, ha="center", va="center", fontsize=10)
-    notes = "\n".join("\n".join(textwrap.wrap(note, int(21 * width))) for note in notes if note)
-    figure.text(0.5, 1 - 0.24 / height, notes, ha="center", va="top", fontsize=6)
-    for i, of_image in enumerate(tiles):
-        left = margin + i // rows * (block + inch["between"])
-        for j, (shown, caption) in enumerate(of_image):
-            axes = place(left + j * step, inch["top"] + i % rows * row_height, inch["tile"],
-                         inch["tile"])  # fmt: skip
-            if shown:
-                axes.imshow(**shown, aspect="auto")
-            else:
-                axes.spines[:].set_color("0.7")
-            axes.set_xlabel(caption, fontsize=5.5, labelpad=1.5, linespacing=1.0, parse_math=False,
-                            weight="bold" if "✗" in caption else "normal")  # fmt: skip
-            if i % rows == 0:
-                axes.set_title(headings[j], fontsize=5.5, pad=3)
-    for k, stage in enumerate(stages):
-        gates = gates_by_class[stage]
-        gates = gates[:, gates.nanmean(0).argsort()].numpy()
-        wide = (width - side) / len(stages)
-        axes = place(side + k * wide, top + 0.35, wide - 0.1, inch["strip"] - 0.05)
-        low, high = np.nanmin(gates), np.nanmax(gates)
-        axes.imshow(gates, cmap="cividis", aspect="auto", vmin=low, vmax=high)
-        axes.set_title(f"mean gates, {stage}: {low:.2f} to {high:.2f}", fontsize=5.5, pad=3)
-        axes.set_xlabel("channels, by their mean", fontsize=5.5, labelpad=1.5)
-        if k == 0 and len(gates) <= 20:
-            axes.set_yticks(range(len(gates)), [short(name) for name in classes], fontsize=5.5,
-                            parse_math=False)  # fmt: skip
-            axes.tick_params(length=0, pad=2)
+    figure = plt.figure()
+    axes = figure.add_axes((0, 0, 1, 1))
+    text = functools.partial(axes.text, fontsize=7, va="top", ha="center", parse_math=False)
+    notes = "\n".join(textwrap.fill(note, 140) for note in (e.choice, LEGEND) if note)
+    text(WIDTH / 2, 0.08, title, fontsize=10)
+    text(WIDTH / 2, 0.3, notes)
+    y = 0.4 + LINE * (notes.count("\n") + 1)
+    n, _, height, width = e.pixels.shape
+    step = (WIDTH - LABEL) / COLUMNS
+    tile_width, tile_height = step - GAP, (step - GAP) * height / width
+    for first in range(0, n, COLUMNS):
+        columns = {i: LABEL + (i - first) * step for i in range(first, min(first + COLUMNS, n))}
+        y += 2 * LINE
+        for i, x in columns.items():
+            text(x + tile_width / 2, y - 0.03, short(e.classes[e.labels[i]]), va="bottom")
+        for name, tiles, captions in rows:
+            lines = [line for part in name.split("\n") for line in wrapped(part)]
+            text(LABEL - 0.08, y + tile_height / 2, "\n".join(lines), ha="right", va="center")
+            for i, x in columns.items():
+                extent = (x, x + tile_width, y + tile_height, y)
+                axes.imshow(tiles[i].permute(1, 2, 0).numpy(), extent=extent)
+                caption, wrong = captions[i] if captions else ("", False)
+                style = {"weight": "bold", "color": "firebrick"} if wrong else {}
+                text(x + tile_width / 2, y + tile_height + 0.02, caption, **style)
+            y += tile_height + (2.5 * LINE if captions else GAP)
+    if gates_by_class:
+        y = draw_strips(axes, text, y + 2 * LINE, gates_by_class, e.classes)
+    axes.set(xlim=(0, WIDTH), ylim=(y + 0.1, 0), aspect="auto")
+    axes.axis("off")
+    figure.set_size_inches(WIDTH, y + 0.1)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
     plt.close(figure)
     write_atomically(path, buffer.getbuffer())
+
+
+def draw_strips(axes, text, y: float, gates_by_class: dict, classes: list[str]) -> float:
+    """Mean gates (classes, C) of each stage, on a scale of its own; where they end."""
+    text(LABEL, y, "Mean gate of each class (row) and channel (column, sorted by mean)", ha="left")
+    y += 2.7 * LINE
+    names = classes if len(classes) <= 20 else []  # more would not be legible
+    height, step = LINE * (len(names) or 12), (WIDTH - LABEL) / len(gates_by_class)
+    for i, name in enumerate(names):
+        text(LABEL - 0.08, y + (i + 0.5) * LINE, short(name), ha="right", va="center")
+    for k, (stage, gates) in enumerate(gates_by_class.items()):
+        left, right = LABEL + k * step, LABEL + (k + 1) * step - GAP
+        low, high = np.nanmin(gates), np.nanmax(gates)
+        title = f"{stage}: {low:.2f} to {high:.2f}"
+        text((left + right) / 2, y - 0.03, title, va="bottom")
+        ordered = gates[:, gates.nanmean(0).argsort()].numpy()
+        axes.imshow(ordered, cmap=COLOURS, extent=(left, right, y + height, y))
+    return y + height

@@ -1,9 +1,7 @@
-import copy
 import json
 import time
 
 import pytest
-import thop
 import torch
 from conftest import is_one_line
 
@@ -36,29 +34,9 @@ def convolution_flops(model):
 
 @pytest.mark.parametrize("name", PUBLISHED_FLOPS)
 def test_flops_are_the_published_ones(name):
-    model = build_model(name)
-    flops, flops_aten = benchmark.count_flops(model)
-    assert (round(flops / 1e9, 2), flops_aten) == PUBLISHED_FLOPS[name]
-    assert flops_aten == convolution_flops(model.eval())
-
-
-def test_thop_profiles_a_copy(monkeypatch):
-    profiled = []
-    original = thop.profile
-
-    def spy(model, *args, **options):
-        profiled.append(model)
-        return original(model, *args, **options)
-
-    monkeypatch.setattr(benchmark.thop, "profile", spy)
-    model = build_model("cbam_blocks", width=8)
-    before = copy.deepcopy(model.state_dict())
-    benchmark.count_flops(model)
-    assert profiled and all(other is not model for other in profiled)
-    assert "total_ops" in profiled[0].state_dict()  # what thop leaves behind ...
-    assert model.state_dict().keys() == before.keys()  # ... is not left in ours
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert model.training
+    found = benchmark.count(name)
+    assert (round(found["flops"] / 1e9, 2), found["flops_aten"]) == PUBLISHED_FLOPS[name]
+    assert found["flops_aten"] == convolution_flops(build_model(name).eval())
 
 
 def rows_of(out):
@@ -83,8 +61,9 @@ def test_benchmark_json_has_a_row_a_model_and_batch_size(tmp_path, capsys):
         assert row["images_per_second"] == pytest.approx(1e3 / row["ms_per_image"])
         assert row["tflops"] == pytest.approx(row["flops_aten"] * row["images_per_second"] / 1e12)
         assert 0 < row["share_of_ceiling"] < 1
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in MODELS)
+    printed = capsys.readouterr()
+    assert (tmp_path / "benchmark.md").read_text() in printed.out and printed.err == ""
+    assert all(f"| `{name}` |" in printed.out for name in MODELS)
 
     # --keep measures only what is not there yet under the same settings
     assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
@@ -93,35 +72,41 @@ def test_benchmark_json_has_a_row_a_model_and_batch_size(tmp_path, capsys):
     assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
     kept = rows_of(tmp_path)
     assert kept[1:] == rows[1:] and kept[0]["ms_per_image"] != rows[0]["ms_per_image"]
-    edited = kept[1] | {"models_sha256": "of models.py before an edit"}
-    (tmp_path / "benchmark.json").write_text(json.dumps([kept[0], edited, *kept[2:]]))
+    edited = kept[1] | {"sha256": kept[1]["sha256"] | {"models.py": "before an edit"}}
+    older = {key: value for key, value in kept[2].items() if key != "sha256"}
+    (tmp_path / "benchmark.json").write_text(json.dumps([kept[0], edited, older, *kept[3:]]))
     assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
     again = rows_of(tmp_path)
-    assert again[0] == kept[0] and again[1]["models_sha256"] == kept[1]["models_sha256"]
+    assert [a == b for a, b in zip(again, kept)] == [True, False, False] + [True] * (len(rows) - 3)
+    assert [row["sha256"] for row in again] == [row["sha256"] for row in kept]
     flags[1] = "4"
     assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
     assert {row["width"] for row in rows_of(tmp_path)} == {4}
 
 
-def test_damaged_rows_are_not_kept(tmp_path):
-    flags = ["--models", "se", "--width", "4", "--batch-sizes", "2", "--modes", "eager"]
-    flags += ["--device", "cpu", "--repeats", "1", "--out", str(tmp_path)]
-    assert benchmark.main(flags) == 0
-    path, (whole,) = tmp_path / "benchmark.json", rows_of(tmp_path)
-    assert benchmark.rows_kept(path, {"width": 4}) == [whole]
-    missing = {key: value for key, value in whole.items() if key != "params"}
-    others = [{"mode": "turbo"}, {"model": "gone"}, {"model": ["se"]}, {"batch_size": "2"}]
-    others += [{"ms_per_image": None}]
-    for row in (missing, *(whole | other for other in others), 3, None):
-        path.write_text(json.dumps([row]))
-        assert benchmark.rows_kept(path, {"width": 4}) == []
-    path.write_text(json.dumps([missing]))
-    assert benchmark.main([*flags, "--keep"]) == 0
-    assert rows_of(tmp_path)[0].keys() == whole.keys()
+@pytest.mark.parametrize("content", ["{", "3", "[3, null]", '[{"model": "se"}]'])
+def test_a_damaged_file_is_measured_anew(tmp_path, content):
+    path = tmp_path / "benchmark.json"
+    path.write_text(content)
+    assert benchmark.read_rows(path, {"width": 4}) == {}
+    assert benchmark.read_rows(tmp_path / "gone.json", {}) == {}
+
+
+def test_the_table_is_relative_to_the_baseline():
+    row = {"device": "CPU", "torch": "2", "width": 8, "image": "1x28x28", "classes": 10}
+    row |= {"batch_size": 64, "precision": "fp32", "params": 1234, "flops_aten": 5e6, "flops": 6e9}
+    times = [("baseline", "eager", 2.0), ("se", "eager", 3.0), ("se", "graph", 1.0)]
+    rows = [row | {"model": n, "mode": mode, "ms_per_image": ms} for n, mode, ms in times]
+    assert benchmark.markdown(rows).splitlines()[4:] == [
+        "| model | parameters | MFLOPs | GFLOPs as published | eager, ms/image | graph, ms/image |",
+        "|---|---|---|---|---|---|",
+        "| `baseline` | 1,234 | 5.0 | 6.00 | 2.00 (1.00) | - |",
+        "| `se` | 1,234 | 5.0 | 6.00 | 3.00 (1.50) | 1.00 |",
+    ]
 
 
 @pytest.mark.slow
-def test_compiled_beside_eager(tmp_path):
+def test_compiled_compared_with_eager(tmp_path):
     flags = ["--models", "cbam_blocks", "--width", "8", "--batch-sizes", "4", "--device", "cpu"]
     assert benchmark.main([*flags, "--out", str(tmp_path)]) == 0  # all modes of a CPU
     eager, compiled = rows_of(tmp_path)

@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from conftest import REPO, is_one_line, train_small
 
 import explain
-from kit import grad_cam
-from kit.attention import ATTENTION
-from kit.gates import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
-from models import MODELS, build_model
+from kit import attribution
+from kit.attribution import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
+from models import ATTENTION, MODELS, build_model
 
 IMAGES = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
 CLASSES = torch.arange(6)
@@ -35,12 +34,12 @@ def opened(name, **more):
 def test_the_last_map_has_a_closed_form(name):
     """Global pooling and a linear layer: relu(sum_k W[c, k] A_k) / (HW)."""
     model = opened(name)
-    with grad_cam.captured({"layer4": model.layer4}) as seen, torch.no_grad():
+    with attribution.captured({"layer4": model.layer4}) as seen, torch.no_grad():
         model(IMAGES)
     activation = seen["layer4"][1]
     weights = model.fc.weight[CLASSES][:, :, None, None]
     expected = F.relu((weights * activation).sum(1)) / activation[0, 0].numel()
-    found = grad_cam.grad_cam(model, IMAGES, CLASSES)["layer4"]
+    found = attribution.grad_cam(model, IMAGES, CLASSES)["layer4"]
     torch.testing.assert_close(found, expected.detach(), rtol=1e-5, atol=1e-7)
     assert found.amax() > 0
 
@@ -48,8 +47,8 @@ def test_the_last_map_has_a_closed_form(name):
 def test_grad_cam_equals_captum_s():
     attr = pytest.importorskip("captum.attr", reason="needs captum")
     model = opened("cbam_blocks")
-    found = grad_cam.grad_cam(model, IMAGES, CLASSES)
-    for layer in grad_cam.LAYERS:
+    found = attribution.grad_cam(model, IMAGES, CLASSES)
+    for layer in attribution.LAYERS:
         theirs = attr.LayerGradCam(model, getattr(model, layer)).attribute(
             IMAGES, CLASSES, relu_attributions=True
         )
@@ -59,7 +58,7 @@ def test_grad_cam_equals_captum_s():
 def test_grad_cam_leaves_nothing_behind():
     model = opened("se").train()
     with torch.no_grad():
-        grad_cam.grad_cam(model, IMAGES, CLASSES)
+        attribution.grad_cam(model, IMAGES, CLASSES)
     assert model.training and not any(m._forward_hooks for m in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
 
@@ -67,10 +66,12 @@ def test_grad_cam_leaves_nothing_behind():
 def test_an_empty_map_stays_empty():
     model = opened("baseline")
     nn.init.constant_(model.fc.weight, -1.0)  # nothing speaks for any class
-    maps = grad_cam.grad_cam(model, IMAGES, CLASSES)["layer4"]
+    maps = attribution.grad_cam(model, IMAGES, CLASSES)["layer4"]
     assert torch.equal(maps, torch.zeros_like(maps))
-    assert torch.equal(grad_cam.scaled(maps), torch.zeros_like(maps))
-    assert torch.equal(grad_cam.scaled(maps + 3), torch.ones_like(maps))  # nothing but everywhere
+    assert torch.equal(attribution.scaled(maps), torch.zeros_like(maps))
+    assert torch.equal(
+        attribution.scaled(maps + 3), torch.ones_like(maps)
+    )  # nothing but everywhere
 
 
 class Gated(nn.Module):
@@ -88,17 +89,17 @@ def test_gates_are_those_of_the_formulas():
     x = torch.randn(4, 16, 5, 6)
     se = ATTENTION["se"](16).eval()
     gate = torch.sigmoid(se.fc2(F.relu(se.fc1(x.mean((2, 3))))))
-    _, found, fixed = gates_of(Gated(se), x)
+    _, found, means = gates_of(Gated(se), x)
     torch.testing.assert_close(found["attention"], gate)
     mean = gate.mean(0)[:, None, None].expand(16, 5, 6)
-    torch.testing.assert_close(fixed["attention"].gate, mean)
+    torch.testing.assert_close(means["attention"].gate, mean)
     assert gate_maps_of(Gated(se), x) == {}  # it does not tell positions apart
 
     cbam = ATTENTION["cbam"](16).eval()
     nn.init.normal_(cbam.spatial.bn.weight)
     inside = {}
     cbam.spatial.register_forward_hook(lambda _, i, o: inside.update(inputs=i[0], outputs=o))
-    _, found, fixed = gates_of(Gated(cbam), x)
+    _, found, means = gates_of(Gated(cbam), x)
     maps = gate_maps_of(Gated(cbam), x)["classifier"]
     cbam.eval()(x)
     of_channels = inside["inputs"] / x  # both constant over the other's dimensions
@@ -108,18 +109,18 @@ def test_gates_are_those_of_the_formulas():
     expected = of_channels[:, :, 0, 0] * of_positions[:, 0].mean((1, 2))[:, None]
     torch.testing.assert_close(found["attention"], expected, rtol=1e-4, atol=1e-5)
     product = (of_channels * of_positions).mean(0)
-    torch.testing.assert_close(fixed["attention"].gate, product, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(means["attention"].gate, product, rtol=1e-4, atol=1e-5)
 
 
 def test_where_nothing_comes_in_nothing_is_said_of_the_gate():
     x = torch.rand(6, 4, 3, 3)
     x[:2, 0] = 0
     x[:, 1] = 0
-    _, found, fixed = gates_of(Gated(ATTENTION["se"](4).eval()), x)
+    _, found, means = gates_of(Gated(ATTENTION["se"](4).eval()), x)
     unknown = torch.zeros(6, 4, dtype=torch.bool)
     unknown[:2, 0] = unknown[:, 1] = True
     assert torch.equal(found["attention"].isnan(), unknown)
-    assert torch.equal(fixed["attention"].gate[1], torch.ones(3, 3))
+    assert torch.equal(means["attention"].gate[1], torch.ones(3, 3))
     numbers = gate_numbers(found)["classifier"]
     known = found["attention"][:, [0, 2, 3]]
     assert numbers["mean"] == pytest.approx(known.nanmean().item(), rel=0.05)
@@ -137,27 +138,27 @@ def test_a_position_without_input_does_not_hide_the_map():
     assert gate_numbers(found) == {}  # nothing ever comes in: nothing is said
 
 
-def test_what_adds_has_no_gate_and_is_fixed_as_a_term():
+def test_what_adds_has_no_gate_and_is_replaced_by_a_term():
     gc = ATTENTION["gc"](64).eval()
     nn.init.normal_(gc.fc2.weight)
     x = torch.randn(5, 64, 4, 4)
-    _, found, fixed = gates_of(Gated(gc), x)
+    _, found, means = gates_of(Gated(gc), x)
     assert found == {} and gate_maps_of(Gated(gc), x) == {}
-    torch.testing.assert_close(fixed["attention"](x), x + (gc(x) - x).mean(0))
+    torch.testing.assert_close(means["attention"](x), x + (gc(x) - x).mean(0))
 
 
-def test_fixed_gates_of_a_control_change_nothing_and_of_a_module_do():
+def test_mean_gates_of_a_control_change_nothing_and_of_a_module_do():
     for name, same in (("se_static", True), ("se", False)):
         model = opened(name)
         for module in attention_modules(model).values():
             nn.init.normal_(module.fc1.weight)
             nn.init.normal_(module.fc2.weight, std=3)
-        before, gates, fixed = gates_of(model, IMAGES)
-        assert torch.equal(grad_cam.predict(model, IMAGES), before)
-        with replaced(model, fixed):
-            after = grad_cam.predict(model, IMAGES)
+        before, gates, means = gates_of(model, IMAGES)
+        assert torch.equal(attribution.predict(model, IMAGES), before)
+        with replaced(model, means):
+            after = attribution.predict(model, IMAGES)
         assert torch.allclose(before, after, atol=1e-5) == same
-        assert torch.equal(grad_cam.predict(model, IMAGES), before)  # all is put back
+        assert torch.equal(attribution.predict(model, IMAGES), before)  # restored
         vary = gate_numbers(gates)["layer1"]["spread_over_images"]
         assert (vary < 1e-5) == same
 
@@ -191,30 +192,30 @@ def test_deletion_and_insertion_know_a_good_map():
     images, classes = torch.ones(3, 1, 28, 28), torch.ones(3, dtype=torch.int64)
     good = torch.zeros(3, 28, 28)
     good[:, :14, :14] = 1
-    of_good = grad_cam.deletion_and_insertion(Sum(), images, classes, good)
-    of_bad = grad_cam.deletion_and_insertion(Sum(), images, classes, -good)
+    of_good = attribution.deletion_and_insertion(Sum(), images, classes, good)
+    of_bad = attribution.deletion_and_insertion(Sum(), images, classes, -good)
     assert of_good[0] < 0.7 < of_bad[0] and of_good[1] > 0.9 > of_bad[1]
 
 
 def test_correlation_of_maps():
     maps = torch.rand(5, 7, 7)
-    assert grad_cam.correlation(maps, 3 * maps + 1) == pytest.approx(1)
-    assert grad_cam.correlation(maps, -maps) == pytest.approx(-1)
-    assert abs(grad_cam.correlation(torch.rand(200, 7, 7), torch.rand(200, 7, 7))) < 0.05
-    assert grad_cam.correlation(maps, torch.zeros(5, 7, 7)) is None
+    assert attribution.correlation(maps, 3 * maps + 1) == pytest.approx(1)
+    assert attribution.correlation(maps, -maps) == pytest.approx(-1)
+    assert abs(attribution.correlation(torch.rand(200, 7, 7), torch.rand(200, 7, 7))) < 0.05
+    assert attribution.correlation(maps, torch.zeros(5, 7, 7)) is None
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_and_colour(name):
     model = opened(name, in_channels=3, num_classes=7)
     images = torch.rand(2, 3, 20, 24)
-    maps = grad_cam.grad_cam(model, images, torch.tensor([1, 6]))
+    maps = attribution.grad_cam(model, images, torch.tensor([1, 6]))
     assert maps["layer4"].isfinite().all() and maps["layer3"].shape[0] == 2
-    _, gates, fixed = gates_of(model, images)
+    _, gates, means = gates_of(model, images)
     gated = name not in ("baseline", "sk", "bot")
-    assert bool(gates) == bool(fixed) == gated and not any(g.isinf().any() for g in gates.values())
-    with replaced(model, fixed):
-        assert grad_cam.predict(model, images).isfinite().all()
+    assert bool(gates) == bool(means) == gated and not any(g.isinf().any() for g in gates.values())
+    with replaced(model, means):
+        assert attribution.predict(model, images).isfinite().all()
 
 
 def test_the_script_on_runs_side_by_side(finished_run, tmp_path, capsys):
@@ -232,7 +233,7 @@ def test_the_script_on_runs_side_by_side(finished_run, tmp_path, capsys):
     for name in ("cbam_blocks_seed0", "baseline_seed0", "compare"):
         picture = matplotlib.image.imread(tmp_path / "out" / f"explain_{name}.png")
         assert picture.shape[0] > 500 and picture.std() > 0.1
-    assert "with every gate fixed" in capsys.readouterr().out
+    assert "gates replaced by their mean" in capsys.readouterr().out
     again = tmp_path / "again"
     assert explain.main([*runs, *flags, "--out", str(again)]) == 0
     assert json.loads((again / "explain.json").read_text()) == rows
@@ -257,13 +258,13 @@ def test_accuracy_is_that_of_the_run(finished_run, tmp_path):
     [
         ([], 2, "--run --checkpoint --compare"),
         (["--run", "RUN", "--checkpoint", "RUN/best.pt"], 2, "not allowed with"),
-        (["--run", "nowhere"], 1, "nowhere is no folder"),
+        (["--run", "nowhere"], 1, "nowhere is not the folder of a run"),
         (["--run", "RUN", "--images", "100"], 1, "from 0 to 99"),
         (["--run", "RUN", "--images", "-1"], 1, "from 0 to"),
         (["--run", "RUN", "--limit-test", "0"], 2, "at least 1"),
         (["--run", "RUN", "--device", "cuda:9"], 2, "cuda:9"),
-        (["--checkpoint", "OTHER/best.pt"], 1, "is not of se"),
-        (["--checkpoint", "OTHER/gone.pt"], 1, "is not there"),
+        (["--checkpoint", "OTHER/best.pt"], 1, "does not load as se"),
+        (["--checkpoint", "OTHER/gone.pt"], 1, "No such file"),
         (["--run", "RUN", "--out", "RUN/best.pt", "--limit-test", "20"], 1, "best.pt"),
     ],
 )
@@ -300,17 +301,16 @@ def test_runs_that_share_model_and_seed_have_pictures_of_their_own():
     ("change", "words"),
     [
         ({"width": "8"}, "width is 8"),
-        ({"width": 0}, "no model cbam_blocks of width 0"),
-        ({"width": -4}, "of width -4"),
+        ({"width": 0}, "width 0"),
         ({"data_dir": None}, "data_dir is None"),
         ({"dataset": ["a"]}, "dataset is"),
-        ({"base_model": "foo"}, "no model foo"),
-        ({"base_model": ["se"]}, "no model"),
+        ({"base_model": "foo"}, "unknown model 'foo'"),
+        ({"base_model": ["se"]}, "base_model is"),
         ({"limit_test": "abc"}, "limit_test is abc"),
-        ({"model": "../../evil"}, "no model"),
+        ({"model": "../../evil"}, "no model ../../evil"),
         ({"seed": "../x"}, "seed is"),
-        ({"reduction": 0}, "config.json"),
-        ({"place": ["x"]}, "config.json"),
+        ({"reduction": "x"}, "does not load"),
+        ({"position": ["x"]}, "does not load"),
     ],
 )
 def test_an_odd_config_is_one_line(finished_run, tmp_path, capsys, change, words):

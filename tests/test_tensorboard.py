@@ -15,7 +15,7 @@ from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kit import tensorboard_log
-from kit.gates import gates_of
+from kit.attribution import gates_of
 from models import build_model
 
 

@@ -1,0 +1,270 @@
+"""Where a model looks and what its attention does: Grad-CAM, gates, and whether to believe them.
+
+Grad-CAM: Selvaraju et al., ICCV 2017 (arXiv 1610.02391). Deletion and insertion: Petsiuk et al.,
+BMVC 2018 (1806.07421). Maps must change with the weights: Adebayo et al., NeurIPS 2018 (1810.03292).
+
+A gate is what an attention module multiplies its input by. It is measured as output / input, so
+that every module has one, and averaged over the positions of each channel (a number per channel) or
+over the channels of each position (a map). A module whose output for 0 is not 0, such as GC, adds
+something and has no gate; `sk` and `bot` replace a convolution and have none.
+"""
+
+import contextlib
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+STAGES = ("layer1", "layer2", "layer3", "layer4", "classifier")
+LAYERS = ("layer3", "layer4")
+BATCH = 250
+STEPS = 7  # of deletion and insertion
+
+
+@contextlib.contextmanager
+def captured(modules: dict[str, nn.Module]):
+    """Within the block every forward pass leaves (input, output) of each module in a dict."""
+    seen = {}
+    with contextlib.ExitStack() as hooks:
+        for name, module in modules.items():
+            hook = module.register_forward_hook(
+                lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+            )
+            hooks.callback(hook.remove)
+        yield seen
+
+
+@contextlib.contextmanager
+def evaluation(model: nn.Module):
+    """Within the block the model is in evaluation mode; afterwards in the mode it was in."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Probabilities (N, num_classes) of normalised images."""
+    with evaluation(model):
+        return torch.cat([model(batch).softmax(1) for batch in images.split(BATCH)])
+
+
+def grad_cam(
+    model: nn.Module, images: torch.Tensor, classes: torch.Tensor, layers: tuple[str, ...] = LAYERS
+) -> dict[str, torch.Tensor]:
+    """{layer: maps (N, h, w)} of the evidence for `classes` (N,) in normalised images (N, C, H, W).
+
+    relu(sum_k a_k A_k), a_k the mean of d score / d A_k over positions, the score a logit (eq. 1
+    and 2). A map of zeros is empty: no evidence for the class. The model keeps its mode, without
+    hooks and gradients.
+    """
+    maps = {layer: [] for layer in layers}
+    for batch, of_batch in zip(images.split(BATCH), classes.split(BATCH), strict=True):
+        with evaluation(model), torch.enable_grad():
+            with captured({layer: getattr(model, layer) for layer in layers}) as seen:
+                # The weights may need no gradient: those of an EMA, for example.
+                score = model(batch.clone().requires_grad_()).gather(1, of_batch[:, None]).sum()
+            activations = [seen[layer][1] for layer in layers]
+            gradients = torch.autograd.grad(score, activations)
+        for layer, activation, gradient in zip(layers, activations, gradients, strict=True):
+            weights = gradient.mean((2, 3), keepdim=True)
+            maps[layer].append(F.relu((weights * activation).sum(1)).detach())
+    return {layer: torch.cat(parts) for layer, parts in maps.items()}
+
+
+def scaled(maps: torch.Tensor) -> torch.Tensor:
+    """Each map from 0 to 1; one that is the same everywhere becomes 1, an empty one stays 0."""
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    stretched = (maps - low) / (high - low).clamp(min=1e-12)
+    return torch.where(high > low, stretched, (high > 0).to(maps.dtype))
+
+
+def enlarged(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+
+
+# --- Is Grad-CAM faithful? ------------------------------------------------------------------------
+
+
+def deletion_and_insertion(
+    model: nn.Module, images: torch.Tensor, classes: torch.Tensor, maps: torch.Tensor
+) -> tuple[float, float]:
+    """Mean probability of `classes` (N,) as pixels are deleted, and as they are inserted.
+
+    The most important pixels of the maps (N, H, W) come first, ties in random order. A deleted
+    pixel is 0 after normalisation. Good maps have low deletion and high insertion scores.
+    """
+    n, _, height, width = images.shape
+    noise = torch.rand(maps.shape, generator=torch.Generator().manual_seed(1)).to(maps.device)
+    most_important_first = (scaled(maps) + 1e-6 * noise).flatten(1).argsort(1, descending=True)
+    rank = most_important_first.argsort(dim=1).view(n, 1, height, width)
+    scores = []
+    for keep_first in (False, True):
+        total = 0.0
+        for step in range(STEPS + 1):
+            first = rank < step * height * width / STEPS
+            shown = images * (first if keep_first else ~first)
+            total += predict(model, shown).gather(1, classes[:, None]).mean().item()
+        scores.append(total / (STEPS + 1))
+    return scores[0], scores[1]
+
+
+def correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:
+    """The mean correlation of the maps (N, h, w) of a with those of b; None if all are constant."""
+    a, b = (m.flatten(1) - m.flatten(1).mean(1, keepdim=True) for m in (a, b))
+    norms = a.norm(dim=1) * b.norm(dim=1)
+    found = (a * b).sum(1)[norms > 0] / norms[norms > 0]
+    return found.mean().item() if len(found) else None
+
+
+def faithfulness(model, random_model, images: torch.Tensor, classes: torch.Tensor) -> dict:
+    """Grad-CAM compared with random maps of its resolution, and with that of random weights."""
+    maps, other_maps = (grad_cam(m, images, classes) for m in (model, random_model))
+    generator, size = torch.Generator().manual_seed(0), tuple(images.shape[2:])
+    random_maps = torch.rand(maps["layer4"].shape, generator=generator).to(images.device)
+    large, large_random = enlarged(maps["layer4"], size), enlarged(random_maps, size)
+    scores = deletion_and_insertion(model, images, classes, large)
+    random_scores = deletion_and_insertion(model, images, classes, large_random)
+    return {
+        "cam_images": len(images),
+        "empty_maps": {k: (m.amax((1, 2)) <= 0).double().mean().item() for k, m in maps.items()},
+        "deletion": scores[0],
+        "insertion": scores[1],
+        "deletion_random": random_scores[0],
+        "insertion_random": random_scores[1],
+        "correlation_with_random_weights": {k: correlation(maps[k], other_maps[k]) for k in maps},
+    }
+
+
+# --- Gates ----------------------------------------------------------------------------------------
+
+
+def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that gate: {"layer1.0.attention": module, ...}, without nn.Identity."""
+    names = ("attention", "attention_before_bn2")
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name.split(".")[-1] in names and not isinstance(module, nn.Identity)
+    }
+
+
+def stage_of(name: str) -> str:
+    return name.split(".")[0] if name.startswith("layer") else "classifier"
+
+
+def ratio(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """output / input; NaN where the input is 0 or nearly so: the gate is inactive there."""
+    return torch.where(inputs.abs() > 1e-6, outputs / inputs, torch.nan)
+
+
+def adds(module: nn.Module, inputs: torch.Tensor) -> bool:
+    """Whether the output is not 0 for an input of 0."""
+    return bool(module.forward(torch.zeros_like(inputs[:1])).abs().max() > 1e-6)
+
+
+class MeanGate(nn.Module):
+    """Replaces a module by its mean over images: x * gate + term, whatever the image."""
+
+    def __init__(self, gate: torch.Tensor | float, term: torch.Tensor | float):
+        super().__init__()
+        self.gate, self.term = gate, term  # (C, H, W) each
+
+    def forward(self, x):
+        return x * self.gate + self.term
+
+
+@torch.no_grad()
+def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict, dict]:
+    """(probabilities (N, num_classes), {module: gates (N, C)}, {module: MeanGate}), in one pass.
+
+    images: normalised (N, C, H, W). A gate is NaN where its channel has no input: it is inactive.
+    Modules that add have no gates.
+    """
+    modules = attention_modules(model)
+    probabilities, gates, sums, counts = [], {}, {}, {}
+    with evaluation(model), captured(modules) as seen:
+        for batch in images.split(BATCH):
+            probabilities.append(model(batch).softmax(1))
+            for name, (inputs, outputs) in seen.items():
+                if adds(modules[name], inputs):
+                    of_batch = outputs - inputs
+                else:
+                    of_batch = ratio(inputs, outputs)
+                    gates.setdefault(name, []).append(of_batch.nanmean((2, 3)).cpu())
+                sums[name] = sums.get(name, 0) + of_batch.nansum(0)
+                counts[name] = counts.get(name, 0) + (~of_batch.isnan()).sum(0)
+    means = {}
+    for name in modules:
+        mean = sums[name] / counts[name].clamp(min=1)
+        gate = torch.where(counts[name] > 0, mean, 1.0)
+        means[name] = MeanGate(gate, 0.0) if name in gates else MeanGate(1.0, mean)
+    return torch.cat(probabilities), {name: torch.cat(g) for name, g in gates.items()}, means
+
+
+@torch.no_grad()
+def gate_maps_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
+    """{stage: maps (N, h, w)} of the last module of each stage, if it gates positions."""
+    modules = {stage_of(name): module for name, module in attention_modules(model).items()}
+    maps = {}
+    with evaluation(model), captured(modules) as seen:
+        model(images)
+        for stage, (inputs, outputs) in seen.items():
+            found = ratio(inputs, outputs).nanmean(1)
+            differs = (found - found.nanmean((1, 2), keepdim=True)).abs().nan_to_num().max() > 1e-3
+            if differs and not adds(modules[stage], inputs):
+                maps[stage] = found
+    return maps
+
+
+def gate_numbers(gates: dict[str, torch.Tensor]) -> dict[str, dict]:
+    """{stage: numbers} from the gates (N, C) of each module; without stages that are inactive.
+
+    Spread: standard deviations. saturated: share below 0.05 or above 0.95, None for gates that are
+    not between 0 and 1, such as BAM's. hardly_vary: share of near-constant channels.
+    """
+    numbers = {}
+    for stage in STAGES:
+        of_stage = [g for name, g in gates.items() if stage_of(name) == stage]
+        every = torch.cat(of_stage, dim=1) if of_stage else torch.empty(0, 0)
+        every = every[:, ~every.isnan().all(0)]
+        if every.numel():
+            of_channel = every.nanmean(0)
+            over_images = (every - of_channel).square().nanmean(0).sqrt()
+            known = every[~every.isnan()]
+            in_0_to_1 = known.min() > -0.001 and known.max() < 1.001
+            saturated = ((known < 0.05) | (known > 0.95)).float().mean().item()
+            numbers[stage] = {
+                "mean": known.mean().item(),
+                "spread_over_channels": of_channel.std(correction=0).item(),
+                "spread_over_images": over_images.mean().item(),
+                "saturated": saturated if in_0_to_1 else None,
+                "hardly_vary": (over_images < 0.01).float().mean().item(),
+            }
+    return numbers
+
+
+def gates_by_class(gates: dict[str, torch.Tensor], labels: torch.Tensor, n_classes: int) -> dict:
+    """{stage: mean gates (n_classes, C) of its last module}; NaN for classes without images."""
+    last_of_stage = {stage_of(name): of_module.float() for name, of_module in gates.items()}
+    return {
+        stage: torch.stack([found[labels == label].nanmean(0) for label in range(n_classes)])
+        for stage, found in last_of_stage.items()
+        if not found.isnan().all()
+    }
+
+
+@contextlib.contextmanager
+def replaced(model: nn.Module, others: dict[str, nn.Module]):
+    """Within the block the modules of these names are replaced by others."""
+    own = {name: model.get_submodule(name) for name in others}
+    try:
+        for name, module in others.items():
+            model.set_submodule(name, module)
+        yield
+    finally:
+        for name, module in own.items():
+            model.set_submodule(name, module)
