@@ -17,8 +17,7 @@ from torch.utils.tensorboard.summary import hparams
 matplotlib.use("Agg")  # the figures never go to a window
 import matplotlib.pyplot as plt
 
-from kit.gates import attention_modules, gates_of, stage_of
-from kit.grad_cam import enlarged, grad_cam, scaled
+from kit.attribution import attention_modules, enlarged, gates_of, grad_cam, scaled, stage_of
 from kit.pictures import over_image
 
 HPARAMS = ("model", "dataset", "recipe", "seed", "width", "epochs", "batch_size", "lr", "precision")
