@@ -29,13 +29,13 @@ import torch
 
 from kit import run_folder
 from kit.checkpoint import (
-    STARTS_AT_ZERO,
     Progress,
     copied,
     get_state,
     load_state,
     resume,
     serialized,
+    starts_at_zero,
 )
 from kit.command_line import Stopped, UserError
 from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
@@ -166,7 +166,7 @@ class Run:
         if "compile" in mode:
             print("compiling the training step, the first time up to a minute", flush=True)
         lr_in_place = isinstance(self.optimizer.param_groups[0]["lr"], torch.Tensor)
-        if "graph" in mode and not (lr_in_place and isinstance(self.optimizer, STARTS_AT_ZERO)):
+        if "graph" in mode and not (lr_in_place and starts_at_zero(self.optimizer)):
             self.failures.append("a CUDA graph needs Adam or SGD with a learning rate on the GPU")
             mode = "compile" if "compile" in mode else "eager"
         idx = torch.arange(self.settings.batch_size, device=self.device) % self.loader.n_train
