@@ -131,8 +131,10 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
             state = load(path)
             if different := differing_setting(state["config"], config):
                 raise ValueError(f"it is of a run with {different}")
-            load_state(state, parts, device)
             progress = Progress(**state["progress"])
+            if [row["epoch"] for row in progress.history] != list(range(1, progress.epochs + 1)):
+                raise ValueError("its epochs are not in order")
+            load_state(state, parts, device)
         except Exception as error:  # damaged files raise what they like
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise

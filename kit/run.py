@@ -236,6 +236,8 @@ class Run:
         """From the progress, so that whenever the process is killed they belong together."""
         if best and self.progress.best:
             write_atomically(self.folder / "best.pt", serialized(self.progress.best))
+        elif best:
+            (self.folder / "best.pt").unlink(missing_ok=True)  # of a state that is lost
         rows = "".join(json.dumps(row) + "\n" for row in self.progress.history)
         write_atomically(self.folder / "metrics.jsonl", rows)
 
