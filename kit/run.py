@@ -201,6 +201,7 @@ class Run:
 
     def log_and_save(self) -> None:
         """After an epoch: TensorBoard, metrics.jsonl, a line on the terminal, last.pt."""
+        self.check_folder()
         row, best = self.progress.history[-1], self.progress.best_epoch == self.progress.epochs
         log_epoch(self.writer, row)
         if time.perf_counter() - self.saved_at >= 100 * self.last_save_took:
@@ -217,11 +218,7 @@ class Run:
 
     def save(self) -> None:
         start = time.perf_counter()
-        if not (self.folder / "config.json").exists():
-            raise UserError(
-                f"{self.folder} was moved or deleted during its run: the same command resumes what "
-                "there is of it, or starts from scratch"
-            )
+        self.check_folder()
         state = get_state(self.parts, self.device) | {
             "progress": vars(self.progress), "config": self.config, "torch": str(torch.__version__),
         }  # fmt: skip
@@ -231,6 +228,14 @@ class Run:
         self.saved_at = time.perf_counter()
         self.last_save_took = self.saved_at - start
         self.save_seconds += self.last_save_took
+
+    def check_folder(self) -> None:
+        """Raises UserError if it is gone: writing would make another one, of half a run."""
+        if not (self.folder / "config.json").exists():
+            raise UserError(
+                f"{self.folder} was moved or deleted during its run: the same command resumes what "
+                "there is of it, or starts from scratch"
+            )
 
     def write_best_and_metrics(self, best: bool = True) -> None:
         """From the progress, so that whenever the process is killed they belong together."""
@@ -245,6 +250,7 @@ class Run:
 
     def test(self, model: torch.nn.Module, predictions: torch.Tensor) -> None:
         """Writes predictions and labels; in TensorBoard confusions, Grad-CAM, gates."""
+        self.check_folder()
         kind = np.uint8 if len(self.loader.classes) <= 256 else np.uint16
         for name, classes in (("predictions", predictions), ("labels", self.loader.test[1])):
             buffer = io.BytesIO()
@@ -255,6 +261,7 @@ class Run:
 
     def complete(self, accuracies: dict) -> dict:
         """Writes result.json, which is returned."""
+        self.check_folder()
         self.save() if self.settings.keep_last else self.write_best_and_metrics()
         s, loader, history = self.settings, self.loader, self.progress.history
         seconds, best_epoch = sum(row["seconds"] for row in history), self.progress.best_epoch
