@@ -55,8 +55,8 @@ def settings_of(*flags):
     )
 
 
-def stop_at(n, patch):
-    """Ctrl-C when the run asks for the n-th time whether a signal has arrived.
+def stop_at(n, patch, error=lambda: Stopped(signal.SIGINT)):
+    """Ctrl-C, or another error, when the run asks for the n-th time whether a signal has arrived.
 
     It asks before each step, and before each batch that it evaluates.
     """
@@ -64,7 +64,7 @@ def stop_at(n, patch):
 
     def leave_if_stopped(run):
         if next(calls, None) is None:
-            raise Stopped(signal.SIGINT)
+            raise error()
 
     patch.setattr(Run, "leave_if_stopped", leave_if_stopped)
 
