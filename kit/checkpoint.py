@@ -19,8 +19,6 @@ from kit.command_line import is_out_of_memory
 from kit.run_folder import differing_setting
 
 LENGTH = (64).to_bytes(2, "little")  # of the sha256 at the end of a file
-# An optimizer makes its state in its first step. Of these all of it starts at zero.
-STARTS_AT_ZERO = (torch.optim.Adam, torch.optim.SGD)
 
 
 @dataclass
@@ -77,12 +75,21 @@ def load_state(state: dict, parts: dict, device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda_rng"], device)
 
 
+def starts_at_zero(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the state that the optimizer makes in its first step is all 0 before it.
+
+    (The first step of SGD is not dampened, the others are.)
+    """
+    dampened = any(group.get("dampening") for group in optimizer.param_groups)
+    return isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD)) and not dampened
+
+
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     """load_state_dict for any optimizer, in place where it has tensors: a graph knows addresses.
 
     What depends on the device stays as it is, so that a run may resume on another one.
     """
-    if not saved["state"] and not isinstance(optimizer, STARTS_AT_ZERO):
+    if not saved["state"] and not starts_at_zero(optimizer):
         optimizer.state.clear()
     own_groups = [dict(group) for group in optimizer.param_groups]
     if not optimizer.state:
@@ -124,8 +131,10 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
             state = load(path)
             if different := differing_setting(state["config"], config):
                 raise ValueError(f"it is of a run with {different}")
-            load_state(state, parts, device)
             progress = Progress(**state["progress"])
+            if [row["epoch"] for row in progress.history] != list(range(1, progress.epochs + 1)):
+                raise ValueError("its epochs are not in order")
+            load_state(state, parts, device)
         except Exception as error:  # damaged files raise what they like
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
@@ -150,7 +159,7 @@ def why_no_graph(optimizer: torch.optim.Optimizer) -> str | None:
     """Why a CUDA graph of its steps would be wrong; None if it would not."""
     if not all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups):
         return "no CUDA graph: its learning rate would be fixed, for it is no tensor on the GPU"
-    if not isinstance(optimizer, STARTS_AT_ZERO):
+    if not starts_at_zero(optimizer):
         return f"no CUDA graph: the state of {type(optimizer).__name__} cannot be reset in place"
     return None
 

@@ -114,6 +114,7 @@ class Run:
         full_batches = loader.n_train >= s.batch_size  # the other modes are for these
         self.mode = choose_mode(s.mode, s.device, steps) if full_batches else "eager"
         self.config = as_config(s) | {"mode": self.mode, "data": loader.dataset.key}
+        self.config["optimizer"] = type(optimizer).__name__
         env = describe_environment(s.device)
         if s.overwrite:
             run_folder.clear(folder)  # only now that data and model are there
@@ -168,6 +169,7 @@ class Run:
 
     def log_and_save(self) -> None:
         """After an epoch: TensorBoard, metrics.jsonl, a line on the terminal, last.pt."""
+        self.check_folder()
         row, best = self.progress.history[-1], self.progress.best_epoch == self.progress.epochs
         log_epoch(self.writer, row)
         if time.perf_counter() - self.saved_at >= 100 * self.last_save_took:
@@ -184,8 +186,7 @@ class Run:
 
     def save(self) -> None:
         start = time.perf_counter()
-        if not (self.folder / "config.json").exists():
-            raise UserError(f"{self.folder} was moved or deleted during its run: start it again")
+        self.check_folder()
         state = checkpoint.get_state(self.parts, self.device) | {
             "progress": vars(self.progress), "config": self.config, "torch": str(torch.__version__),
         }  # fmt: skip
@@ -196,10 +197,17 @@ class Run:
         self.last_save_took = self.saved_at - start
         self.save_seconds += self.last_save_took
 
+    def check_folder(self) -> None:
+        """Raises UserError if it is gone: writing would make another one, of half a run."""
+        if not (self.folder / "config.json").exists():
+            raise UserError(f"{self.folder} was moved or deleted during its run: start it again")
+
     def write_best_and_metrics(self, best: bool = True) -> None:
         """From the progress, so that whenever the process is killed they belong together."""
         if best and self.progress.best:
             write_atomically(self.folder / "best.pt", serialized(self.progress.best))
+        elif best:
+            (self.folder / "best.pt").unlink(missing_ok=True)  # of a state that is lost
         rows = "".join(json.dumps(row) + "\n" for row in self.progress.history)
         write_atomically(self.folder / "metrics.jsonl", rows)
 
@@ -207,6 +215,7 @@ class Run:
 
     def test(self, model: torch.nn.Module, predictions: torch.Tensor) -> None:
         """Writes predictions and labels; in TensorBoard confusions, Grad-CAM, gates."""
+        self.check_folder()
         kind = np.uint8 if len(self.loader.classes) <= 256 else np.uint16
         for name, classes in (("predictions", predictions), ("labels", self.loader.test[1])):
             write_array(self.folder / f"test_{name}.npy", classes.cpu().numpy().astype(kind))
@@ -215,6 +224,7 @@ class Run:
 
     def complete(self, accuracies: dict) -> dict:
         """Writes result.json, which is returned."""
+        self.check_folder()
         self.save() if self.settings.keep_last else self.write_best_and_metrics()
         s, loader, history = self.settings, self.loader, self.progress.history
         seconds, best_epoch = sum(row["seconds"] for row in history), self.progress.best_epoch

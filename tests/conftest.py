@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib import metadata
@@ -12,6 +13,10 @@ import torch
 
 import data
 import train
+from kit.command_line import Stopped
+from kit.run import Run
+from kit.settings import parse_settings
+from models import MODELS, POSITIONS
 
 REPO = Path(__file__).resolve().parent.parent
 # A run of a second or two: narrow, three batches an epoch, the last of them partial.
@@ -39,8 +44,29 @@ def finished_run(tmp_path_factory):
 
 def train_small(model, runs, *flags):
     """Runs train.py in this process; the exit code."""
-    place = ["--data-dir", str(REPO / "data"), "--runs", str(runs)]
-    return train.main(["--model", model, *SMALL, *place, *flags])
+    folders = ["--data-dir", str(REPO / "data"), "--runs", str(runs)]
+    return train.main(["--model", model, *SMALL, *folders, *flags])
+
+
+def settings_of(*flags):
+    """As train.py parses them."""
+    return parse_settings(
+        list(flags), "", train.SETTINGS, train.RECIPES, MODELS, POSITIONS, data.resolve
+    )
+
+
+def stop_at(n, patch, error=lambda: Stopped(signal.SIGINT)):
+    """Ctrl-C, or another error, when the run asks for the n-th time whether a signal has arrived.
+
+    It asks before each step, and before each batch that it evaluates.
+    """
+    calls = iter(range(1, n))
+
+    def leave_if_stopped(run):
+        if next(calls, None) is None:
+            raise error()
+
+    patch.setattr(Run, "leave_if_stopped", leave_if_stopped)
 
 
 def needs_pins():
@@ -74,7 +100,7 @@ def run_all(*arguments, **environment):
 def copy_run(source, runs, model, seed, **changes):
     """A copy of a finished run as another model or seed, its result changed.
 
-    With another test_acc, its predictions are so many right ones of 10,000, the others drawn.
+    With another test_acc, so many of its 10,000 predictions are correct; which ones is random.
     """
     folder = runs / "fashion_mnist" / "published" / model / f"seed{seed}"
     shutil.copytree(source, folder)
@@ -96,3 +122,19 @@ def copy_run(source, runs, model, seed, **changes):
 
 def is_one_line(text):
     return len(text.strip().splitlines()) == 1 and "Traceback" not in text
+
+
+def assert_same(found, expected):
+    """Nested states, bit for bit."""
+    if isinstance(expected, torch.Tensor):
+        assert torch.equal(found, expected) and found.dtype == expected.dtype
+    elif isinstance(expected, dict):
+        assert found.keys() == expected.keys()
+        for key, value in expected.items():
+            assert_same(found[key], value)
+    elif isinstance(expected, (list, tuple)):
+        assert len(found) == len(expected)
+        for pair in zip(found, expected, strict=True):
+            assert_same(*pair)
+    else:
+        assert found == expected

@@ -1,4 +1,4 @@
-"""Stopped, killed, damaged: a run that goes on ends as one that was never stopped, bit for bit."""
+"""Stopped, killed, damaged: a resumed run ends as one that was never stopped, bit for bit."""
 
 import json
 import multiprocessing
@@ -15,14 +15,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, is_one_line, train_small
+from conftest import REPO, SMALL, assert_same, is_one_line, stop_at, train_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kit import checkpoint
 import data
 import train
+from kit import checkpoint, run
+from kit.command_line import UserError
 from models import build_model
-from kit.training_step import adam
 
 FOLDER = "fashion_mnist/published/se/seed0"
 FLAGS = ["--limit-train", "640", "--limit-test", "100", "--width", "8", "--device", "cpu"]
@@ -74,9 +74,8 @@ def assert_same_end(folder, whole):
     assert metrics_of(folder) == metrics_of(whole)
     for name in ("best.pt", "last.pt"):
         ends = [checkpoint.load(path / name) for path in (folder, whole)]
-        ends = [end.get("model", end) for end in ends]
-        assert ends[0].keys() == ends[1].keys()
-        assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+        assert_same(*(dict(end.get("model", end)) for end in ends))
+        assert_same(*(end.get("optimizer") for end in ends))
     for name in ("test_predictions.npy", "test_labels.npy"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     scalars = [EventAccumulator(str(path)).Reload().Scalars("loss/val") for path in (folder, whole)]
@@ -90,7 +89,7 @@ def assert_same_end(folder, whole):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_stopped_between_two_steps_it_goes_on_to_the_same_end(whole, signum, tmp_path):
+def test_stopped_between_two_steps_it_is_resumed_to_the_same_end(whole, signum, tmp_path):
     """The real script, as it is used: stopped in its second epoch, then the same command."""
     flags = [*FLAGS, "--runs", str(tmp_path / "runs")]
     command = [sys.executable, "-u", "train.py", "--model", "se", *flags]
@@ -113,17 +112,17 @@ def test_stopped_between_two_steps_it_goes_on_to_the_same_end(whole, signum, tmp
     assert len(metrics_of(folder)) == 1 and not (folder / "result.json").exists()
     done = subprocess.run(command, cwd=REPO, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "going on in epoch 2, after" in done.stdout
+    assert "resuming in epoch 2, after" in done.stdout
     assert_same_end(folder, whole[0])
 
 
 def test_stopped_before_the_first_step_it_leaves_nothing(tmp_path):
-    """A dry run, while it compiles. Its WORLD_SIZE is some launcher's, not torchrun's."""
+    """A dry run, while it compiles."""
     command = [sys.executable, "-u", "train.py", "--model", "se", "--mode", "compile", "--dry-run"]
     process = subprocess.Popen(
         command,
         cwd=REPO,
-        env=os.environ | {"TMPDIR": str(tmp_path), "WORLD_SIZE": "2"},
+        env=os.environ | {"TMPDIR": str(tmp_path)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -134,38 +133,101 @@ def test_stopped_before_the_first_step_it_leaves_nothing(tmp_path):
     assert not list(tmp_path.glob("runs-*"))
 
 
-class StopAt:
-    """In place of watch_signals: a signal when the run asks for one for the n-th time.
-
-    An epoch of these runs asks ten times before its steps, and once before it validates.
-    """
-
-    def __init__(self, n):
-        self.n = n
-
-    def __enter__(self):
-        return self.leave_if_stopped
-
-    def __exit__(self, *_):
-        pass
-
-    def leave_if_stopped(self):
-        self.n -= 1
-        if self.n == 0:
-            raise train.Stopped(signal.SIGINT)
-
-
 @pytest.mark.parametrize("n", [5, 11, 23])
-def test_what_there_is_of_an_epoch_is_kept(whole, tmp_path, monkeypatch, capsys, n):
+def test_a_partial_epoch_is_saved(whole, tmp_path, monkeypatch, capsys, n):
+    """An epoch of these runs has ten steps and one batch to validate."""
     flags = ["--model", "se", *FLAGS, "--runs", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "watch_signals", lambda: StopAt(n))
+        stop_at(n, patch)
         assert train.main(flags) == 130
     assert is_one_line(capsys.readouterr().err)
     progress = checkpoint.load(tmp_path / FOLDER / "last.pt")["progress"]
-    assert (len(progress["history"]), progress["begun"]["step"]) == divmod(n - 1, 11)
+    assert (len(progress["history"]), progress["step"]) == divmod(n - 1, 11)
     assert train.main(flags) == 0
     assert_same_end(tmp_path / FOLDER, whole[0])
+
+
+# What a user may put into train.py.
+EDITS = {
+    "sgd": ("adam", lambda model, lr, weight_decay: torch.optim.SGD(
+        model.parameters(), lr, momentum=0.9, nesterov=True)),
+    "rmsprop": ("adam", lambda model, lr, weight_decay: torch.optim.RMSprop(
+        model.parameters(), lr)),
+    "step_lr": ("cosine", lambda optimizer, epochs, warmup: torch.optim.lr_scheduler.StepLR(
+        optimizer, step_size=1, gamma=0.3)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", ["eager", "compile"])
+@pytest.mark.parametrize("edit", EDITS)
+def test_with_another_optimizer_or_schedule_it_is_resumed_too(edit, mode, tmp_path, monkeypatch):
+    """Compiling, which is left out here, warms the step up: that is undone, too."""
+    monkeypatch.setattr(train, *EDITS[edit])
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    assert train_small("se", tmp_path / "whole", "--epochs", "3", "--keep-last") == 0
+    flags = ["--epochs", "3", "--keep-last", "--mode", mode]
+    with monkeypatch.context() as patch:
+        stop_at(7, patch)  # an epoch has three steps and one batch to validate
+        assert train_small("se", tmp_path / "parts", *flags) == 130
+    progress = checkpoint.load(tmp_path / "parts" / FOLDER / "last.pt")["progress"]
+    assert (len(progress["history"]), progress["step"]) == (1, 2)
+    assert train_small("se", tmp_path / "parts", *flags) == 0
+    ends = [tmp_path / runs / FOLDER for runs in ("whole", "parts")]
+    assert_same_end(*ends)
+    states = [checkpoint.load(end / "last.pt") for end in ends]
+    for part in ("model", "optimizer", "scheduler"):
+        assert_same(*(state[part] for state in states))
+
+
+def test_an_optimizer_changed_since_is_refused(tmp_path, monkeypatch, capsys):
+    """Its state would mean nothing to the other one."""
+    with monkeypatch.context() as patch:
+        stop_at(2, patch)
+        assert train_small("se", tmp_path) == 130
+    monkeypatch.setattr(train, *EDITS["sgd"])
+    before = {path.name: path.read_bytes() for path in (tmp_path / FOLDER).iterdir()}
+    capsys.readouterr()
+    assert train_small("se", tmp_path) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "a run with optimizer = Adam, this one has SGD" in error
+    assert {path.name: path.read_bytes() for path in (tmp_path / FOLDER).iterdir()} == before
+    assert train_small("se", tmp_path, "--epochs", "1", "--overwrite") == 0
+
+
+class Killed(BaseException):
+    """In this process what SIGKILL would be: nothing is saved after it."""
+
+
+@pytest.mark.parametrize("end", ["whole", "stopped", "killed"])
+def test_where_saving_is_slow_it_is_rarer_and_nothing_is_lost(whole, end, tmp_path, monkeypatch):
+    """No last.pt is due after the second epoch: writing one takes long."""
+    flags = ["--model", "se", *FLAGS, "--runs", str(tmp_path)]
+    folder, write, written = tmp_path / FOLDER, run.write_atomically, []
+
+    def slow_write(path, *rest, **options):
+        write(path, *rest, **options)
+        written.append(path.name)
+        time.sleep(0.2 * (path.name == "last.pt"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "write_atomically", slow_write)
+        if end == "stopped":
+            stop_at(28, patch)
+            assert train.main(flags) == 130
+        elif end == "killed":
+            stop_at(28, patch, Killed)
+            with pytest.raises(Killed):
+                train.main(flags)
+        else:
+            assert train.main(flags) == 0
+    assert written.count("last.pt") == (1 if end == "killed" else 2)
+    last = checkpoint.load(folder / "last.pt")["progress"]
+    assert len(last["history"]) == {"whole": 3, "stopped": 2, "killed": 1}[end]
+    assert last["step"] == (5 if end == "stopped" else 0)
+    assert_same(dict(checkpoint.load(folder / "best.pt")), dict(last["best"]))
+    assert len(metrics_of(folder)) == (3 if end == "whole" else 2)  # every epoch at once
+    assert train.main(flags) == 0
+    assert_same_end(folder, whole[0])
 
 
 def kill_at_random(runs, whole, kills, seed):
@@ -238,8 +300,10 @@ def test_killed_at_every_rename(whole, tmp_path):
 def stopped(tmp_path_factory):
     """The runs folder of a run stopped after two epochs, which are in last.pt and in prev.pt."""
     runs = tmp_path_factory.mktemp("stopped") / "runs"
-    with pytest.MonkeyPatch().context() as patch:
-        patch.setattr(train, "watch_signals", lambda: StopAt(23))
+    with pytest.MonkeyPatch.context() as patch:
+        took = property(lambda run: 0.0, lambda run, took: None)  # so it is saved each epoch
+        patch.setattr(run.Run, "last_save_took", took, raising=False)
+        stop_at(23, patch)
         assert train.main(["--model", "se", *FLAGS, "--runs", str(runs)]) == 130
     return runs
 
@@ -253,6 +317,7 @@ def damages(folder):
     """{what: the bytes of a last.pt that must not be used}."""
     body = (folder / "last.pt").read_bytes()
     state = checkpoint.load(folder / "last.pt")
+    cbam = build_model("cbam_blocks", width=8)
     flipped, unread = bytearray(body), bytearray(body)
     flipped[len(body) // 2] ^= 1
     # In the archive's directory: this file is a folder, PyTorch need not read it.
@@ -266,9 +331,10 @@ def damages(folder):
         "pickle": pickle.dumps(Evil()),
         "evil": saved({"model": Evil()}),
         "weights": saved(state["model"]),
-        "model": saved(state | {"model": build_model("cbam_blocks", width=8).state_dict()}),
+        "model": saved(state | {"model": cbam.state_dict()}),
         "seed": saved(state | {"config": state["config"] | {"seed": 9}}),
-        "adam": saved(state | {"optimizer": adam(build_model("se"), 1.0).state_dict()}),
+        "optimizer": saved(state | {"config": state["config"] | {"optimizer": "SGD"}}),
+        "parameters": saved(state | {"optimizer": train.adam(cbam, 1e-3).state_dict()}),
         "history": saved(state | {"progress": state["progress"] | {"history": [{"epoch": 7}]}}),
     }
 
@@ -277,48 +343,48 @@ def saved(state):
     return bytes(checkpoint.serialized(state))
 
 
-def take_up(folder):
-    """What train.py does with the checkpoints of `folder`: (progress, model, optimizer)."""
+def resumed(folder):
+    """What Run.restore does with the checkpoints of `folder`: (progress, model, optimizer)."""
     config = json.loads((folder / "config.json").read_text())
     model = build_model("se", width=8, seed=0)
-    optimizer = adam(model, 1e-3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=3)
-    cpu = torch.device("cpu")
-    parts = checkpoint.Parts(model, optimizer, scheduler, cpu)
-    return checkpoint.take_up(folder, parts, config), model, optimizer
+    optimizer = train.adam(model, 1e-3)
+    scheduler = train.cosine(optimizer, epochs=3)
+    parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, ema=None)
+    progress = checkpoint.resume(folder, parts, torch.device("cpu"), config)
+    return progress, model, optimizer
 
 
 def same_weights(model, state):
     return all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
 
 
-def test_bad_checkpoints_are_set_aside_and_the_one_before_is_used(stopped, tmp_path, capsys):
+def test_bad_checkpoints_are_renamed_and_the_one_before_is_used(stopped, tmp_path, capsys):
     folder = tmp_path / "folder"
     shutil.copytree(stopped / FOLDER, folder)
     before = checkpoint.load(folder / "prev.pt")
     for what, bad in damages(folder).items():
         (folder / "last.pt").write_bytes(bad)
-        progress, model, optimizer = take_up(folder)
+        progress, model, optimizer = resumed(folder)
         error = capsys.readouterr().err
-        assert is_one_line(error) and "last.pt is set aside as last.pt.corrupt" in error, what
+        assert is_one_line(error) and "last.pt renamed to last.pt.corrupt" in error, what
         assert (folder / "last.pt.corrupt").read_bytes() == bad and (folder / "prev.pt").exists()
-        assert progress.history == before["progress"]["history"] and progress.begun is None
+        assert progress.history == before["progress"]["history"] and progress.step == 0
         assert same_weights(model, before["model"]) and len(optimizer.state) > 0
         assert not os.path.exists("/tmp/a-checkpoint-ran-code")
 
 
-def test_without_a_good_checkpoint_it_starts_anew(stopped, tmp_path, capsys):
+def test_without_a_good_checkpoint_it_starts_from_scratch(stopped, tmp_path, capsys):
     folder = tmp_path / "folder"
     shutil.copytree(stopped / FOLDER, folder)
     fresh = build_model("se", width=8, seed=0).state_dict()
     for what, bad in damages(stopped / FOLDER).items():
         for name in ("last.pt", "prev.pt"):
             (folder / name).write_bytes(bad)
-        progress, model, optimizer = take_up(folder)
+        progress, model, optimizer = resumed(folder)
         assert len(capsys.readouterr().err.splitlines()) == 2, what
         assert progress == checkpoint.Progress() and not optimizer.state
         assert same_weights(model, fresh)
-        assert not [*folder.glob("*.pt"), *folder.glob("metrics.jsonl")]
+        assert not [*folder.glob("last.pt"), *folder.glob("prev.pt")]
 
 
 def test_a_run_with_a_bad_checkpoint_ends_as_it_should(stopped, whole, tmp_path, capsys):
@@ -326,7 +392,20 @@ def test_a_run_with_a_bad_checkpoint_ends_as_it_should(stopped, whole, tmp_path,
     shutil.copytree(stopped, runs)
     (runs / FOLDER / "last.pt").write_bytes(damages(stopped / FOLDER)["flipped"])
     assert train.main(["--model", "se", *FLAGS, "--runs", str(runs)]) == 0
-    assert "going on after epoch 2" in capsys.readouterr().out
+    assert "resuming in epoch 3, after 0 steps" in capsys.readouterr().out
+    assert_same_end(runs / FOLDER, whole[0])
+
+
+def test_a_run_from_scratch_keeps_nothing_of_bad_checkpoints(stopped, whole, tmp_path, monkeypatch):
+    runs = tmp_path / "runs"
+    shutil.copytree(stopped, runs)
+    for name in ("last.pt", "prev.pt"):
+        (runs / FOLDER / name).write_bytes(b"")
+    with monkeypatch.context() as patch:
+        stop_at(5, patch)
+        assert train.main(["--model", "se", *FLAGS, "--runs", str(runs)]) == 130
+    assert metrics_of(runs / FOLDER) == [] and not (runs / FOLDER / "best.pt").exists()
+    assert train.main(["--model", "se", *FLAGS, "--runs", str(runs)]) == 0
     assert_same_end(runs / FOLDER, whole[0])
 
 
@@ -337,7 +416,7 @@ def test_a_checkpoint_of_another_pytorch_is_used_and_said(stopped, tmp_path, cap
     (runs / FOLDER / "last.pt").write_bytes(saved(state | {"torch": "1.0"}))
     assert train.main(["--model", "se", *FLAGS, "--runs", str(runs)]) == 0
     out, error = capsys.readouterr()
-    assert is_one_line(error) and "written by PyTorch 1.0" in error and "going on" in out
+    assert is_one_line(error) and "written by PyTorch 1.0" in error and "resuming" in out
 
 
 def test_other_settings_are_refused_and_nothing_is_touched(stopped, tmp_path, capsys):
@@ -355,7 +434,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(stopped, tmp_path, ca
 
 
 def mutated(body, generator):
-    """One to three random changes: bytes overwritten, cut out, put in, or the end cut off."""
+    """One to three random changes: bytes overwritten, deleted, inserted, or the end cut off."""
     body = bytearray(body)
     for _ in range(generator.randint(1, 3)):
         at = generator.randrange(len(body) + 1)
@@ -372,24 +451,24 @@ def mutated(body, generator):
     return bytes(body)
 
 
-def test_mutated_checkpoints_are_whole_or_set_aside(stopped, tmp_path, capsys):
+def test_mutated_checkpoints_are_whole_or_renamed(stopped, tmp_path, capsys):
     folder = stopped / FOLDER
     body, good = (folder / "last.pt").read_bytes(), checkpoint.load(folder / "last.pt")
     fresh = build_model("se", width=8, seed=0).state_dict()
     generator = random.Random(0)
     for i in range(150):
-        place = tmp_path / str(i)
-        place.mkdir()
-        (place / "last.pt").write_bytes(other := mutated(body, generator))
-        shutil.copy(folder / "config.json", place)
-        progress, model, optimizer = take_up(place)
+        copy = tmp_path / str(i)
+        copy.mkdir()
+        (copy / "last.pt").write_bytes(other := mutated(body, generator))
+        shutil.copy(folder / "config.json", copy)
+        progress, model, optimizer = resumed(copy)
         if other == body:
             assert progress.history == good["progress"]["history"]
         else:
             assert is_one_line(capsys.readouterr().err) and not progress.history
-            assert (place / "last.pt.corrupt").exists() and not optimizer.state
+            assert (copy / "last.pt.corrupt").exists() and not optimizer.state
             assert same_weights(model, fresh)
-        shutil.rmtree(place)
+        shutil.rmtree(copy)
 
 
 def test_checkpoints_are_read_by_torch_load(stopped):
@@ -414,7 +493,7 @@ def test_mutated_json_is_one_line_or_the_run_as_it_was(finished_run, tmp_path, c
         assert "already complete" in out or code == 1
 
 
-def test_mutated_data_is_never_taken_for_the_data(tmp_path):
+def test_mutated_data_is_never_used(tmp_path):
     source = REPO / "data/FashionMNIST/raw"
     generator = random.Random(1)
     for path in source.glob("*ubyte"):
@@ -422,7 +501,7 @@ def test_mutated_data_is_never_taken_for_the_data(tmp_path):
     body = (source / "t10k-labels-idx1-ubyte").read_bytes()
     for _ in range(30):
         (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(mutated(body, generator))
-        with pytest.raises(data.DataError) as raised:
+        with pytest.raises(UserError) as raised:
             data.load_dataset("fashion_mnist", tmp_path)
         assert is_one_line(str(raised.value))
 
@@ -437,7 +516,8 @@ def test_two_processes_never_train_the_same_run(whole, tmp_path, capsys):
         time.sleep(0.01)
     assert train.main(["--model", "se", *FLAGS, "--runs", str(runs)]) == 1
     error = capsys.readouterr().err
-    assert is_one_line(error) and f"process {first.pid} on" in error and "another --runs" in error
+    assert is_one_line(error) and "another process is training in" in error
+    assert str(runs / FOLDER) in error and "another --runs" in error
     first.join(120)
     assert first.exitcode == 0
     assert_same_end(runs / FOLDER, whole[0])
@@ -447,25 +527,26 @@ def limit_files():
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
 
-class DeleteAt(StopAt):
-    """In place of watch_signals, and puts itself there: the folder of all runs goes, no signal."""
+class DeleteAt:
+    """In a child: the folder of all runs is deleted when the run asks for a signal the n-th time."""
 
     def __init__(self, n, runs):
-        super().__init__(n)
-        self.runs = runs
+        self.n, self.runs = n, runs
 
     def __call__(self):
-        train.watch_signals = lambda: self
+        calls = iter(range(1, self.n))
+        run.Run.leave_if_stopped = lambda _: next(calls, None) or shutil.rmtree(self.runs, True)
+        run.Run.last_save_took = property(lambda _: self.took, self.slow)
 
-    def leave_if_stopped(self):
-        self.n -= 1
-        if self.n == 0:
-            shutil.rmtree(self.runs)
+    def slow(self, _, took):
+        """Only the first epoch is saved, and the end."""
+        self.took = 60.0 if took else 0.0
 
 
-def test_a_folder_deleted_in_mid_run_is_no_result(tmp_path):
+@pytest.mark.parametrize("n", [5, 16, 34], ids=["before a save", "after one", "in the test"])
+def test_a_folder_deleted_in_mid_run_is_no_result(tmp_path, n):
     runs = tmp_path / "runs"
-    process = in_a_child(runs, DeleteAt(5, runs))
+    process = in_a_child(runs, DeleteAt(n, runs))
     process.join(60)
     log = (tmp_path / "runs.log").read_text()
     assert process.exitcode == 1 and "was moved or deleted" in log.splitlines()[-1]

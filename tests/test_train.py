@@ -7,13 +7,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import SMALL, is_one_line, script, train_small
+from conftest import SMALL, is_one_line, script, settings_of, train_small
 
 import data
 import train
-from kit import training_step
 from models import build_model
-from kit.settings import PUBLISHED, parse_settings
 
 TIMES = ("seconds", "images_per_second")
 
@@ -28,38 +26,33 @@ def result_of(folder):
     return json.loads((folder / "result.json").read_text())
 
 
-def test_the_published_recipe_stays_as_it_is():
-    settings = parse_settings(["--model", "se"])
-    recipe = train.RECIPES["published"]
-    assert {key: value for key, value in recipe.items() if value is not None} == {
-        "epochs": 50,
-        "batch_size": 64,
-        "lr": 1e-3,
-        "patience": 10,
-    }
-    assert (settings.recipe, settings.epochs, settings.lr, settings.width) == (
-        "published",
-        50,
-        1e-3,
-        64,
-    )
-    assert [half.item() for half in training_step.halves(torch.device("cpu"))] == [0.5, 0.5]
+def test_the_published_recipe_stays_as_it_is(fashion_mnist):
+    settings = settings_of("--model", "se")
+    not_used = {"limit_train": 0, "limit_test": 0, "weight_decay": 0, "warmup": 0, "ema": 0}
+    not_used |= {"label_smoothing": 0, "crop": 0, "flip": False, "randaugment": 0, "erase": 0}
+    not_used |= {"cutmix": 0, "mixup": 0}
+    used = {"epochs": 50, "batch_size": 64, "lr": 1e-3, "patience": 10, "normalize": "half"}
+    assert train.RECIPES["published"] == used | not_used
+    assert {key: getattr(settings, key) for key in used} == used
+    assert (settings.recipe, settings.width) == ("published", 64)
+    mean_and_std = fashion_mnist.mean_and_std(settings.normalize, torch.device("cpu"))
+    assert [value.item() for value in mean_and_std] == [0.5, 0.5]
     assert not settings.quick and settings.overrides == {}
 
 
 def test_explicit_flags_win_over_the_recipe():
-    settings = parse_settings(["--model", "se", "--recipe", "quick", "--epochs", "3"])
+    settings = settings_of("--model", "se", "--recipe", "quick", "--epochs", "3")
     assert (settings.epochs, settings.limit_train, settings.limit_test) == (3, 1920, 1000)
     assert settings.overrides == {"epochs": 3} and settings.quick
-    assert not parse_settings(["--model", "se", "--lr", "0.01"]).quick
-    assert parse_settings(["--model", "se", "--width", "16"]).quick
-    bf16 = parse_settings(["--model", "se", "--precision", "bf16", "--device", "cpu"])
+    assert not settings_of("--model", "se", "--lr", "0.01").quick
+    assert settings_of("--model", "se", "--width", "16").quick
+    bf16 = settings_of("--model", "se", "--precision", "bf16", "--device", "cpu")
     assert bf16.overrides == {"precision": "bf16"} and not bf16.quick
 
 
 def test_a_short_recipe_is_quick_whatever_its_name(monkeypatch):
-    monkeypatch.setitem(train.RECIPES, "toy", PUBLISHED | {"limit_train": 128})
-    settings = parse_settings(["--model", "se", "--recipe", "toy"])
+    monkeypatch.setitem(train.RECIPES, "toy", train.PUBLISHED | {"limit_train": 128})
+    settings = settings_of("--model", "se", "--recipe", "toy")
     assert settings.quick and settings.overrides == {}
 
 
@@ -100,8 +93,8 @@ def test_best_weights_give_the_predictions_and_the_accuracy(finished_run, fashio
     assert predictions.dtype == np.uint8 and predictions.tolist() == expected.tolist()
     labels = np.load(finished_run / "test_labels.npy")
     assert labels.tolist() == fashion_mnist.test_labels[:100].tolist()
-    hits = (expected == fashion_mnist.test_labels[:100]).sum().item()
-    assert result_of(finished_run)["test_acc"] == pytest.approx(hits)
+    correct = (expected == fashion_mnist.test_labels[:100]).sum().item()
+    assert result_of(finished_run)["test_acc"] == pytest.approx(correct)
 
 
 def test_the_loop_equals_an_obvious_one(finished_run, fashion_mnist):
@@ -117,7 +110,7 @@ def test_the_loop_equals_an_obvious_one(finished_run, fashion_mnist):
         for group in optimizer.param_groups:
             group["lr"] = 1e-3 * (1 + math.cos(math.pi * (epoch - 1) / 2)) / 2
         model.train()
-        order, total, hits = data.shuffled(train_idx, 0, epoch), 0.0, 0
+        order, total, correct = data.shuffled(train_idx, 0, epoch), 0.0, 0
         for batch in (order[:64], order[64:128], order[128:]):
             logits = model(images[batch])
             loss = F.cross_entropy(logits, labels[batch])
@@ -125,11 +118,12 @@ def test_the_loop_equals_an_obvious_one(finished_run, fashion_mnist):
             loss.backward()
             optimizer.step()
             total += loss.item() * len(batch)
-            hits += (logits.argmax(1) == labels[batch]).sum().item()
+            correct += (logits.argmax(1) == labels[batch]).sum().item()
         with torch.no_grad():
             logits = model.eval()(images[val_idx])
         row = {"epoch": epoch, "lr": optimizer.param_groups[0]["lr"], "train_loss": total / 160}
-        row |= {"train_acc": 100 * hits / 160, "val_loss": F.cross_entropy(logits, labels[val_idx])}
+        row["train_acc"] = 100 * correct / 160
+        row["val_loss"] = F.cross_entropy(logits, labels[val_idx])
         row["val_acc"] = 100 * (logits.argmax(1) == labels[val_idx]).float().mean().item()
         expected.append({key: pytest.approx(float(value), rel=1e-6) for key, value in row.items()})
     assert metrics_of(finished_run) == expected
@@ -251,6 +245,9 @@ def test_dry_run_goes_through_and_keeps_nothing(tmp_path, capsys, precision):
         (["--model", "se", "--batch-size", "x"], "--batch-size"),
         (["--model", "se", "--device", "gpu"], "gpu"),
         (["--model", "se", "--device", "cpu", "--precision", "tf32"], "tf32"),
+        (["--model", "se", "--position", "conv1"], "--position"),
+        (["--model", "baseline", "--position", "blocks"], "baseline has no attention"),
+        (["--model", "eca", "--reduction", "8"], "eca has no reduction"),
         ([], "--model"),
     ],
 )
@@ -280,3 +277,30 @@ def test_missing_data_is_one_line(tmp_path):
     done = script("train.py", "--model", "se", *SMALL, *flags)
     assert done.returncode == 1 and "t10k-labels-idx1-ubyte" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags", [["--limit-train", "65"], ["--batch-size", "1"]])
+def test_a_batch_of_one_image_is_refused(tmp_path, capsys, flags):
+    """BatchNorm's statistics of one image on a map of one position are undefined."""
+    assert train_small("se", tmp_path / "runs", *flags) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "--batch-size" in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_adam_is_adam():
+    """Algorithm 1 of Kingma and Ba (arXiv 1412.6980), in float64."""
+    layer = torch.nn.Linear(7, 5)
+    weight, m, v = layer.weight.detach().double(), 0.0, 0.0
+    optimizer = train.adam(layer, 1e-3)
+    scheduler = train.cosine(optimizer, epochs=4)
+    for t in range(1, 5):
+        optimizer.zero_grad()
+        layer(torch.rand(3, 7)).square().sum().backward()
+        gradient = layer.weight.grad.double()
+        optimizer.step()
+        scheduler.step()
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        lr = 1e-3 * (1 + math.cos(math.pi * (t - 1) / 4)) / 2
+        weight -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        assert torch.allclose(layer.weight.double(), weight, rtol=1e-6, atol=1e-8)

@@ -1,0 +1,220 @@
+"""The modes of a training step: which one is taken, and that a mode that fails leaves no trace.
+
+That each of them is the same step: test_fast.py.
+"""
+
+import json
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO, assert_same, is_one_line, script, stop_at, train_small
+
+import train
+from kit import checkpoint, fast
+from kit.ema import EMA
+from models import build_model
+
+CPU = torch.device("cpu")
+FOLDER = "fashion_mnist/published/baseline/seed0"
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
+def result_of(runs):
+    return json.loads((runs / FOLDER / "result.json").read_text())
+
+
+def losses_of(folder):
+    rows = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(row)["train_loss"] for row in rows]
+
+
+# --- Which mode -----------------------------------------------------------------------------------
+
+
+def test_auto_takes_what_pays():
+    cuda = torch.device("cuda")
+    assert fast.choose_mode("auto", CPU, steps=30) == "eager"
+    assert fast.choose_mode("auto", CPU, steps=50 * 843) == "compile"
+    assert fast.choose_mode("auto", cuda, steps=30) == "graph"
+    assert fast.choose_mode("auto", cuda, steps=50 * 843) == "compile+graph"
+    assert fast.choose_mode("eager", cuda, steps=50 * 843) == "eager"
+    assert fast.choose_precision("auto", CPU) == "fp32"
+    assert fast.choose_precision("bf16", CPU) == "bf16"
+
+
+@pytest.mark.parametrize(
+    "flags", [["--mode", "graph"], ["--mode", "compile+graph"], ["--precision", "tf32"]]
+)
+def test_what_a_cpu_cannot_do_is_one_line(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--model", "se", "--device", "cpu", *flags])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and is_one_line(error) and "needs a CUDA GPU" in error
+
+
+def test_a_run_of_less_than_a_batch_is_eager(tmp_path):
+    flags = ["--epochs", "1", "--batch-size", "200", "--mode", "compile"]
+    assert train_small("baseline", tmp_path, *flags) == 0
+    assert result_of(tmp_path)["mode"] == "eager"
+
+
+def test_a_run_is_not_resumed_in_another_mode(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    flags = ["--epochs", "2", "--mode"]
+    assert train_small("baseline", tmp_path, *flags, "compile") == 0
+    (tmp_path / FOLDER / "result.json").unlink()
+    assert train_small("baseline", tmp_path, *flags, "eager") == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "mode = compile" in error
+    assert train_small("baseline", tmp_path, *flags, "compile") == 0
+    assert train_small("baseline", tmp_path, *flags, "auto") == 0  # complete, in whatever mode
+
+
+def test_compiled_training_is_repeatable_and_near_eager_training(tmp_path):
+    losses = {}
+    for name, mode in (("a", "compile"), ("b", "compile"), ("eager", "eager")):
+        flags = ["--epochs", "2", "--mode", mode]
+        assert train_small("baseline", tmp_path / name, *flags) == 0
+        losses[name] = losses_of(tmp_path / name / FOLDER)
+        result = result_of(tmp_path / name)
+        assert result["mode"] == mode and result["fallback"] is None
+        assert result["overrides"].keys() == {"epochs", "limit_train", "limit_test", "width"}
+    assert losses["a"] == losses["b"]
+    assert losses["a"] == pytest.approx(losses["eager"], rel=1e-3)
+
+
+def test_more_than_eight_functions_of_one_piece_of_code_are_all_compiled():
+    compilations = []
+
+    def backend(graph, inputs):
+        compilations.append(graph)
+        return graph.forward
+
+    def times(factor):
+        return fast.compiled(lambda x: x * factor, backend=backend)
+
+    functions = [times(factor) for factor in range(12)]
+    assert [f(torch.ones(1)).item() for f in functions] == list(range(12))
+    assert len(compilations) == 12
+
+
+# --- Falling back ---------------------------------------------------------------------------------
+
+
+class Small:
+    """A narrow CBAM model on 40 random images, as train.py would set it up, and its step."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randn(40, 1, 28, 28, generator=generator)
+        self.labels = torch.randint(0, 10, (40,), generator=generator)
+        self.model = build_model("cbam_blocks", width=8, seed=0)
+        self.model.to(memory_format=torch.channels_last).train()
+        self.optimizer, self.ema = train.adam(self.model, 1e-3), EMA(self.model, 0.9)
+        self.parts = dict(model=self.model, optimizer=self.optimizer, ema=self.ema)
+
+    def forward(self, idx):
+        logits = self.model(self.images[idx])
+        return F.cross_entropy(logits, self.labels[idx]), (logits.argmax(1) == self.labels[idx])
+
+    def step(self, idx, forward=None):
+        self.optimizer.zero_grad()
+        loss, correct = (forward or self.forward)(idx)
+        loss.backward()
+        self.optimizer.step()
+        self.ema.update()
+        return loss.detach(), correct
+
+    @property
+    def state(self):
+        return checkpoint.copied(checkpoint.get_state(self.parts, CPU))
+
+    def fast(self, mode):
+        """What Run.speed_up does."""
+        before = self.state
+        return fast.fast(
+            self.step, self.forward, mode, (torch.arange(16),),
+            lambda: checkpoint.load_state(before, self.parts, CPU),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("steps_before", [0, 2])
+@pytest.mark.parametrize("fails", [True, False])
+def test_neither_a_failed_mode_nor_a_warm_up_leaves_a_trace(steps_before, fails, monkeypatch):
+    def compile_or_fail(forward, **options):
+        def failing(idx):
+            forward(idx)[0].backward()  # BatchNorm's buffers and gradients are changed by now
+            torch.rand(3)
+            raise NotImplementedError("no such compiler\nand a long trace")
+
+        return failing if fails else forward
+
+    monkeypatch.setattr(torch, "compile", compile_or_fail)
+    batches = torch.arange(16), torch.arange(16, 32), torch.arange(32, 40)
+    expected, small = Small(), Small()
+    for each in (expected, small):
+        for _ in range(steps_before):
+            each.step(torch.arange(8, 24))
+    before, addresses = small.state, [v.data_ptr() for v in small.model.state_dict().values()]
+    step, mode, failures = small.fast("compile")
+    assert mode == ("eager" if fails else "compile") and len(failures) == fails
+    assert all("NotImplementedError: no such" in f and "\n" not in f for f in failures)
+    found = small.state
+    if not steps_before:  # Adam makes its state in its first step: all of it is 0 until then
+        assert all((v == 0).all() for s in small.optimizer.state.values() for v in s.values())
+        found["optimizer"]["state"] = {}
+    assert_same(found, before)
+    assert [v.data_ptr() for v in small.model.state_dict().values()] == addresses
+    for batch in batches:  # the last one is partial
+        assert_same(step(batch), expected.step(batch))
+    assert_same(small.state | {"rng": None}, expected.state | {"rng": None})
+
+
+@pytest.mark.slow
+def test_without_a_compiler_it_trains_eagerly_and_says_so(tmp_path):
+    flags = ["--width", "8", "--limit-train", "160", "--limit-test", "100", "--epochs", "1"]
+    flags += ["--device", "cpu", "--mode", "compile", "--runs", tmp_path / "runs"]
+    environment = os.environ | {
+        "CXX": "/bin/false",
+        "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache"),
+    }
+    done = script("train.py", "--model", "baseline", *flags, env=environment)
+    assert done.returncode == 0 and is_one_line(done.stderr)
+    assert "mode compile failed" in done.stderr and "training in mode eager" in done.stderr
+    result = result_of(tmp_path / "runs")
+    assert result["mode"] == "eager" and "mode compile failed" in result["fallback"]
+
+
+# --- On a GPU -------------------------------------------------------------------------------------
+
+ON_GPU = ["--model", "baseline", "--limit-train", "1000", "--limit-test", "100", "--keep-last"]
+ON_GPU += ["--data-dir", str(REPO / "data"), "--patience", "50"]
+
+
+@needs_gpu
+def test_a_graphed_run_stopped_and_resumed_ends_the_same(tmp_path):
+    """1,000 images are 15 steps of 64 and one of 40: it stops within the second epoch."""
+    flags = [*ON_GPU, "--epochs", "3", "--mode", "graph", "--runs"]
+    assert train.main([*flags, str(tmp_path / "whole")]) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(25, patch)
+        assert train.main([*flags, str(tmp_path / "parts")]) == 130
+    assert train.main([*flags, str(tmp_path / "parts")]) == 0
+    ends = [checkpoint.load(tmp_path / runs / FOLDER / "last.pt") for runs in ("whole", "parts")]
+    for part in ("model", "optimizer"):
+        assert_same(*(end[part] for end in ends))
+    assert ends[0]["config"]["mode"] == "graph"
+
+
+@needs_gpu
+def test_a_graph_trains_as_eager_mode_does(tmp_path):
+    """The same kernels, so the same figures; the partial batch is run in eager mode."""
+    losses = []
+    for mode in ("eager", "graph"):
+        flags = [*ON_GPU, "--epochs", "2", "--mode", mode, "--runs", str(tmp_path / mode)]
+        assert train.main(flags) == 0
+        assert result_of(tmp_path / mode)["fallback"] is None
+        losses.append(losses_of(tmp_path / mode / FOLDER))
+    assert losses[0] == losses[1]
