@@ -64,16 +64,13 @@ def read_config(path: Path) -> dict:
     return config
 
 
-def load_dataset(configs: list[dict], paths: list[Path], args) -> data.ImageData:
+def load_dataset(configs: list[dict], args) -> data.ImageData:
     """What all the runs were trained on, with the test images that are used. Raises UserError."""
     first = configs[0]
-    for path, config in zip(paths, configs, strict=True):
-        # Older runs have no digest of the data.
-        same_data = (
-            not (config.get("data") and first.get("data")) or config["data"] == first["data"]
-        )
-        if not same_data or any(config.get(k) != first.get(k) for k in ("dataset", "image_size")):
-            raise UserError(f"{path} has other data than {paths[0]}: compare like with like")
+    names = {(config["dataset"], config.get("image_size")) for config in configs}
+    digests = {config.get("data") for config in configs} - {None}  # some older runs have none
+    if len(names) > 1 or len(digests) > 1:
+        raise UserError("the runs were trained on different data: compare like with like")
     folder = args.data_dir or Path(first["data_dir"])
     dataset = data.load_dataset(first["dataset"], folder, first.get("image_size"))
     limits = [config["limit_test"] or LIMIT_TEST for config in configs]
@@ -269,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.keep and is_kept(paths, configs, args):
         print(f"kept: {args.out / 'explain.json'}")
         return
-    dataset = load_dataset(configs, paths, args)
+    dataset = load_dataset(configs, args)
     check_writable(args.out)
     rows, drawn = [], []
     with tqdm(total=STEPS * len(paths), disable=None, leave=False) as bar:

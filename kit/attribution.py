@@ -1,7 +1,7 @@
 """Where a model looks and what its attention does: Grad-CAM, gates, and whether to believe them.
 
 Grad-CAM: Selvaraju et al., ICCV 2017 (arXiv 1610.02391). Deletion and insertion: Petsiuk et al.,
-BMVC 2018 (1806.07421). Maps must change with the weights: Adebayo et al., NeurIPS 2018 (1810.03292).
+BMVC 2018 (1806.07421). Sanity check by random weights: Adebayo et al., NeurIPS 2018 (1810.03292).
 
 A gate is what an attention module multiplies its input by. It is measured as output / input, so
 that every module has one, and averaged over the positions of each channel (a number per channel) or

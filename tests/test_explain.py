@@ -1,7 +1,9 @@
 """Grad-CAM against its closed form and captum, gates against formulas, and the real script."""
 
 import argparse
+import itertools
 import json
+from pathlib import Path
 
 import matplotlib.image
 import pytest
@@ -11,8 +13,9 @@ import torch.nn.functional as F
 from conftest import REPO, is_one_line, train_small
 
 import explain
-from kit import attribution
+from kit import attribution, pictures
 from kit.attribution import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
+from kit.command_line import UserError
 from models import ATTENTION, MODELS, build_model
 
 IMAGES = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -305,12 +308,10 @@ def test_runs_that_share_model_and_seed_have_pictures_of_their_own():
         ({"data_dir": None}, "data_dir is None"),
         ({"dataset": ["a"]}, "dataset is"),
         ({"base_model": "foo"}, "unknown model 'foo'"),
-        ({"base_model": ["se"]}, "base_model is"),
         ({"limit_test": "abc"}, "limit_test is abc"),
         ({"model": "../../evil"}, "no model ../../evil"),
         ({"seed": "../x"}, "seed is"),
         ({"reduction": "x"}, "does not load"),
-        ({"position": ["x"]}, "does not load"),
     ],
 )
 def test_an_odd_config_is_one_line(finished_run, tmp_path, capsys, change, words):
@@ -321,6 +322,51 @@ def test_an_odd_config_is_one_line(finished_run, tmp_path, capsys, change, words
     assert explain.main(flags) == 1
     error = capsys.readouterr().err
     assert is_one_line(error) and words in error
+
+
+@pytest.mark.parametrize("key", ["position", "place"])
+def test_configs_of_older_runs_say_place(fashion_mnist, key):
+    config = {"model": "se_classifier", "base_model": "se", "width": 4, key: "classifier"}
+    model = explain.load_model(Path("best.pt"), config, fashion_mnist, seed=0)
+    assert list(attention_modules(model)) == ["attention"]
+
+
+def test_runs_with_other_data_are_not_compared(fashion_mnist):
+    args = argparse.Namespace(limit_test=5, images=None, data_dir=REPO / "data")
+    run = {"dataset": "fashion_mnist", "data": "a", "limit_test": None}
+    older = run | {"data": None}  # no digest
+    assert len(explain.load_dataset([run, older], args).test_images) == 5
+    for other in ({"data": "b"}, {"dataset": "mnist"}, {"image_size": 32}):
+        with pytest.raises(UserError, match="different data"):
+            explain.load_dataset([run, older, run | other], args)
+
+
+def test_texts_of_the_pictures_do_not_touch(fashion_mnist, tmp_path, monkeypatch):
+    n, figures = 10, []
+    shown = pictures.Explained(
+        name="cbam_blocks_static, seed 0, published",
+        choice="Images: of a test.",
+        quick=True,
+        classes=fashion_mnist.classes,
+        pixels=fashion_mnist.test_images[:n],
+        labels=[0] * n,
+        predictions=[9] * n,  # "Ankle boot" everywhere, bold
+        probabilities=[1.0] * n,
+        cams={layer: torch.rand(n, 28, 28) for layer in attribution.LAYERS},
+        gate_maps={f"layer{i}": torch.rand(n, 4, 4) for i in range(1, 5)},
+        gates_by_class={f"layer{i}": torch.rand(10, 16) for i in range(1, 5)},
+    )
+    monkeypatch.setattr(pictures.plt, "close", figures.append)
+    pictures.draw_model(shown, tmp_path / "model.png")
+    pictures.draw_comparison([shown] * 3, tmp_path / "compare.png")
+    for figure in figures:
+        figure.set_dpi(200)
+        figure.canvas.draw()
+        texts = [text for text in figure.axes[0].texts if text.get_text()]
+        assert min(text.get_fontsize() for text in texts) >= 7 and figure.get_figwidth() <= 7.2
+        boxes = [text.get_window_extent() for text in texts]
+        assert all(b.x0 >= 0 and b.x1 <= figure.bbox.x1 and b.y0 >= 0 for b in boxes)
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
 
 
 def test_weights_that_give_nan_are_one_line(finished_run, tmp_path, capsys):
@@ -338,7 +384,7 @@ def test_rows_of_gates_are_those_of_their_classes(finished_run, tmp_path, fashio
     config = explain.read_config(finished_run / "best.pt")
     asked = dict(device=torch.device("cpu"), limit_test=6, limit_cam=1, images=None)
     args = argparse.Namespace(**asked, data_dir=REPO / "data")
-    dataset = explain.load_dataset([config], [finished_run / "best.pt"], args)
+    dataset = explain.load_dataset([config], args)
     _, drawn = explain.explain("x", finished_run / "best.pt", dataset, config, args)
     there = set(fashion_mnist.test_labels[:6].tolist())
     for gates in drawn.gates_by_class.values():
