@@ -315,6 +315,19 @@ def build_model(
     come from it. `position` (of POSITIONS) and `reduction` replace those of the model's attention.
     Raises ValueError for unknown names and for what the model does not have.
     """
+    module, position = find_module(name, position, reduction)
+    with torch.random.fork_rng(devices=[], enabled=seed is not None):
+        if seed is not None:
+            # The CPU's generator alone: torch.manual_seed would reseed the GPUs too.
+            torch.default_generator.manual_seed(seed)
+        model = ResNet18(num_classes, in_channels, width)
+        if module:
+            insert(model, position, module)
+    return model
+
+
+def find_module(name: str, position: str | None, reduction: int | None) -> tuple:
+    """(module, position) that build_model takes. Raises ValueError."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
     module, own_position = MODELS[name]
@@ -324,14 +337,7 @@ def build_model(
         if not module or "reduction" not in inspect.signature(module).parameters:
             raise ValueError(f"model {name} has no reduction that could be set")
         module = partial(module, reduction=reduction)
-    with torch.random.fork_rng(devices=[], enabled=seed is not None):
-        if seed is not None:
-            # The CPU's generator alone: torch.manual_seed would reseed the GPUs too.
-            torch.default_generator.manual_seed(seed)
-        model = ResNet18(num_classes, in_channels, width)
-        if module:
-            insert(model, position or own_position, module)
-    return model
+    return module, position or own_position
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -23,12 +23,13 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from tqdm import trange
 
 import data
+import models
 from kit.command_line import UserError, exit_code
 from kit.ema import EMA
 from kit.fast import autocast, set_up_torch
 from kit.run import Run
 from kit.settings import parse_settings
-from models import MODELS, POSITIONS, build_model
+from models import build_model
 
 # --- Recipes: every setting, its published value and what it does; 0: not used --------------------
 
@@ -227,7 +228,7 @@ def stop_if_not_finite(losses, val_loss: float, epoch: int, lr: float) -> None:
 @exit_code
 def main(argv: list[str] | None = None) -> int:
     """The script, with `argv` in place of the command line; the exit code."""
-    settings = parse_settings(argv, __doc__, SETTINGS, RECIPES, MODELS, POSITIONS, data.resolve)
+    settings = parse_settings(argv, __doc__, SETTINGS, RECIPES, models, data)
     with Run(settings) as run:
         result = run.result or run.complete(train(settings, run))
     return run.verdict(result)

@@ -129,9 +129,9 @@ class Run:
             env["changes"] = changes  # so that they are not forgotten
             where = f"epoch {self.progress.epochs + 1}, after {self.progress.step:,} steps"
             print(f"resuming in {where}{in_brackets(changes)}")
-        self.write_best_and_metrics()
         write_json(folder / "config.json", self.config)
         write_json(folder / "env.json", env)
+        self.write_best_and_metrics()
         self.writer = open_writer(folder, self.stack)
         for row in self.progress.history:
             log_epoch(self.writer, row)
@@ -169,7 +169,6 @@ class Run:
 
     def log_and_save(self) -> None:
         """After an epoch: TensorBoard, metrics.jsonl, a line on the terminal, last.pt."""
-        self.check_folder()
         row, best = self.progress.history[-1], self.progress.best_epoch == self.progress.epochs
         log_epoch(self.writer, row)
         if time.perf_counter() - self.saved_at >= 100 * self.last_save_took:
@@ -204,6 +203,7 @@ class Run:
 
     def write_best_and_metrics(self, best: bool = True) -> None:
         """From the progress, so that whenever the process is killed they belong together."""
+        self.check_folder()
         if best and self.progress.best:
             write_atomically(self.folder / "best.pt", serialized(self.progress.best))
         elif best:
@@ -224,7 +224,6 @@ class Run:
 
     def complete(self, accuracies: dict) -> dict:
         """Writes result.json, which is returned."""
-        self.check_folder()
         self.save() if self.settings.keep_last else self.write_best_and_metrics()
         s, loader, history = self.settings, self.loader, self.progress.history
         seconds, best_epoch = sum(row["seconds"] for row in history), self.progress.best_epoch
@@ -265,16 +264,8 @@ class Run:
         if self.settings.dry_run:
             print("dry run: one batch of each kind went through; nothing was kept")
             return 0
-        print(
-            f"test accuracy {result['test_acc']:.2f}% with the best weights (epoch "
-            f"{result['best_epoch']}, validation {result['val_acc']:.2f}%), "
-            f"{result['test_acc_last']:.2f}% with the last; epochs: {result['epochs_run']}, "
-            f"training: {result['train_seconds']:.0f} s"
-            + ("; a smoke test, not a result" if result["quick"] else "")
-        )
-        target = self.settings.target_acc
-        if target is not None and result["test_acc"] < target:
-            raise UserError(
-                f"test accuracy {result['test_acc']:.2f}% misses {target:g}%, the target"
-            )
+        run_folder.print_result(result)
+        accuracy, target = result["test_acc"], self.settings.target_acc
+        if target is not None and accuracy < target:
+            raise UserError(f"test accuracy {accuracy:.2f}% misses the target of {target:g}%")
         return 0

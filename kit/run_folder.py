@@ -101,6 +101,15 @@ def read_json(path: Path, advice: str = "use --overwrite to start from scratch",
     return content
 
 
+def print_result(result: dict) -> None:
+    print(
+        f"test accuracy {result['test_acc']:.2f}% with the best weights (epoch "
+        f"{result['best_epoch']}, validation {result['val_acc']:.2f}%), "
+        f"{result['test_acc_last']:.2f}% with the last; epochs: {result['epochs_run']}, training: "
+        f"{result['train_seconds']:.0f} s{'; a smoke test, not a result' * result['quick']}"
+    )
+
+
 def write_json(path: Path, content: dict) -> None:
     write_atomically(path, json.dumps(content, indent=2) + "\n")
 

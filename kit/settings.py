@@ -39,13 +39,13 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
-def train_parser(description: str, table: dict, recipes: dict, models, positions):
-    """All flags of train.py. table: {setting: (published value, what it is)}."""
+def train_parser(description: str, table: dict, recipes: dict, models):
+    """All flags of train.py. table: {setting: (published value, what it is)}; models: models.py."""
     parser = make_parser(description)
     add, default = parser.add_argument, "default: %(default)s"
     count = number(int, 1, 1e9)
-    add("--model", required=True, choices=models)
-    add("--position", choices=positions, help="put the model's attention there instead")
+    add("--model", required=True, choices=models.MODELS)
+    add("--position", choices=models.POSITIONS, help="put the model's attention there instead")
     add("--reduction", type=count, help="of the module's hidden width; default: the module's own")
     add("--dataset", default="fashion_mnist", help=f"a name, or a folder of images; {default}")
     add("--image-size", type=int, help="pixels that the images of a folder are resized to")
@@ -75,12 +75,12 @@ def train_parser(description: str, table: dict, recipes: dict, models, positions
     return parser
 
 
-def parse_settings(argv, description, table, recipes, models, positions, resolve):
+def parse_settings(argv, description, table, recipes, models, data) -> argparse.Namespace:
     """All settings, resolved: explicit flags win over the recipe. Exits with 2 on wrong usage.
 
-    resolve(dataset, image_size) -> (dataset, the name its results go by), or a ValueError.
+    models, data: the scripts of these names, which nothing in kit imports.
     """
-    parser = train_parser(description, table, recipes, models, positions)
+    parser = train_parser(description, table, recipes, models)
     settings = parser.parse_args(argv)
     recipe, published = recipes[settings.recipe], recipes["published"]
     for name, value in recipe.items():
@@ -92,7 +92,8 @@ def parse_settings(argv, description, table, recipes, models, positions, resolve
     if settings.warmup >= settings.epochs:
         parser.error(f"--warmup {settings.warmup} must be less than --epochs {settings.epochs}")
     try:
-        found = resolve(settings.dataset, settings.image_size)
+        models.find_module(settings.model, settings.position, settings.reduction)
+        found = data.resolve(settings.dataset, settings.image_size)
         settings.dataset, settings.dataset_name = found
         settings.device = choose_device(settings.device)
     except ValueError as error:

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 import data
+import models
 import train
 from kit.command_line import Stopped
 from kit.run import Run
 from kit.settings import parse_settings
-from models import MODELS, POSITIONS
 
 REPO = Path(__file__).resolve().parent.parent
 # A run of a second or two: narrow, three batches an epoch, the last of them partial.
@@ -50,9 +50,7 @@ def train_small(model, runs, *flags):
 
 def settings_of(*flags):
     """As train.py parses them."""
-    return parse_settings(
-        list(flags), "", train.SETTINGS, train.RECIPES, MODELS, POSITIONS, data.resolve
-    )
+    return parse_settings(list(flags), "", train.SETTINGS, train.RECIPES, models, data)
 
 
 def stop_at(n, patch, error=lambda: Stopped(signal.SIGINT)):

@@ -12,14 +12,12 @@ GPU are skipped without one; with one, nothing is slow.
 import pytest
 import torch
 import torch.nn as nn
-from conftest import REPO
+from conftest import REPO, settings_of
 
-import data
 import train
 from kit.fast import MODES, PRECISIONS, why_not
 from kit.run import Run
-from kit.settings import parse_settings
-from models import MODELS, POSITIONS
+from models import MODELS
 
 # In fp32 every tensor is judged by itself. In TF32 and bf16 rounding alone makes gradients that are
 # sums of cancelling terms wrong by their own size, so all tensors of a kind are judged together.
@@ -103,9 +101,7 @@ def steps_of(model, mode, precision, runs, *flags):
     argv = ["--model", model, "--mode", mode, "--precision", precision, "--device", DEVICE, *flags]
     argv += ["--width", "8", "--limit-train", "128", "--limit-test", "64", "--runs", str(runs)]
     argv += ["--data-dir", str(REPO / "data"), "--overwrite"]
-    settings = parse_settings(
-        argv, "", train.SETTINGS, train.RECIPES, MODELS, POSITIONS, data.resolve
-    )
+    settings = settings_of(*argv)
     with pytest.raises(Done), Probe(settings) as run:
         train.train(settings, run)
     return run.found, run.mode, run.failures
