@@ -10,9 +10,9 @@ What figures depend on
 
 A run
     settings        the flags of train.py, made from its tables
-    run             resume, signals, saving, logging, result.json;  run_folder: whose files are these
+    run             resume, signals, saving, logging, result.json;  run_folder: its files
     checkpoint      last.pt: states saved, verified, loaded in place
-    tensorboard_log, environment (env.json), command_line (errors, exit codes), files (atomic writes)
+    tensorboard_log, environment (env.json), command_line (errors, exit codes), files
 
 The report and the pictures
     results         run folders, benchmark.json, explain.json: read and checked
