@@ -1,12 +1,11 @@
 """Writing files so that a reader finds the whole of a file or none of it.
 
 `torch.save` or `write_text` straight onto the final name leaves half a file behind when the process
-is killed or the disk is full. Everything this project writes, TensorBoard's event files aside,
-goes through `write_atomically`.
+is killed or the disk is full. Everything this project writes, TensorBoard's event files aside, goes
+through `write_atomically`.
 """
 
 import os
-import tempfile
 from pathlib import Path
 
 
@@ -19,24 +18,23 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(
-        dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"
-    )
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(body.encode() if isinstance(body, str) else body)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp gives 0600: results are for others to read too
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
-        sync_folder(path.parent)
     except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk does not say whose
         raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)  # names of files, too, are on disk only after an fsync
+    os.close(folder)
 
 
 def check_writable(folder: Path) -> None:
@@ -44,12 +42,3 @@ def check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written: choose another --out")
-
-
-def sync_folder(folder: Path) -> None:
-    """Names of files, too, are on disk only after an fsync: that of their folder."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
