@@ -225,7 +225,8 @@ def stop_if_not_finite(losses, val_loss: float, epoch: int, lr: float) -> None:
 @exit_code
 def main(argv: list[str] | None = None) -> int:
     """The script, with `argv` in place of the command line; the exit code."""
-    settings = parse_settings(argv, __doc__, SETTINGS, RECIPES, MODELS, POSITIONS, data.resolve)
+    tables = SETTINGS, RECIPES, MODELS, POSITIONS
+    settings = parse_settings(argv, __doc__, *tables, data.resolve, build_model)
     with Run(settings) as run:
         result = run.result or run.complete(train(settings, run))
     return run.verdict(result)

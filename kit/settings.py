@@ -75,10 +75,11 @@ def train_parser(description: str, table: dict, recipes: dict, models, positions
     return parser
 
 
-def parse_settings(argv, description, table, recipes, models, positions, resolve):
+def parse_settings(argv, description, table, recipes, models, positions, resolve, build):
     """All settings, resolved: explicit flags win over the recipe. Exits with 2 on wrong usage.
 
     resolve(dataset, image_size) -> (dataset, the name its results go by), or a ValueError.
+    build: models.build_model, which raises one for what a model does not have.
     """
     parser = train_parser(description, table, recipes, models, positions)
     settings = parser.parse_args(argv)
@@ -95,6 +96,8 @@ def parse_settings(argv, description, table, recipes, models, positions, resolve
         found = resolve(settings.dataset, settings.image_size)
         settings.dataset, settings.dataset_name = found
         settings.device = choose_device(settings.device)
+        if moved := {k: v for k in ("position", "reduction") if (v := getattr(settings, k))}:
+            build(settings.model, width=settings.width, seed=0, **moved)
     except ValueError as error:
         parser.error(str(error))
     if impossible := why_not(settings.mode, settings.precision, settings.device):

@@ -16,7 +16,7 @@ import train
 from kit.command_line import Stopped
 from kit.run import Run
 from kit.settings import parse_settings
-from models import MODELS, POSITIONS
+from models import MODELS, POSITIONS, build_model
 
 REPO = Path(__file__).resolve().parent.parent
 # A run of a second or two: narrow, three batches an epoch, the last of them partial.
@@ -50,9 +50,8 @@ def train_small(model, runs, *flags):
 
 def settings_of(*flags):
     """As train.py parses them."""
-    return parse_settings(
-        list(flags), "", train.SETTINGS, train.RECIPES, MODELS, POSITIONS, data.resolve
-    )
+    tables = train.SETTINGS, train.RECIPES, MODELS, POSITIONS
+    return parse_settings(list(flags), "", *tables, data.resolve, build_model)
 
 
 def stop_at(n, patch, error=lambda: Stopped(signal.SIGINT)):
