@@ -120,8 +120,9 @@ class Loader:
         self.n_train = len(self.train_idx)
         if self.n_train < 2 or 1 in (self.batch_size, self.n_train % self.batch_size):
             raise UserError(
-                f"{self.n_train:,} training images in batches of {self.batch_size} leave one of a "
-                "single image, and BatchNorm needs two: use another --batch-size"
+                f"{self.n_train:,} training images in batches of {self.batch_size} leave a batch "
+                "of one image or none, and BatchNorm needs two: use another --batch-size, or more "
+                "images"
             )
         self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)
         self.channels = self.images.shape[1]

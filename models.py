@@ -268,6 +268,8 @@ def insert(model: ResNet18, position: str, module: Callable) -> None:
     elif position == "replace_conv1":  # and its BatchNorm, in every block
         for block in model.blocks:
             block.conv1, block.bn1 = module(block.conv1, block.bn1), nn.Identity()
+    else:
+        raise ValueError(f"no position {position!r}: choose from {', '.join(POSITIONS)}")
 
 
 def append_to_stage(stage: nn.Sequential, module: Callable) -> None:

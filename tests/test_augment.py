@@ -98,25 +98,25 @@ def test_each_image_takes_its_own_operation():
 
 def test_crop_and_flip_are_a_slow_loop():
     images, augmentation = some_images(), Augmentation(crop=3, flip=True)
-    rows = augmentation.draw(64, seed=1, epoch=2)
+    params = augmentation.make_params(64, seed=1, epoch=2)
     expected = torch.zeros_like(images)
-    for i, (y, x, flip) in enumerate(rows.tolist()):
+    for i, (y, x, flip) in enumerate(params.tolist()):
         for row in range(12):
             for column in range(14):
                 from_row = row + int(y * 7) - 3
                 from_column = (13 - column if flip < 0.5 else column) + int(x * 7) - 3
                 if 0 <= from_row < 12 and 0 <= from_column < 14:
                     expected[i, :, row, column] = images[i, :, from_row, from_column]
-    assert torch.equal(augmentation.of_pixels(images, rows), expected)
-    assert 0.3 < (rows[:, 2] < 0.5).float().mean() < 0.7
+    assert torch.equal(augmentation.of_pixels(images, params), expected)
+    assert 0.3 < (params[:, 2] < 0.5).float().mean() < 0.7
 
 
 def test_erased_rectangles_are_of_torchvision_s_sizes():
     augmentation = Augmentation(erase=0.25)
-    rows = augmentation.draw(20_000, seed=0, epoch=1)
-    out, share = augmentation.of_normalized(torch.ones(20_000, 1, 28, 28), rows)
+    params = augmentation.make_params(20_000, seed=0, epoch=1)
+    out, weight = augmentation.of_normalized(torch.ones(20_000, 1, 28, 28), params)
     erased = (out == 0)[:, 0]
-    assert share is None and 0.24 < erased.any(2).any(1).float().mean() < 0.26
+    assert weight is None and 0.24 < erased.any(2).any(1).float().mean() < 0.26
     erased = erased[erased.any(2).any(1)]
     heights, widths = erased.any(2).sum(1), erased.any(1).sum(1)
     assert torch.equal(heights * widths, erased.sum((1, 2)))  # they are rectangles
@@ -128,22 +128,22 @@ def test_erased_rectangles_are_of_torchvision_s_sizes():
 
 
 @pytest.mark.parametrize("alphas", [(1.0, None), (None, 0.4), (1.0, 0.4)])
-def test_mixing_puts_the_share_into_images_and_labels(alphas):
+def test_the_label_weight_is_that_of_the_pixels(alphas):
     cutmix, mixup = alphas
     augmentation = Augmentation(cutmix=cutmix, mixup=mixup)
-    rows = augmentation.draw(500, seed=0, epoch=1)
+    params = augmentation.make_params(500, seed=0, epoch=1)
     ones = torch.zeros(500, 2, 10, 12)
     ones[::2] = 1.0  # image i is 1 and its partner i - 1 is 0, or the other way round
-    out, share = augmentation.of_normalized(ones, rows)
+    out, weight = augmentation.of_normalized(ones, params)
     own = torch.where(torch.arange(500) % 2 == 0, out.mean((1, 2, 3)), 1 - out.mean((1, 2, 3)))
-    torch.testing.assert_close(own, share)
+    torch.testing.assert_close(own, weight)
     cut = ((out == 0) | (out == 1)).flatten(1).all(1)
     expected = {(1.0, None): 1.0, (None, 0.4): 0.0, (1.0, 0.4): 0.5}[alphas]
     assert cut.float().mean() == pytest.approx(expected, abs=0.08)
-    assert 0.3 < share.mean() < 0.8 and share.min() >= 0 and share.max() <= 1
+    assert 0.3 < weight.mean() < 0.8 and weight.min() >= 0 and weight.max() <= 1
 
 
-def test_cut_rectangles_have_the_share_unless_the_border_cuts_them():
+def test_cut_rectangles_have_their_area_unless_the_border_cuts_them():
     u = torch.rand(2000, 3)
     cut = augment.cut(32, 32, u).float().mean((1, 2))
     assert ((1 - u[:, 0]) - cut > -1e-6).all() and ((1 - u[:, 0]) - cut).abs().median() < 0.2
@@ -151,35 +151,34 @@ def test_cut_rectangles_have_the_share_unless_the_border_cuts_them():
     assert ((1 - u[:, 0]) - augment.cut(32, 32, u).float().mean((1, 2))).abs().max() < 0.07
 
 
-def test_draws_are_fixed_by_seed_and_epoch():
+def test_random_parameters_are_fixed_by_seed_and_epoch():
     everything = Augmentation(4, True, 2, 0.25, 1.0, 0.2)
-    rows = everything.draw(100, seed=3, epoch=5)
-    assert (
-        rows.shape == (100, everything.columns) and everything.columns == 2 + 1 + 4 + 5 + 3 + 1 + 1
-    )
-    assert torch.equal(rows, everything.draw(100, seed=3, epoch=5))
-    assert not torch.equal(rows, everything.draw(100, seed=3, epoch=6))
-    assert not torch.equal(rows, everything.draw(100, seed=4, epoch=5))
-    assert rows.min() >= 0 and rows.max() <= 1
-    shares = everything.draw(50_000, 0, 1)[:, everything.parts["mixup"]].double().numpy()
-    assert np.var(shares) == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.02)  # Beta(0.2, 0.2)
-    assert Augmentation().columns == 0
+    params = everything.make_params(100, seed=3, epoch=5)
+    assert everything.n_columns == 2 + 1 + 4 + 5 + 3 + 1 + 1
+    assert params.shape == (100, everything.n_columns)
+    assert torch.equal(params, everything.make_params(100, seed=3, epoch=5))
+    assert not torch.equal(params, everything.make_params(100, seed=3, epoch=6))
+    assert not torch.equal(params, everything.make_params(100, seed=4, epoch=5))
+    assert params.min() >= 0 and params.max() <= 1
+    weights = everything.make_params(50_000, 0, 1)[:, everything.columns["mixup"]].double().numpy()
+    assert np.var(weights) == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.02)  # Beta(0.2, 0.2)
+    assert Augmentation().n_columns == 0
 
 
 def test_nothing_is_done_by_none():
     images, nothing = some_images(), Augmentation()
-    rows = nothing.draw(64, 0, 1)
-    assert torch.equal(nothing.of_pixels(images, rows), images)
-    assert nothing.of_normalized(images.float(), rows)[1] is None
+    params = nothing.make_params(64, 0, 1)
+    assert torch.equal(nothing.of_pixels(images, params), images)
+    assert nothing.of_normalized(images.float(), params)[1] is None
 
 
 def test_it_is_one_graph_without_breaks():
     everything = Augmentation(4, True, 2, 0.25, 1.0, 0.2)
-    images, rows = some_images(), everything.draw(64, 0, 1)
+    images, params = some_images(), everything.make_params(64, 0, 1)
 
-    def function(images, rows):
-        return everything.of_normalized(everything.of_pixels(images, rows).float(), rows)
+    def function(images, params):
+        return everything.of_normalized(everything.of_pixels(images, params).float(), params)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
-    for ours, theirs in zip(compiled(images, rows), function(images, rows)):
+    for ours, theirs in zip(compiled(images, params), function(images, params)):
         torch.testing.assert_close(ours, theirs)

@@ -1,4 +1,4 @@
-"""Checkpoints are whole, as they were when they were saved, and load in place into any optimizer."""
+"""Checkpoints are whole, as they were when saved, and load in place into any optimizer."""
 
 import json
 from types import SimpleNamespace

@@ -11,10 +11,11 @@ from torchvision import transforms
 from torchvision.datasets import FashionMNIST
 
 import data
-import fashion_mnist as fm
+from kit import datasets
+from kit.command_line import UserError
 
 RAW = REPO / "data" / "FashionMNIST" / "raw"
-PLACES = [RAW.parent.parent, RAW, fm.DEBIAN_FOLDER]  # before a test takes the last one away
+FOLDERS = [RAW.parent.parent, RAW, datasets.DEBIAN_FOLDER]  # before a test takes the last one away
 LABELS = "t10k-labels-idx1-ubyte"
 
 
@@ -23,9 +24,9 @@ def raw_files(fashion_mnist, tmp_path):
     """A data folder with links to the four real files, in torchvision's layout."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in fm.FASHION_MNIST_SHA256:
-        original = fm.find_file(name, PLACES)
-        (raw / name).write_bytes(fm.read_file(original))
+    for name in datasets.FASHION_MNIST_SHA256:
+        original = datasets.find_file(name, FOLDERS)
+        (raw / name).write_bytes(datasets.read_file(original))
     return raw
 
 
@@ -33,7 +34,7 @@ def raw_files(fashion_mnist, tmp_path):
 def nowhere(monkeypatch, tmp_path):
     """A machine without network, apt-get and Debian's copy of the data."""
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    monkeypatch.setattr(fm, "DEBIAN_FOLDER", tmp_path / "not-there")
+    monkeypatch.setattr(datasets, "DEBIAN_FOLDER", tmp_path / "not-there")
     monkeypatch.setenv("PATH", str(tmp_path))
 
 
@@ -82,7 +83,7 @@ def test_damaged_file_is_named_in_one_line(raw_files, tmp_path, harm):
     done = script("data.py", "--data-dir", tmp_path)
     assert done.returncode == 1
     assert is_one_line(done.stderr) and str(path) in done.stderr and "Three ways" in done.stderr
-    assert harm == "truncated gzip" or fm.FASHION_MNIST_SHA256[LABELS] in done.stderr
+    assert harm == "truncated gzip" or datasets.FASHION_MNIST_SHA256[LABELS] in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -92,7 +93,7 @@ def test_missing_file_without_network_is_one_line(nowhere, raw_files, tmp_path, 
     assert data.main(["--data-dir", str(tmp_path)]) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(error) == 1 and "Three ways" in error[0]
-    assert LABELS in error[0] and fm.FASHION_MNIST_SHA256[LABELS] in error[0]
+    assert LABELS in error[0] and datasets.FASHION_MNIST_SHA256[LABELS] in error[0]
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -129,7 +130,7 @@ def test_fetches_what_is_missing(nowhere, mirror, raw_files, tmp_path):
 def test_keeps_nothing_of_a_wrong_download(nowhere, mirror, raw_files, tmp_path):
     (raw_files / LABELS).unlink()
     (mirror / f"{LABELS}.gz").write_bytes(gzip.compress(b"an error page"))
-    with pytest.raises(data.DataError, match="sha256"):
+    with pytest.raises(UserError, match="sha256"):
         data.load_dataset("fashion_mnist", tmp_path)
     assert [path for path in raw_files.iterdir() if LABELS in path.name] == []
 
@@ -138,13 +139,13 @@ def test_keeps_nothing_of_a_wrong_download(nowhere, mirror, raw_files, tmp_path)
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs Debian or Ubuntu")
 def test_fetches_the_debian_package(monkeypatch, tmp_path):
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    names = list(fm.FASHION_MNIST_SHA256)
-    assert "Debian" in fm.fetch_fashion_mnist(names, tmp_path / "raw")
+    names = list(datasets.FASHION_MNIST_SHA256)
+    assert "Debian" in datasets.fetch_fashion_mnist(names, tmp_path / "raw")
     assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == sorted(names)
 
 
 def test_unknown_data_set_is_named():
-    with pytest.raises(data.DataError, match=r"'mnits'.*fashion_mnist"):
+    with pytest.raises(UserError, match=r"'mnits'.*fashion_mnist"):
         data.load_dataset("mnits", "data")
 
 

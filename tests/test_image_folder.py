@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import REPO, is_one_line
+from conftest import REPO, is_one_line, stop_at
 from PIL import Image
-from test_resume import StopAt
 
 import data
-from kit import image_folder
 import report
 import train
-from kit.image_data import moments
+from kit import image_folder
+from kit.command_line import UserError
+from kit.datasets import mean_and_std_of
 
 
 def make(folder, counts, size=(9, 7), mode="RGB", seed=0):
@@ -37,9 +37,9 @@ def test_fashion_mnist_as_pngs_gives_the_same_tensors_and_metrics(fashion_mnist,
     for part in ("train", "test"):
         images, labels = (getattr(fashion_mnist, f"{part}_{what}") for what in ("images", "labels"))
         for i in range(n_train if part == "train" else n_test):
-            place = folder / part / str(labels[i].item())
-            place.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(images[i, 0].numpy()).save(place / f"{i:05d}.png")
+            of_class = folder / part / str(labels[i].item())
+            of_class.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(images[i, 0].numpy()).save(of_class / f"{i:05d}.png")
     read = data.load_dataset(str(folder))
     assert torch.equal(read.train_images, fashion_mnist.train_images[:n_train])
     assert torch.equal(read.train_labels, fashion_mnist.train_labels[:n_train])
@@ -84,7 +84,7 @@ def test_a_folder_without_parts_is_divided_once_for_all(tmp_path):
     assert len(every.flatten(1).unique(dim=0)) == 45  # none twice
 
 
-def test_decoded_once_and_anew_when_the_content_changes(tmp_path, monkeypatch, capsys):
+def test_decoded_once_and_again_when_the_content_changes(tmp_path, monkeypatch, capsys):
     folder = make(tmp_path / "pets", {"cat": 4, "dog": 4}, mode="L")
     first = data.load_dataset(str(folder))
     (kept,) = folder.glob(".decoded.*.npz")
@@ -151,7 +151,7 @@ def sixteen_bits(path):
 def test_train_and_test_must_have_the_same_classes(tmp_path):
     folder = make(tmp_path / "pets" / "train", {"cat": 2, "dog": 2}).parent
     make(folder / "val", {"cat": 2, "owl": 2})
-    with pytest.raises(data.DataError, match="class dog, owl"):
+    with pytest.raises(UserError, match="class dog, owl"):
         data.load_dataset(str(folder))
 
 
@@ -159,7 +159,7 @@ def test_more_than_fits_is_refused_with_the_figure(tmp_path, monkeypatch):
     folder = make(tmp_path / "pets", {"cat": 4, "dog": 4})
     size = 8 * 3 * 500 * 500
     monkeypatch.setattr(image_folder, "available_memory", lambda: 2 * size - 1)
-    with pytest.raises(data.DataError, match=r"8 images of 3 x 500 x 500 take 6.0 MB, twice .* 12"):
+    with pytest.raises(UserError, match=r"8 images of 3 x 500 x 500 take 6.0 MB, twice .* 12"):
         data.load_dataset(str(folder), image_size=500)
     monkeypatch.setattr(image_folder, "available_memory", lambda: 2 * size)
     assert data.load_dataset(str(folder), image_size=500).train_images.shape[1:] == (3, 500, 500)
@@ -184,12 +184,12 @@ def stopped_run(folder, runs, monkeypatch, *flags):
     flags = ["--model", "baseline", "--width", "16", "--epochs", "2", "--dataset", str(folder)]
     flags += ["--runs", str(runs), "--device", "cpu"]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "watch_signals", lambda: StopAt(2))
+        stop_at(2, patch)
         assert train.main(flags) == 130
     return flags
 
 
-def test_a_run_does_not_go_on_with_other_images(tmp_path, monkeypatch, capsys):
+def test_a_run_is_not_resumed_with_other_images(tmp_path, monkeypatch, capsys):
     folder = make(tmp_path / "pets", {"cat": 60, "dog": 60}, size=(12, 12))
     flags = stopped_run(folder, tmp_path / "runs", monkeypatch)
     make(folder, {"cat": 1}, size=(12, 12), seed=9)
@@ -218,7 +218,7 @@ def test_runs_of_other_images_or_sizes_are_not_compared(tmp_path, capsys):
     assert "--image 3x9x9 --classes 2" in text  # what would fill the gap
 
 
-def test_what_was_kept_but_does_not_fit_is_made_anew(tmp_path):
+def test_what_was_kept_but_does_not_fit_is_decoded_again(tmp_path):
     folder = make(tmp_path / "pets", {"cat": 4, "dog": 4})
     first = data.load_dataset(str(folder))
     (kept,) = folder.glob(".decoded.*.npz")
@@ -231,7 +231,8 @@ def test_what_was_kept_but_does_not_fit_is_made_anew(tmp_path):
     ("counts", "size", "flags", "words"),
     [
         ({"cat": 39, "dog": 39}, 8, ["--batch-size", "58"], "use another --batch-size"),
-        ({"cat": 2, "dog": 2}, 12, [], None),
+        ({"cat": 2, "dog": 2}, 12, [], "or more images"),
+        ({"cat": 3, "dog": 3}, 12, [], None),
         ({"cat": 12, "$\\frac$": 12}, 12, [], None),
     ],
 )
@@ -256,11 +257,11 @@ def test_images_of_one_value_are_normalised_to_numbers(tmp_path):
     assert train.main([*flags, "--dataset", str(folder), "--device", "cpu"]) == 0
 
 
-def test_moments_are_exact():
+def test_mean_and_std_are_exact():
     images = torch.randint(0, 256, (50, 3, 5, 4), dtype=torch.uint8)
     pixels = images.double() / 255
     for ours, theirs in zip(
-        moments(images), (pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), False))
+        mean_and_std_of(images), (pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), False))
     ):
         torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), theirs)
 
@@ -319,7 +320,7 @@ def test_cifar(tmp_path, monkeypatch, name, n):
     assert train.main([*flags, "--data-dir", str(tmp_path)]) == 0
 
     (folder / dataset.train_list[0][0]).write_bytes(b"damaged")
-    with pytest.raises(data.DataError, match=f"torchvision's {name.upper()} is not below"):
+    with pytest.raises(UserError, match=f"torchvision's {name.upper()} is not below"):
         monkeypatch.setattr(dataset, "url", "http://127.0.0.1:9/")
         data.load_dataset(name, tmp_path)
 
@@ -354,13 +355,13 @@ def test_tiny_imagenet_s_flat_validation_folder(tiny_imagenet):
 def test_tiny_imagenet_wants_200_classes_in_both_parts(tiny_imagenet):
     annotations = tiny_imagenet / "val" / "val_annotations.txt"
     annotations.write_text("\n".join(annotations.read_text().splitlines()[1:]))
-    with pytest.raises(data.DataError, match="199 classes in val instead of 200"):
+    with pytest.raises(UserError, match="199 classes in val instead of 200"):
         data.load_dataset("tiny_imagenet", tiny_imagenet.parent)
     annotations.unlink()
-    with pytest.raises(data.DataError, match="CS231n"):
+    with pytest.raises(UserError, match="CS231n"):
         data.load_dataset("tiny_imagenet", tiny_imagenet.parent)
 
 
 def test_the_repository_s_own_folders_are_no_data_sets():
-    with pytest.raises(data.DataError):
+    with pytest.raises(UserError):
         data.load_dataset(str(REPO / "results"))

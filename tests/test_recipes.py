@@ -8,30 +8,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO
-from test_resume import StopAt
+from conftest import REPO, assert_same, settings_of, stop_at
 
-from kit import checkpoint
 import data
 import train
-from kit import training_step
+from kit import checkpoint
 from kit.augment import Augmentation
+from kit.ema import EMA
 from models import build_model
-from kit.settings import AUGMENTATIONS, PUBLISHED, STRONG, parse_settings
 
-CPU = torch.device("cpu")
-FLAGS = [
-    "--model",
-    "cbam_blocks",
-    "--recipe",
-    "strong",
-    "--cutmix",
-    "1",
-    "--width",
-    "8",
-    "--device",
-    "cpu",
-]
+FLAGS = ["--model", "cbam_blocks", "--recipe", "strong", "--cutmix", "1", "--width", "8"]
+FLAGS += ["--device", "cpu"]
 FLAGS += ["--limit-train", "168", "--limit-test", "100", "--epochs", "3", "--warmup", "1"]
 FLAGS += ["--mixup", "0.5", "--randaugment", "1", "--data-dir", str(REPO / "data"), "--keep-last"]
 FOLDER = "fashion_mnist/strong/cbam_blocks/seed0"
@@ -39,9 +26,8 @@ FOLDER = "fashion_mnist/strong/cbam_blocks/seed0"
 
 def test_adamw_decays_the_weights_alone():
     """Algorithm 2 of Loshchilov and Hutter (arXiv 1711.05101), in float64."""
-    torch.manual_seed(0)
     layer = torch.nn.Linear(7, 5)
-    optimizer = training_step.adam(layer, 1e-2, weight_decay=0.3)
+    optimizer = train.adam(layer, 1e-2, weight_decay=0.3)
     values = {key: p.detach().double() for key, p in layer.named_parameters()}
     m, v = dict.fromkeys(values, 0.0), dict.fromkeys(values, 0.0)
     for t in range(1, 5):
@@ -59,8 +45,8 @@ def test_adamw_decays_the_weights_alone():
 
 
 def test_warm_up_then_cosine():
-    optimizer = training_step.adam(torch.nn.Linear(2, 2), 0.4)
-    scheduler = training_step.schedule(optimizer, epochs=10, warmup=3)
+    optimizer = train.adam(torch.nn.Linear(2, 2), 0.4)
+    scheduler = train.cosine(optimizer, epochs=10, warmup=3)
     found = []
     for _ in range(10):
         found.append(float(scheduler.get_last_lr()[0]))
@@ -71,24 +57,24 @@ def test_warm_up_then_cosine():
     assert float(scheduler.get_last_lr()[0]) == pytest.approx(0)
 
 
-def test_the_average_is_a_moving_average():
+def test_the_ema_is_a_moving_average():
     model = torch.nn.BatchNorm1d(3)
-    average = training_step.Average(model, decay=0.9)
+    ema = EMA(model, decay=0.9)
     expected = model.weight.detach().double()
     for t in range(100):
         with torch.no_grad():
             model.weight.copy_(torch.rand(3))
             model.running_mean.fill_(t)
         model.num_batches_tracked.fill_(t)
-        average.update()
+        ema.update()
         new = max(0.1, 9 / (10 + t))
         expected += new * (model.weight.detach().double() - expected)
-    torch.testing.assert_close(average.model.weight.double(), expected, rtol=1e-5, atol=1e-6)
-    assert average.model.num_batches_tracked == 99
-    assert 85 < average.model.running_mean[0] < 95  # about 9 steps behind
-    again = training_step.Average(model, decay=0.9)
-    again.load_state_dict(copy.deepcopy(average.state_dict()))
-    assert torch.equal(again.model.weight, average.model.weight) and again.steps == 100
+    torch.testing.assert_close(ema.model.weight.double(), expected, rtol=1e-5, atol=1e-6)
+    assert ema.model.num_batches_tracked == 99
+    assert 85 < ema.model.running_mean[0] < 95  # about 9 steps behind
+    again = EMA(model, decay=0.9)
+    again.load_state_dict(copy.deepcopy(ema.state_dict()))
+    assert torch.equal(again.model.weight, ema.model.weight) and again.steps == 100
 
 
 @pytest.fixture(scope="module")
@@ -116,13 +102,13 @@ def test_the_loop_equals_an_obvious_one(strong_run, fashion_mnist):
             group["lr"] = lr
         model.train()
         order, total = data.shuffled(train_idx, 0, epoch), 0.0
-        rows = augmentation.draw(168, 0, epoch)
+        params = augmentation.make_params(168, 0, epoch)
         for part in (slice(64), slice(64, 128), slice(128, 168)):
             idx = order[part]
-            pixels = augmentation.of_pixels(fashion_mnist.train_images[idx], rows[part])
-            images, share = augmentation.of_normalized((pixels / 255 - mean) / std, rows[part])
+            pixels = augmentation.of_pixels(fashion_mnist.train_images[idx], params[part])
+            images, weight = augmentation.of_normalized((pixels / 255 - mean) / std, params[part])
             one_hot = F.one_hot(fashion_mnist.train_labels[idx], 10).float()
-            targets = share[:, None] * one_hot + (1 - share[:, None]) * one_hot.roll(1, 0)
+            targets = weight[:, None] * one_hot + (1 - weight[:, None]) * one_hot.roll(1, 0)
             targets = 0.9 * targets + 0.1 / 10
             loss = -(targets * F.log_softmax(model(images), 1)).sum(1).mean()
             model.zero_grad()
@@ -144,27 +130,26 @@ def test_the_loop_equals_an_obvious_one(strong_run, fashion_mnist):
         assert ours == pytest.approx(obvious, rel=2e-4)
 
 
-def test_what_is_tested_and_kept_is_the_average(strong_run):
+def test_the_ema_is_tested_and_kept(strong_run):
     last = checkpoint.load(strong_run / "last.pt")
     best = torch.load(strong_run / "best.pt", weights_only=True)
     if json.loads((strong_run / "result.json").read_text())["best_epoch"] == 3:
         key = "layer1.0.conv1.weight"
-        assert torch.equal(best[key], last["average"]["model"][key])
+        assert torch.equal(best[key], last["ema"]["model"][key])
         assert not torch.equal(best[key], last["model"][key])
-    assert last["average"]["steps"] == 9
+    assert last["ema"]["steps"] == 9
 
 
 @pytest.mark.parametrize("n", [3, 6])
-def test_stopped_and_taken_up_again_it_ends_the_same(strong_run, tmp_path, monkeypatch, n):
+def test_stopped_and_resumed_it_ends_the_same(strong_run, tmp_path, monkeypatch, n):
     flags = [*FLAGS, "--runs", str(tmp_path)]
     with monkeypatch.context() as patch:
-        patch.setattr(train, "watch_signals", lambda: StopAt(n))
+        stop_at(n, patch)
         assert train.main(flags) == 130
     assert train.main(flags) == 0
     ends = [checkpoint.load(folder / "last.pt") for folder in (strong_run, tmp_path / FOLDER)]
-    for part in ("model", "average"):
-        states = [end[part].get("model", end[part]) for end in ends]
-        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    for part in ("model", "ema", "optimizer", "scheduler"):
+        assert_same(*(end[part] for end in ends))
     predictions = [np.load(f / "test_predictions.npy") for f in (strong_run, tmp_path / FOLDER)]
     assert np.array_equal(*predictions)
 
@@ -179,60 +164,45 @@ def test_compiled_it_does_the_same(strong_run, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
-def test_a_snapshot_undoes_the_average_too():
-    torch.manual_seed(0)
-    model = build_model("se", width=8, seed=0)
-    optimizer, average = training_step.adam(model, 1e-3), training_step.Average(model, 0.9)
-    images, labels = torch.randint(0, 256, (16, 1, 28, 28)).byte(), torch.randint(0, 10, (16,))
-    step, *_ = training_step.make_step(
-        model, optimizer, images, labels, "eager", "fp32", 16, training_step.halves(CPU),
-        average=average,
-    )  # fmt: skip
-    before = copy.deepcopy(average.state_dict())
-    restore = training_step.snapshot(model, optimizer, average)
-    step(torch.arange(16), torch.empty(16, 0))
-    assert average.steps == 1
-    restore()
-    assert average.steps == 0
-    after = average.state_dict()["model"]
-    assert all(torch.equal(value, after[key]) for key, value in before["model"].items())
-
-
 OFF = ["--weight-decay", "0", "--warmup", "0", "--label-smoothing", "0", "--ema", "0"]
 OFF += ["--crop", "0", "--no-flip", "--erase", "0", "--cutmix", "0", "--normalize", "half"]
 
 
+AUGMENTATIONS = ("crop", "flip", "randaugment", "erase", "cutmix", "mixup")
+
+
 def test_every_part_has_a_flag_and_can_be_left_out():
-    settings = parse_settings(["--model", "se", "--recipe", "strong", *OFF])
+    published, strong = train.RECIPES["published"], train.RECIPES["strong"]
+    settings = settings_of("--model", "se", "--recipe", "strong", *OFF)
     assert not any(getattr(settings, key) for key in AUGMENTATIONS)
-    changed = {key for key in STRONG if STRONG[key] != PUBLISHED[key]} - {"lr", "patience"}
-    assert settings.overrides == dict.fromkeys(changed)
-    published = parse_settings(["--model", "se", *OFF, "--randaugment", "0", "--mixup", "0"])
-    assert published.overrides == {} and published.normalize is None
+    changed = {key for key in strong if strong[key] != published[key]} - {"lr", "patience"}
+    assert settings.overrides == {key: published[key] for key in changed}
+    same = settings_of("--model", "se", *OFF, "--randaugment", "0", "--mixup", "0")
+    assert same.overrides == {} and same.normalize == "half"
 
 
-def test_a_model_said_in_other_words_is_the_same_run():
-    def said(*flags):
-        settings = vars(parse_settings(["--model", *flags]))
-        return {key: settings[key] for key in ("model", "base_model", "place", "reduction")}
+def test_a_run_is_called_by_what_was_changed_of_its_model():
+    def named(*flags):
+        settings = settings_of("--model", *flags)
+        return settings.model, settings.base_model, settings.position, settings.reduction
 
-    assert said("se") == said("se", "--reduction", "16") == said("se", "--place", "blocks")
-    assert said("cbam_classifier") == said("cbam_blocks", "--place", "classifier")
-    assert said("eca", "--place", "classifier")["model"] == "eca_classifier"
-    both = said("se", "--place", "classifier", "--reduction", "16")
-    assert both == said("se", "--place", "classifier")
+    assert named("se") == ("se", "se", None, None)
+    assert named("se", "--reduction", "16") == ("se_r16", "se", None, 16)
+    assert named("eca", "--position", "classifier") == ("eca_classifier", "eca", "classifier", None)
+    both = named("se", "--position", "prepool", "--reduction", "8")
+    assert both == ("se_prepool_r8", "se", "prepool", 8)
 
 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--warmup", "3", "--epochs", "3"], "must be less than --epochs 3"),
-        (["--ema", "1"], "never take in new weights"),
+        (["--ema", "1"], "is not from 0 to 0.999999"),
         (["--erase", "1.5"], "is not from 0 to 1"),
         (["--normalize", "all"], "invalid choice"),
     ],
 )
 def test_wrong_parts_are_usage_errors(flags, words, capsys):
     with pytest.raises(SystemExit, match="2"):
-        parse_settings(["--model", "se", *flags])
+        settings_of("--model", "se", *flags)
     assert words in capsys.readouterr().err

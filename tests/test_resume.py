@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, SMALL, assert_same, is_one_line, stop_at, train_small
+from conftest import REPO, assert_same, is_one_line, stop_at, train_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
@@ -528,7 +528,7 @@ def limit_files():
 
 
 class DeleteAt:
-    """In a child: the folder of all runs is deleted when the run asks for a signal the n-th time."""
+    """In a child: deletes the folder of all runs when the run asks for a signal the n-th time."""
 
     def __init__(self, n, runs):
         self.n, self.runs = n, runs

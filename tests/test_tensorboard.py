@@ -57,10 +57,10 @@ def test_gates_of_a_stage_are_those_of_all_its_blocks():
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_images_stand_beside_their_maps(channels):
+def test_images_are_shown_with_their_maps(channels):
     images = torch.randint(0, 256, (2, channels, 8, 6), dtype=torch.uint8)
     maps = {"layer3": torch.rand(2, 4, 3), "layer4": torch.zeros(2, 2, 2)}
-    found = tensorboard_log.beside_maps(images, maps)
+    found = tensorboard_log.with_maps(images, maps)
     assert found.shape == (2, 3, 32 + 16, 72 + 16) and found.min() >= 0 and found.max() <= 1
     left = (images.float() / 255).expand(-1, 3, -1, -1)
     torch.testing.assert_close(found[:, :, :32:4, :24:4].float(), left)

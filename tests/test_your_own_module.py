@@ -13,28 +13,25 @@ README = (REPO / "README.md").read_text()
 
 @pytest.mark.slow
 def test_the_readme_s_module_trains_is_timed_reported_and_tested(tmp_path):
-    place = tmp_path / "copy"
-    place.mkdir()
+    copy = tmp_path / "copy"
+    copy.mkdir()
     for path in (*REPO.glob("*.py"), REPO / "pyproject.toml", REPO / "README.md"):
-        shutil.copy(path, place)
-    shutil.copytree(REPO / "tests", place / "tests")
-    (place / "data").symlink_to(REPO / "data")
-    (code,) = re.findall(r"```python\n(class.*?)```", README, re.DOTALL)
-    lines = re.findall(r"a line `(.*?)` in `(\w+)`", README)
-    assert [table for _, table in lines] == ["ATTENTION", "MODELS"]
-    for (line, table), name in zip(lines, ("attention.py", "models.py")):
-        text = (place / name).read_text()
-        text = text.replace(f"{table} = {{\n", f"{table} = {{\n    {line}\n", 1)
-        if table == "MODELS":  # the baseline stays the first
-            text = text.replace(f"    {line}\n", "", 1)
-            text = text.replace("    # Controls: as", f"    {line}\n    # Controls: as", 1)
-        else:
-            text = text.replace("# Each name: channels", f"{code}\n\n# Each name: channels", 1)
-        assert line in text
-        (place / name).write_text(text)
+        shutil.copy(path, copy)
+    for folder in ("kit", "tests"):
+        shutil.copytree(REPO / folder, copy / folder)
+    (copy / "data").symlink_to(REPO / "data")
+    (code,) = re.findall(r"```python\n(class Spread\(nn\.Module\).*?)```", README, re.DOTALL)
+    ((line, table),) = re.findall(r"a line `(.*?)` in `(\w+)`", README)
+    assert (line, table) == ('"spread": Spread,', "ATTENTION")
+    text = (copy / "models.py").read_text()
+    before, head, after = text.partition("# name: channels -> module")
+    table_starts = "ATTENTION = {\n"
+    assert head and after.count(table_starts) == 1
+    after = after.replace(table_starts, f"{table_starts}    {line}\n")
+    (copy / "models.py").write_text(f"{before}{code}\n\n{head}{after}")  # that one file
 
     def run(*command):
-        done = subprocess.run([sys.executable, *command], cwd=place, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
@@ -44,7 +41,7 @@ def test_the_readme_s_module_trains_is_timed_reported_and_tested(tmp_path):
     models = ["--models", "baseline", "spread", "--width", "16"]
     run("benchmark.py", *models, "--batch-sizes", "64", "--modes", "eager", "--repeats", "2")
     run("report.py")
-    assert "| spread (quick) | 1 |" in (place / "results" / "report.md").read_text()
+    assert "| spread (quick) | 1 |" in (copy / "results" / "report.md").read_text()
     tested = run(
         "-m", "pytest", "-q", "-k", "spread", "tests/test_attention.py", "tests/test_models.py"
     )
