@@ -154,15 +154,15 @@ def test_cut_rectangles_have_their_area_unless_the_border_cuts_them():
 def test_random_parameters_are_fixed_by_seed_and_epoch():
     everything = Augmentation(4, True, 2, 0.25, 1.0, 0.2)
     params = everything.make_params(100, seed=3, epoch=5)
-    assert everything.n_columns == 2 + 1 + 4 + 5 + 3 + 1 + 1
-    assert params.shape == (100, everything.n_columns)
+    assert everything.columns["which"].stop == 2 + 1 + 4 + 5 + 3 + 1 + 1
+    assert params.shape == (100, everything.columns["which"].stop)
     assert torch.equal(params, everything.make_params(100, seed=3, epoch=5))
     assert not torch.equal(params, everything.make_params(100, seed=3, epoch=6))
     assert not torch.equal(params, everything.make_params(100, seed=4, epoch=5))
     assert params.min() >= 0 and params.max() <= 1
     weights = everything.make_params(50_000, 0, 1)[:, everything.columns["mixup"]].double().numpy()
     assert np.var(weights) == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.02)  # Beta(0.2, 0.2)
-    assert Augmentation().n_columns == 0
+    assert Augmentation().columns["which"].stop == 0
 
 
 def test_nothing_is_done_by_none():
