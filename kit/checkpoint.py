@@ -145,12 +145,6 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
             continue
         # PyTorch would warn where no step but the scheduler's is left to this process.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        if state["torch"] != str(torch.__version__):
-            print(
-                f"note: {path} was written by PyTorch {state['torch']}, this is "
-                f"{torch.__version__}: from here on rounding may differ",
-                file=sys.stderr,
-            )
         return progress
     return Progress()
 

@@ -26,47 +26,34 @@ def choose_device(name: str) -> torch.device:
 
     Raises ValueError with one line.
     """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not n_gpus):
+        return torch.device("cpu")
+    if not (found := re.fullmatch(r"auto|cuda(?::(\d+))?", name, re.ASCII)):
         raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not n_gpus:
         raise ValueError(f"--device {name}: {why_no_gpu()}; use --device cpu")
-    index = device.index or 0
-    if device.type == "cuda" and index >= torch.cuda.device_count():
-        raise ValueError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA GPU(s)"
-        )
-    if device.type == "cuda":
-        device = torch.device("cuda", index)
-        torch.cuda.set_device(device)  # streams and graphs are made on the current one
-    return device
+    if (index := int(found[1] or 0)) >= n_gpus:
+        raise ValueError(f"--device {name}: this machine has {n_gpus} CUDA GPU(s)")
+    torch.cuda.set_device(index)  # streams and graphs are made on the current one
+    return torch.device("cuda", index)
 
 
 def why_no_gpu() -> str:
     """Why PyTorch sees no CUDA GPU, and what to do."""
     cuda, driver = torch.version.cuda, driver_version()
+    nothing = f"PyTorch {torch.__version__} sees no CUDA GPU"
     if cuda is None:
-        return f"PyTorch {torch.__version__} sees no CUDA GPU, it is a build for CPUs alone"
+        return f"{nothing}, it is a build for CPUs alone"
     if driver is None:
-        return (
-            f"PyTorch {torch.__version__} sees no CUDA GPU, nor is there an NVIDIA driver (in a "
-            "container: docker run --gpus all)"
-        )
-    needed = DRIVERS.get(cuda.split(".")[0])
-    if needed and int(driver.split(".")[0]) < needed:
+        return f"{nothing}, nor is there an NVIDIA driver (in a container: docker run --gpus all)"
+    needed = DRIVERS.get(cuda.split(".")[0], 0)
+    if int(driver.split(".")[0]) < needed:
         return (
             f"the NVIDIA driver {driver} is too old for PyTorch {torch.__version__} with CUDA "
             f"{cuda}: update it to {needed} or newer"
         )
-    return (
-        f"PyTorch {torch.__version__} sees no CUDA GPU, though there is an NVIDIA driver {driver} "
-        "(is CUDA_VISIBLE_DEVICES set?)"
-    )
+    return f"{nothing}, though there is an NVIDIA driver {driver} (is CUDA_VISIBLE_DEVICES set?)"
 
 
 def driver_version() -> str | None:
@@ -78,11 +65,9 @@ def device_name(device: torch.device) -> str:
     """What the hardware is called, for example "NVIDIA GeForce RTX 4070"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    cpu = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
+    info = Path("/proc/cpuinfo").read_text()
+    found = re.search(r"^model name\s*: (.*)", info, re.MULTILINE)
+    cpu = found[1].strip() if found else platform.processor() or platform.machine()
     return f"CPU {cpu}, {torch.get_num_threads()} threads"
 
 

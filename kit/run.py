@@ -81,7 +81,7 @@ class Run:
         result = read_json(self.folder / "result.json", **SUMMARY)
         # It may have been killed after its result was written, before these went.
         run_folder.discard_states(self.folder, there.get("keep_last", True))
-        changes = run_folder.changes_since(self.folder, source_hashes())
+        changes = run_folder.changes_since(self.folder, {"sha256": source_hashes()})
         print(f"already complete: {self.folder}{in_brackets(changes)}")
         return result
 
@@ -125,7 +125,7 @@ class Run:
         run_folder.remove_strays(folder)
         self.progress = checkpoint.resume(folder, self.parts, self.device, self.config)
         if self.progress.epochs or self.progress.step:
-            changes = run_folder.changes_since(folder, env["sha256"], env["device"])
+            changes = run_folder.changes_since(folder, env)
             env["changes"] = changes  # so that they are not forgotten
             where = f"epoch {self.progress.epochs + 1}, after {self.progress.step:,} steps"
             print(f"resuming in {where}{in_brackets(changes)}")
@@ -186,9 +186,8 @@ class Run:
     def save(self) -> None:
         start = time.perf_counter()
         self.check_folder()
-        state = checkpoint.get_state(self.parts, self.device) | {
-            "progress": vars(self.progress), "config": self.config, "torch": str(torch.__version__),
-        }  # fmt: skip
+        state = checkpoint.get_state(self.parts, self.device)
+        state |= {"progress": vars(self.progress), "config": self.config}
         path = self.folder / "last.pt"
         write_atomically(path, serialized(state), previous=path.with_name("prev.pt"))
         self.write_best_and_metrics()

@@ -69,20 +69,20 @@ def refuse_another_run(folder: Path, there: dict, config: dict, ignore=frozenset
         )
 
 
-def changes_since(folder: Path, sha256: dict[str, str], device: str | None = None) -> list[str]:
-    """In what scripts and device differ from the folder's env.json, in words."""
+def changes_since(folder: Path, env: dict) -> list[str]:
+    """In what `env` (the sha256 of scripts, device, torch) differs from env.json, in words."""
     try:
         then = json.loads((folder / "env.json").read_text())
         changes = list(map(str, then.get("changes") or []))  # of earlier resumptions
-        edited = [name for name in sha256 if sha256[name] != then["sha256"].get(name)]
-        before = then["device"]
+        hashes = env["sha256"]
+        edited = [name for name in hashes if hashes[name] != then["sha256"].get(name)]
+        changes += [f"{', '.join(edited)} edited since"] if edited else []
+        for key in ("device", "torch"):
+            if env.get(key, then[key]) != then[key]:
+                changes.append(f"{key} {then[key]} before, {env[key]} since")
+        return changes
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return [f"its env.json is damaged: {error}"]
-    if edited:
-        changes.append(f"{', '.join(edited)} edited since")
-    if device not in (None, before):
-        changes.append(f"{before} before, {device} since")
-    return changes
 
 
 def in_brackets(changes: list[str]) -> str:
