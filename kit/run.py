@@ -168,13 +168,13 @@ class Run:
     # --- Saving -----------------------------------------------------------------------------------
 
     def log_and_save(self) -> None:
-        """After an epoch: TensorBoard, metrics.jsonl, a line on the terminal, last.pt."""
+        """After an epoch: last.pt, metrics.jsonl, TensorBoard, a line on the terminal."""
         row, best = self.progress.history[-1], self.progress.best_epoch == self.progress.epochs
-        log_epoch(self.writer, row)
         if time.perf_counter() - self.saved_at >= 100 * self.last_save_took:
             self.save()
         else:
             self.write_best_and_metrics(best=False)
+        log_epoch(self.writer, row)
         print(
             f"epoch {row['epoch']:2d}/{self.settings.epochs}  lr {row['lr']:.2e}  "
             f"train {row['train_loss']:.4f} {row['train_acc']:6.2f}%  "
