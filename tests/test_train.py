@@ -2,6 +2,7 @@ import json
 import math
 import re
 import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -228,7 +229,8 @@ def test_target_accuracy(finished_run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_dry_run_goes_through_and_keeps_nothing(tmp_path, capsys, precision):
+def test_dry_run_goes_through_and_keeps_nothing(tmp_path, capsys, monkeypatch, precision):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     flags = ["--dry-run", "--precision", precision]
     assert train_small("cbam_classifier", tmp_path, *flags) == 0
     assert "64 training, 64 validation, 64 test images" in capsys.readouterr().out
@@ -277,6 +279,16 @@ def test_missing_data_is_one_line(tmp_path):
     done = script("train.py", "--model", "se", *SMALL, *flags)
     assert done.returncode == 1 and "t10k-labels-idx1-ubyte" in done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_other_runs_stay_where_one_cannot_get_its_data(tmp_path):
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(b"not labels")
+    other = tmp_path / "runs/fashion_mnist/published/baseline/seed0/result.json"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    assert train_small("se", tmp_path / "runs", "--data-dir", str(tmp_path)) == 1
+    assert [path for path in (tmp_path / "runs").rglob("*") if path.is_file()] == [other]
+    assert not (tmp_path / "runs/fashion_mnist/published/se").exists()
 
 
 @pytest.mark.parametrize("flags", [["--limit-train", "65"], ["--batch-size", "1"]])
