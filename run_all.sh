@@ -2,31 +2,27 @@
 # Trains the models, measures what they cost, writes the report. Finished runs are skipped.
 #
 #   ./run_all.sh               full with a CUDA GPU, quick without
-#   ./run_all.sh quick         the four published models, 1 epoch on 1,920 images each: minutes on a CPU
+#   ./run_all.sh quick         the four published models, 1 epoch on 1,920 images: minutes on a CPU
 #   ./run_all.sh full          the published table: MODELS x SEEDS, 50 epochs each
-#   ./run_all.sh study [--miniature]   everything behind the README's figures (--miniature: small, 8 minutes)
-#   ./run_all.sh plan [quick | full | study [--miniature]]   prints the commands and runs nothing
+#   ./run_all.sh study         everything behind the README's figures; --miniature: small, 8 minutes
+#   ./run_all.sh plan [quick | full | study [--miniature]]    prints the commands, runs nothing
 #   ./run_all.sh test [PYTEST_ARGUMENT ...]
 #
 # Environment: MODELS, SEEDS, RECIPE, DATASET, RUNS (run folders), OUT (what is made of them), and
 # PYTHON (python3). Where that Python lacks a pinned requirement, .venv is made and used instead.
-#   ANY_VERSION=1  versions other than the pinned ones are fine, too
+# ANY_VERSION=1 accepts other versions. Paths are relative to the folder of this script.
 #   JOBS=n      n runs at a time, each on a GPU of its own while there are enough, with logs in
 #               RUNS/logs; default: the number of visible GPUs, 1 on a CPU
 #   SHARD=i/n   every n-th run from the i-th on, counted from 0, for an array of workers that share
 #               RUNS; a last call without SHARD writes the report
-# Paths are relative to the folder of this script.
-# Exit code: 0 all done, 1 something failed (the rest was still tried), 2 wrong usage,
-# 130 / 143 stopped by SIGINT / SIGTERM after the active runs have saved.
+# Exit code: 0 done, 1 something failed (the rest was tried), 2 wrong usage, 130 / 143 stopped by
+# SIGINT / SIGTERM after the active runs have saved.
 set -euo pipefail
 cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
-die() {  # EXIT_CODE MESSAGE
-  echo "error: $2" >&2
-  exit "$1"
-}
+die() { echo "error: $2" >&2 && exit "$1"; }  # EXIT_CODE MESSAGE
 
-ready() {  # PYTHON: does it meet the requirements? pip only compares: it installs and fetches nothing
+ready() {  # PYTHON: whether it meets the requirements; pip compares, and installs nothing
   local edit=
   [[ ${ANY_VERSION:-} != 1 ]] || edit='s/==.*//'
   PIP_CONFIG_FILE=/dev/null "$1" -m pip --isolated install --dry-run --no-index --no-deps \
@@ -36,20 +32,21 @@ ready() {  # PYTHON: does it meet the requirements? pip only compares: it instal
 case ${1:-} in
   "" | quick | full | study | plan | test) ;;
   -h | --help | help) exec sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' run_all.sh ;;
-  *) die 2 "unknown command '$1': quick, full, study, plan, test, or none (see ./run_all.sh --help)" ;;
+  *) die 2 "unknown command '$1': quick, full, study, plan, test or none (see --help)" ;;
 esac
 host=${PYTHON:-python3} python=.venv/bin/python
 "$host" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
   die 1 "$host does not run or is older than 3.11: set PYTHON to a Python 3.11 or newer"
-if ready "$host"; then python=$host; fi
-export PYTHON=$python  # the commands of a plan begin with it
-if [[ $python != "$host" ]] && ! ready "$python"; then
-  if [[ ${1:-} == plan ]]; then exec "$host" -m kit.study "$@"; fi  # needs no requirement
+if ready "$host"; then
+  python=$host
+elif ! ready "$python"; then
+  if [[ ${1:-} == plan ]]; then PYTHON=$python exec "$host" -m kit.study "$@"; fi  # needs none
   echo "$host lacks a pinned requirement: setting up .venv (5 GB, some minutes)" >&2
   "$host" -m venv .venv || die 1 "no .venv could be made: see above"
   "$python" -m pip install --quiet --disable-pip-version-check --require-hashes \
     -r requirements.lock || die 1 "the requirements could not be installed: see above"
 fi
+export PYTHON=$python  # the commands of a plan begin with it
 [[ ${1:-} == test ]] || exec "$python" -m kit.study "$@"
 
 "$python" data.py

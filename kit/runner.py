@@ -68,7 +68,7 @@ class Runner:
             process.terminate()
 
     def run(self, stage: list[Job]) -> None:
-        """What is not done of it. Raises Stopped when a signal arrived, and all have ended."""
+        """What is not done of it. After a signal: until everything that was running has ended."""
         waiting = [(i, job) for i, job in enumerate(stage, 1) if not job.is_done]
         slots = list(range(min(self.jobs, len(stage))))
         shared = len(slots) > 1
@@ -79,7 +79,7 @@ class Runner:
                     title = f"[{i}/{len(stage)}] {job.name}" if job.name else f"+ {job}"
                     print(title + f", log: {job.log}" * shared, flush=True)
                     self.start(job, slots.pop(0), shared)
-                time.sleep(0.02)
+                time.sleep(0.05)
                 for process in [p for p in self.running if p.poll() is not None]:
                     job, slot = self.running.pop(process)
                     slots.append(slot)
@@ -89,8 +89,6 @@ class Runner:
                 process.terminate()
             for process in self.running:
                 process.wait()
-        if self.signal:
-            raise Stopped(self.signal)
 
     def start(self, job: Job, slot: int, shared: bool) -> None:
         """On the terminal; if shared with a log, and on a GPU or a part of the CPU's threads."""
@@ -120,3 +118,11 @@ class Runner:
             self.over = self.over or job.needed or code == 2
         if shared and not self.signal:
             print(f"{'failed' if code else 'done'}: {job.name}", flush=True)
+
+    def end(self) -> int:
+        """The exit code, after a line for each failed command. After a signal: raises Stopped."""
+        if self.signal:
+            raise Stopped(self.signal)
+        for job in self.failed:
+            print(f"failed: {job}", file=sys.stderr)
+        return self.code

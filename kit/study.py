@@ -28,7 +28,6 @@ PUBLISHED = ["baseline", "se", "cbam_blocks", "cbam_classifier"]
 COMPARED = ["baseline", "cbam_classifier", "se", "cbam_blocks", "se_static"]  # by the study
 CANDIDATES = ["cbam_classifier", "se", "cbam_blocks"]  # the two best also train with `strong`
 FIXED = ["MODELS", "SEEDS", "RECIPE", "DATASET", "RUNS", "SHARD"]  # by the study
-MINIATURE = ["--width", 16, "--epochs", 4, "--limit-train", 256, "--limit-test", 500]
 
 
 # --- Studies: stages of commands, and lines of comment --------------------------------------------
@@ -58,11 +57,10 @@ def table(s: SimpleNamespace, quick: bool, planning: bool) -> Iterator[list[Job]
     done = [run for run in runs if run.is_done]
     if s.shards > 1 or not (done or planning):
         return  # the rest is for a last call without SHARD
-    size = []
+    size, result = [], read(done[0].folder / "result.json") if done else {}
     if s.dataset != "fashion_mnist":
-        known = read(done[0].folder / "result.json") if done else {"image": "CHW", "classes": "N"}
-        classes = len(known["classes"]) if done else "N"
-        size = ["--image", "x".join(map(str, known["image"])), "--classes", classes]
+        image = "x".join(map(str, result.get("image", "CHW")))
+        size = ["--image", image, "--classes", len(result.get("classes", [])) or "N"]
     cheap = ["--modes", "eager", "--batch-sizes", 64] if quick else []
     yield one("benchmark.py", "--models", *s.models, "--keep", "--out", s.out, *size, *cheap)
     limit = ["--limit-cam", 40] if quick else ["--limit-test", 10000]
@@ -76,23 +74,26 @@ def study(out: Path, miniature: bool, on_gpu: bool, planning: bool) -> Iterator[
     further = ["baseline", *(model for model in MODELS if model not in COMPARED)]
     runs, fp32, modules, speed = out / "runs", out / "fp32", out / "modules", out / "speed"
     first, more, few, once = range(5), range(5, 10), range(3), range(3)
-    small, limit, one_model = [], ["--limit-test", 10000], []
+    width, short, small, limit, one_case = [], ["--epochs", 4], [], ["--limit-test", 10000], []
     if miniature:
         first, more, few, once = range(2), [2], range(2), [0]
-        small, limit, one_model = MINIATURE, [], ["-k", "cbam_classifier"]
-    short = ["--epochs", 4, *small[4:6]]
-    modes = ["eager", "compile", "graph", "compile+graph"] if on_gpu else ["eager", "compile"]
-    costs = ["--modes", *modes[::3], *small[:2], "--batch-sizes"]
+        width, short = ["--width", 16], ["--epochs", 4, "--limit-train", 256]
+        small, limit, one_case = (
+            [*width, *short, "--limit-test", 500],
+            [],
+            ["-k", "se-compile-fp32"],
+        )
+    modes = ["eager", "compile", *(["graph", "compile+graph"] if on_gpu else [])]
+    costs = ["--modes", "eager", *(["compile+graph"] if on_gpu else []), *width, "--batch-sizes"]
     write = ["report.py", "--runs", runs, "--out", out]
     write += ["--compare", fp32] if fp32.is_dir() else []
 
     yield "1. Is the fast step the step of plain PyTorch? If not, nothing more is run."
-    yield [Job(["-m", "pytest", "-q", "tests/test_fast.py", *one_model], needed=True)]
+    yield [Job(["-m", "pytest", "-q", "-m", "", "tests/test_fast.py", *one_case], needed=True)]
     yield "2. How fast is it, compared with a plain loop? What do the models cost?"
     for mode in modes:
         yield train(speed / mode, ["baseline"], [0], flags=["--mode", mode, *(small or short)])
-    plain_loop = ["tests/plain_loop.py", "--model", "baseline", *short]
-    yield [Job(plain_loop, log=speed / "plain_loop.jsonl")]
+    yield [Job(["tests/plain_loop.py", *short], log=speed / "plain_loop.jsonl")]
     cost = "benchmark.py", "--models", *COMPARED, "--keep", "--out", out, *costs
     yield one(*cost, 64)
     yield one(*cost, 1, 16, 256, 1024)
@@ -105,7 +106,7 @@ def study(out: Path, miniature: bool, on_gpu: bool, planning: bool) -> Iterator[
     yield train(runs, COMPARED, first[1:], flags=small)
     yield one(*write)
     yield "4. Is bfloat16 as good as float32?"
-    yield train(fp32, COMPARED[:4:3], few, flags=["--precision", "fp32", *small])
+    yield train(fp32, ["baseline", "cbam_blocks"], few, flags=["--precision", "fp32", *small])
     write = ["report.py", "--runs", runs, "--out", out, "--compare", fp32]
     yield one(*write)
     yield "5. The recipe strong: the baseline, and the two modules that are best in validation"
@@ -215,7 +216,8 @@ def main(argv: list[str] | None = None) -> int:
     planning = args.words[:1] == ["plan"]
     what, *rest = args.words[planning:] or [""]
     small = args.miniature or rest == ["miniature"]
-    if what not in ("", "quick", "full", "study") or rest[small:] or (small and what != "study"):
+    known = what in ("", "quick", "full", "study") and rest in ([], ["miniature"])
+    if not known or (small and what != "study"):
         words = " ".join(args.words)
         parser.error(f"'{words}': use quick, full, study [--miniature] or none, or plan and these")
     gpus, gpu = visible_gpus()
@@ -250,9 +252,7 @@ def main(argv: list[str] | None = None) -> int:
                     runner.run(stage)
                 if runner.over:
                     break
-    for job in runner.failed:
-        print(f"failed: {job}", file=sys.stderr)
-    return runner.code
+    return runner.end()
 
 
 if __name__ == "__main__":

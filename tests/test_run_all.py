@@ -79,10 +79,12 @@ def started(folder):
 def test_one_that_fails_is_noted_and_the_rest_is_tried(folder, capfd):
     runner = Runner(3, ["GPU-a", "1", "GPU-c"])
     runner.run([job(k, end=int(k == 1), wait_for=3) for k in range(5)])
-    assert [failed.name for failed in runner.failed] == ["job 1"] and runner.code == 1
-    logs = [(folder / f"{k}.log").read_text().split() for k in range(5)]
-    assert [words[0] for words in logs[:3]] == ["GPU-a", "1", "GPU-c"]
-    out = capfd.readouterr().out.splitlines()
+    assert runner.end() == 1 and started(folder) == ["0", "1", "2", "3", "4"]
+    logs = [(folder / f"{k}.log").read_text().split() for k in range(3)]
+    assert [words[0] for words in logs] == ["GPU-a", "1", "GPU-c"]
+    out, error = capfd.readouterr()
+    assert is_one_line(error) and error.endswith("child.py 1 3 1\n")
+    out = out.splitlines()
     assert out[0] == "[1/5] job 0, log: 0.log" and {"failed: job 1", "done: job 4"} < set(out)
 
 
@@ -106,7 +108,7 @@ def test_alone_it_has_the_terminal_and_every_gpu(folder, capfd):
 def test_wrong_usage_and_what_is_needed_end_it(folder, more, code, failed):
     runner = Runner()
     runner.run([job(0, **more), job(1)])
-    assert (runner.over, runner.code, len(runner.failed)) == (True, code, failed)
+    assert runner.over and (runner.end(), len(runner.failed)) == (code, failed)
     assert started(folder) == ["0"]
 
 
@@ -114,7 +116,7 @@ def test_wrong_usage_and_what_is_needed_end_it(folder, more, code, failed):
 def test_a_signal_is_passed_on_to_just_what_is_running(folder, name, code):
     runner = Runner(3)
     stage = [job(0, wait_for=9), job(1, wait_for=9), job(2, end=name, wait_for=3), job(3), job(4)]
-    assert exit_code(lambda argv: runner.run(stage))() == code
+    assert exit_code(lambda argv: runner.run(stage) or runner.end())() == code
     assert started(folder) == ["0", "1", "2"] and runner.running == {} and runner.failed == []
     assert all((folder / f"{k}.log").read_text().endswith("saved\n") for k in range(3))
 

@@ -151,7 +151,7 @@ def test_done_is_a_whole_result_of_just_these_flags(plan, tmp_path):
         ("plan all", {}, "all"),
         ("plan full quick", {}, "full quick"),
         ("quick --miniature", {}, "quick"),
-        ("study small", {}, "small"),
+        ("study small --miniature", {}, "small"),
         ("quick", {"MODELS": "se resnet"}, "resnet"),
         ("plan full", {"SEEDS": "0 one"}, "one"),
         ("quick", {"SEEDS": " "}, "SEEDS"),
