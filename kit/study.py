@@ -78,11 +78,8 @@ def study(out: Path, miniature: bool, on_gpu: bool, planning: bool) -> Iterator[
     if miniature:
         first, more, few, once = range(2), [2], range(2), [0]
         width, short = ["--width", 16], ["--epochs", 4, "--limit-train", 256]
-        small, limit, one_case = (
-            [*width, *short, "--limit-test", 500],
-            [],
-            ["-k", "se-compile-fp32"],
-        )
+        small, limit = [*width, *short, "--limit-test", 500], []
+        one_case = ["-k", "se-compile-fp32"]
     modes = ["eager", "compile", *(["graph", "compile+graph"] if on_gpu else [])]
     costs = ["--modes", "eager", *(["compile+graph"] if on_gpu else []), *width, "--batch-sizes"]
     write = ["report.py", "--runs", runs, "--out", out]

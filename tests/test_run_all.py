@@ -1,5 +1,6 @@
 """run_all.sh and kit/runner.py: what runs, what a signal stops; the commands of README and docs."""
 
+import contextlib
 import importlib
 import json
 import os
@@ -91,12 +92,8 @@ def test_one_that_fails_is_noted_and_the_rest_is_tried(folder, capfd):
 def test_alone_it_has_the_terminal_and_every_gpu(folder, capfd):
     runner = Runner(1, ["0", "1"])
     runner.run([job(0), job(1)])
-    assert capfd.readouterr().out.splitlines() == [
-        "[1/2] job 0",
-        "all None",
-        "[2/2] job 1",
-        "all None",
-    ]
+    shown = "[1/2] job 0\nall None\n[2/2] job 1\nall None\n"
+    assert capfd.readouterr().out == shown
     Runner(2).run([job(0), job(1)])  # on a CPU
     threads = max(1, len(os.sched_getaffinity(0)) // 2)
     assert (folder / "1.log").read_text() == f"all {threads}\n"
@@ -169,81 +166,64 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(tmp_path):
     """All of run_all.sh quick, on a folder of a few small images."""
     runs, out = tmp_path / "runs", tmp_path / "out"
     images = make(tmp_path / "noise", {"a": 60, "b": 60, "c": 60}, size=(12, 12), mode="L")
-    other = runs / "noise/quick/baseline/seed0"
-    flags = ["--model", "baseline", "--recipe", "quick", "--width", "8", "--runs", str(runs)]
     # In the way of the baseline: a run with other settings, which train.py refuses to touch.
+    flags = ["--model", "baseline", "--recipe", "quick", "--width", "8", "--runs", str(runs)]
     assert train.main([*flags, "--dataset", str(images), "--device", "cpu"]) == 0
-    before = (other / "result.json").read_bytes()
+    other = runs / "noise/quick/baseline/seed0/result.json"
+    before = other.read_bytes()
     environment = {"MODELS": "baseline se", "DATASET": images, "RUNS": runs, "OUT": out}
 
     first = run_all("quick", JOBS=2, **environment)
-    assert first.returncode == 1
-    logs = {path.name: path.read_text() for path in (runs / "logs").iterdir()}
-    assert "use --overwrite" in logs["noise.quick.baseline.seed0.log"]
-    assert "test accuracy" in logs["noise.quick.se.seed0.log"]
+    assert first.returncode == 1 and other.read_bytes() == before
+    assert "use --overwrite" in (runs / "logs/noise.quick.baseline.seed0.log").read_text()
+    assert "test accuracy" in (runs / "logs/noise.quick.se.seed0.log").read_text()
     assert "\n[2/2] se, seed 0, log: " in first.stdout and "\ndone: se, seed 0\n" in first.stdout
     assert f"failed: {sys.executable} train.py --model baseline" in first.stderr
-    assert (other / "result.json").read_bytes() == before
     result = json.loads((runs / "noise/quick/se/seed0/result.json").read_text())
     assert result["quick"] and result["test_images"] == 30 and result["width"] == 64
     assert "| se (quick) | 1 |" in (out / "report.md").read_text()
     rows = json.loads((out / "benchmark.json").read_text())
-    assert {(row["model"], row["image"]) for row in rows} == {
-        ("baseline", "1x12x12"), ("se", "1x12x12"),
-    }  # fmt: skip
+    assert {row["model"] for row in rows} == {"baseline", "se"}
+    assert {row["image"] for row in rows} == {"1x12x12"}
     assert [row["model"] for row in json.loads((out / "explain.json").read_text())] == ["se"]
 
     second = run_all("quick", **(environment | {"MODELS": "se"}))
-    assert second.returncode == 0 and "se, seed 0\n" not in second.stdout
-    assert "kept: " in second.stdout
+    assert second.returncode == 0 and "kept: " in second.stdout
+    assert "se, seed 0\n" not in second.stdout
 
 
 def test_ctrl_c_stops_the_runs_too(tmp_path):
     needs_pins()
-    environment = {
-        "PYTHON": sys.executable,
-        "RUNS": str(tmp_path),
-        "OUT": str(tmp_path),
-        "JOBS": "2",
-    }
-    log = tmp_path / "log"
-    with open(log, "w") as out:
+    variables = {"PYTHON": sys.executable, "RUNS": tmp_path, "OUT": tmp_path, "JOBS": 2}
+    with open(tmp_path / "log", "w") as out:
         process = subprocess.Popen(
-            ["./run_all.sh", "quick"],
-            cwd=REPO, env=os.environ | environment, stdout=out, stderr=out, start_new_session=True,
+            ["./run_all.sh", "quick"], cwd=REPO, stdout=out, stderr=out, start_new_session=True,
+            env=os.environ | {name: str(value) for name, value in variables.items()},
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as from a terminal
         )  # fmt: skip
 
     def logs():
-        return "".join(path.read_text() for path in [log, *tmp_path.glob("logs/*")])
+        return "".join(path.read_text() for path in [tmp_path / "log", *tmp_path.glob("logs/*")])
 
     try:
         while logs().count("parameters;") < 2 and process.poll() is None:
             time.sleep(0.05)  # until two train.py are running
         os.killpg(process.pid, signal.SIGINT)
-        process.wait(120)
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
-    assert process.returncode == 130 and logs().count("the same command") == 2
-    with pytest.raises(ProcessLookupError):  # nobody left in its process group
-        os.killpg(process.pid, 0)
+        assert process.wait(120) == 130 and logs().count("the same command") == 2
+        with pytest.raises(ProcessLookupError):  # nobody left in its process group
+            os.killpg(process.pid, 0)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 # --- README and docs ------------------------------------------------------------------------------
 
 
-def test_readme_shows_commands_of_every_script():
-    text = "\n".join(COMMANDS)
-    for script in (
-        "train.py",
-        "benchmark.py",
-        "report.py",
-        "explain.py",
-        "run_all.sh",
-        "docker build",
-    ):
-        assert script in text
+def test_readme_and_docs_show_commands_of_every_script():
+    shown = {word for command in COMMANDS for word in command.split() if "/" not in word[2:]}
+    assert shown >= {"./run_all.sh", *(f"{name}.py" for name in ("train", "benchmark", "explain"))}
+    assert shown >= {"report.py", "docker"}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -268,29 +248,13 @@ def test_commands_of_readme_and_docs_exist(command, capsys, monkeypatch):
         assert words[0] in ("git", "cd", "mkdir", "sbatch", "source", "tensorboard", "python")
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if re.search(r"--power|plan$|--dry-run$|models.py|--help", c)]
-)
-def test_cheap_commands_of_readme_and_docs_run(command):
-    needs_pins()
-    words = [sys.executable if word == "python" else word for word in shlex.split(command)]
-    done = subprocess.run(
-        words, cwd=REPO, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True
-    )
-    assert done.returncode == 0 and done.stdout and "Traceback" not in done.stderr
-
-
 def test_requirements_and_dockerfile_are_pinned():
-    lines = (REPO / "requirements.txt").read_text().splitlines()
-    lines = [line for line in lines if line[0] != "#"]
+    lines = re.findall("^[^#].*$", (REPO / "requirements.txt").read_text(), re.MULTILINE)
     assert lines and all(re.fullmatch(r"[a-z0-9-]+==[0-9][0-9a-z.]*", line) for line in lines)
     dockerfile = (REPO / "Dockerfile").read_text()
-    for pattern in (
-        r"ARG BASE_IMAGE=nvidia/cuda:\S+@sha256:[0-9a-f]{64}",
-        r"USER [1-9][0-9]*:[1-9][0-9]*",
-        r'CMD \["./run_all.sh"\]',
-    ):
-        assert re.search(f"^{pattern}$", dockerfile, re.MULTILINE)
+    assert re.search(r"^ARG BASE_IMAGE=nvidia/cuda:\S+@sha256:[0-9a-f]{64}$", dockerfile, re.M)
+    assert re.search(r"^USER [1-9][0-9]*:[1-9][0-9]*$", dockerfile, re.M)
+    assert 'CMD ["./run_all.sh"]' in dockerfile
 
 
 def test_the_image_gets_its_data_with_the_files_that_data_py_imports(tmp_path):
