@@ -1,5 +1,5 @@
-"""The README's sbatch command on a real Slurm, started here on this one machine that claims to have
-four GPUs: an array of workers, one of them requeued.
+"""The documented sbatch command on a real Slurm, started here on this one machine that claims to
+have four GPUs: an array of workers, one of them requeued.
 
 apt-get install slurm-wlm munge
 ./run_all.sh test -m slow tests/test_slurm.py       # as root; 5 minutes
@@ -99,9 +99,10 @@ def slurm(tmp_path_factory):
 def test_an_array_of_workers_trains_every_run_once(slurm, tmp_path):
     runs, logs = tmp_path / "runs", tmp_path / "logs"
     logs.mkdir()
-    (command,) = re.findall(r"^sbatch .*\\\n.*$", (REPO / "README.md").read_text(), re.MULTILINE)
-    for readme, here in (("\\\n", ""), ("--array=0-19", "--array=0-3"), ("full", "quick")):
-        command = command.replace(readme, here)
+    pages = "".join(page.read_text() for page in [*REPO.glob("*.md"), *REPO.glob("docs/*.md")])
+    (command,) = re.findall(r"^sbatch .*\\\n.*$", pages, re.MULTILINE)
+    for written, here in (("\\\n", ""), ("--array=0-19", "--array=0-3"), ("full", "quick")):
+        command = command.replace(written, here)
     job = slurm(
         "sbatch", "--parsable", f"--output={logs}/%a", *shlex.split(command)[1:],
         PYTHON=sys.executable, RUNS=str(runs), OUT=str(tmp_path / "out"),
@@ -125,6 +126,6 @@ def test_an_array_of_workers_trains_every_run_once(slurm, tmp_path):
         text = log(worker)
         assert (runs / f"fashion_mnist/quick/{model}/seed0/result.json").exists(), text
         assert len(re.findall("^test accuracy", text, re.MULTILINE)) == 1
-        assert "already complete" not in text and f" --model {model} " in text
+        assert "already complete" not in text and f"{model}, seed 0" in text
         assert text.count("parameters;") == (2 if worker == 0 else 1)
-    assert "stopped by SIGTERM" in log(0) and "going on in epoch 1, after" in log(0)
+    assert "stopped by SIGTERM" in log(0) and "resuming in epoch 1, after" in log(0)

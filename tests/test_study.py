@@ -1,6 +1,5 @@
-"""./run_all.sh study: its plan, and all of it in miniature."""
+"""kit/study.py: its plans, what it refuses, and all of the study in miniature."""
 
-import fcntl
 import json
 import os
 import shlex
@@ -13,169 +12,197 @@ import pytest
 import torch
 from conftest import REPO, is_one_line, needs_pins, run_all
 
-import benchmark
-import explain
-import report
-import speed
+from kit import study
+from kit.command_line import UserError
 from models import MODELS
-from kit.settings import parse_settings
 
-COMPARED = ["baseline", "cbam_classifier", "se", "cbam_blocks", "se_static"]
-FURTHER = [model for model in MODELS if model not in COMPARED]
+FURTHER = ["baseline", *(model for model in MODELS if model not in study.COMPARED)]
 
 
-def planned(*arguments, **environment):
-    """The commands of the plan, split into words, without the Python that leads them."""
-    done = run_all("plan", "study", *arguments, **environment)
-    assert done.returncode == 0 and done.stderr == ""
-    return [shlex.split(line, comments=True)[1:] for line in done.stdout.splitlines()
-            if not line.startswith("#")]  # fmt: skip
+@pytest.fixture
+def plan(monkeypatch, capsys):
+    """plan("full", SEEDS="0"): the lines of a plan, comments among them."""
+
+    def call(*words, **environment):
+        for name in [*study.FIXED, "OUT", "JOBS", "PYTHON"]:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, str(value))
+        assert study.main(["plan", *words]) == 0
+        return capsys.readouterr().out.splitlines()
+
+    return call
 
 
-def test_the_plan_is_every_run_once_and_what_matters_most_first(tmp_path):
-    out = tmp_path / "out"
-    (tmp_path / "plain_loop.py").write_text("")
-    commands = planned(OUT=out, PEERS=tmp_path)
-    assert not out.exists()
-    runs = [parse_settings(words[1:]) for words in commands if words[0] == "train.py"]
-    place = {"published": out / "runs", "fp32": out / "fp32", "further": out / "modules/runs"}
-    names = [(s.runs, s.recipe, s.model, s.seed) for s in runs]
-    expected = [(place["published"], m, k) for k in range(5) for m in COMPARED]
-    expected += [(place["fp32"], m, k) for k in range(3) for m in ("baseline", "cbam_blocks")]
-    expected += [(place["further"], m, k) for k in range(3) for m in ["baseline", *FURTHER]]
-    expected += [(place["published"], m, k) for k in range(5, 10) for m in COMPARED]
-    assert names == [(folder, "published", model, seed) for folder, model, seed in expected]
-    assert not any(s.quick for s in runs)
-    assert {s.runs for s in runs if "--precision fp32" in s.command} == {place["fp32"]}
-
-    scripts = [words[0] for words in commands]
-    assert scripts[:4] == ["speed.py", "speed.py", "benchmark.py", "benchmark.py"]
-    assert commands[0][-6:] == ["--check", *COMPARED]
-    assert commands[1][3:5] == ["--peers", str(tmp_path)]
-    explained = commands[scripts.index("explain.py")]
-    assert explained[-5:] == [f"{out}/runs/fashion_mnist/published/{m}/seed0" for m in COMPARED]
-    assert scripts.index("explain.py") == 4 + len(COMPARED)  # while the weights are there
-    known = {"speed.py": speed, "benchmark.py": benchmark, "explain.py": explain}
-    for script, *words in commands:
-        if module := (known | {"report.py": report}).get(script):
-            with pytest.raises(SystemExit) as stopped:
-                module.main([*words, "--help"])  # every other flag is read first
-            assert stopped.value.code == 0
+def runs_in(lines):
+    """(RUNS, recipe, model, seed, further flags) of every training run of a plan."""
+    found = []
+    for words in (shlex.split(line, comments=True)[1:] for line in lines):
+        if words[:1] == ["train.py"]:
+            flags = dict(zip(words[1:11:2], words[2:11:2]))
+            named = (flags[f"--{name}"] for name in ("runs", "recipe", "model", "seed"))
+            found.append((*named, " ".join(words[11:])))
+    return found
 
 
-def test_strong_takes_the_two_that_are_best_in_validation(tmp_path):
-    val_acc = dict(baseline=99, cbam_classifier=91.5, se=93, cbam_blocks=92, se_static=98)
-    test_acc = dict.fromkeys(val_acc, 90) | {"cbam_classifier": 99}
-    for model in COMPARED:
-        for seed in range(5):
-            folder = tmp_path / f"runs/fashion_mnist/published/{model}/seed{seed}"
-            folder.mkdir(parents=True)
-            result = {"val_acc": val_acc[model] + seed / 10, "test_acc": test_acc[model]}
-            (folder / "result.json").write_text(json.dumps(result | {"overrides": {}}))
-    strong = [words for words in planned(OUT=tmp_path) if "strong" in words]
-    models = [words[words.index("--model") + 1] for words in strong]
-    assert models == 3 * ["baseline", "cbam_blocks", "se"]
+def finish(folder, overrides=None, flags="", dataset="fashion_mnist", **result):
+    """A run's folder, as train.py leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"dataset": dataset, "command": f"python train.py --seed 1 --runs elsewhere {flags}"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "result.json").write_text(json.dumps({"overrides": overrides or {}} | result))
 
 
-def test_done_is_a_whole_result_of_just_these_flags(tmp_path):
-    """Of runs with flags: those of float32."""
+def test_full_is_the_published_table(plan):
+    lines, models = plan("full"), ["baseline", "se", "cbam_blocks", "cbam_classifier"]
+    expected = [("runs", "published", model, str(k), "") for k in range(5) for model in models]
+    assert runs_in(lines) == expected
+    first, *last = (shlex.split(line)[1:] for line in (lines[0], *lines[-3:]))
+    folders = [f"runs/fashion_mnist/published/{model}/seed0" for model in models]
+    limit = ["--limit-test", "10000"]
+    assert first == ["data.py", "--dataset", "fashion_mnist"] and last == [
+        ["benchmark.py", "--models", *models, "--keep", "--out", "results"],
+        ["explain.py", "--keep", "--out", "results", *limit, "--compare", *folders],
+        ["report.py", "--runs", "runs", "--out", "results"],
+    ]
+    assert plan("full", SHARD="1/3", JOBS=2) == [lines[0], *lines[2:21:3]]
 
-    def done():
-        lines = run_all("plan", "study", OUT=tmp_path).stdout.splitlines()
-        return [line for line in lines if line.endswith("# done")]
 
+def test_quick_and_other_data(plan, tmp_path):
+    quick = plan("quick", MODELS="se  baseline se", SEEDS="3", RUNS=tmp_path, PYTHON="py")
+    assert runs_in(quick) == [(str(tmp_path), "quick", m, "3", "") for m in ("se", "baseline")]
+    assert quick[-3].endswith("--modes eager --batch-sizes 64") and quick[-1].startswith("py ")
+    birds = {"DATASET": "my/birds", "RUNS": tmp_path, "SEEDS": "3", "RECIPE": "strong"}
+    for dataset, done, size in (("yours/birds", 0, "CxHxW --classes N"),
+                                (f"{REPO}/my/birds", 1, "3x32x24 --classes 2")):  # fmt: skip
+        folder = tmp_path / "birds/strong/se/seed3"
+        finish(folder, dataset=dataset, image=[3, 32, 24], classes=["a", "b"])
+        lines = plan("full", **birds)
+        assert sum(line.endswith("# done") for line in lines) == done
+        assert lines[-3].endswith(f"--image {size}")
+
+
+def test_without_a_word_the_gpu_decides(plan, monkeypatch, capsys):
+    monkeypatch.setattr(study, "visible_gpus", lambda: (["0"], "NVIDIA H100 80GB"))
+    assert plan() == plan("full") and " results/nvidia_h100_80gb " in plan("study")[-1]
+    monkeypatch.setattr(study, "visible_gpus", lambda: ([], "no GPU at all"))
+    assert study.main(["plan"]) == 0
+    assert capsys.readouterr().err == "no GPU at all: a quick run on the CPU\n"
+    assert study.main(["study"]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "no GPU at all" in error and "study --miniature" in error
+
+
+def test_gpus_are_named_as_cuda_does(monkeypatch):
+    for name, value in {"is_available": True, "device_count": 2, "get_device_name": "H100"}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert study.visible_gpus() == (["0", "1"], "H100")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b,GPU-none")
+    assert study.visible_gpus() == (["GPU-a", "GPU-b"], "H100")
+
+
+def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path):
+    unknown = [line for line in plan("study", OUT=tmp_path) if "which two are best" in line]
+    assert len(unknown) == 1 and unknown[0].startswith("# ")
+    for model, accuracy in {"cbam_classifier": 91.5, "se": 93, "cbam_blocks": 92}.items():
+        for k in range(5):
+            folder = tmp_path / f"runs/fashion_mnist/published/{model}/seed{k}"
+            finish(folder, val_acc=accuracy + k / 10)
+    lines = plan("study", OUT=tmp_path)
+    modes, compared = ("eager", "compile", "graph", "compile+graph"), study.COMPARED
+    best = "baseline", "cbam_blocks", "se"
+    expected = [
+        *((f"speed/{m}", "published", "baseline", 0, f"--mode {m} --epochs 4") for m in modes),
+        *(("runs", "published", m, k, "") for k in range(5) for m in compared),
+        *(("fp32", "published", m, k, "--precision fp32")
+          for k in range(3) for m in ("baseline", "cbam_blocks")),
+        *(("runs", "strong", m, k, "") for k in range(3) for m in best),
+        *(("modules/runs", "published", m, k, "") for k in range(3) for m in FURTHER),
+        *(("runs", "published", m, k, "") for k in range(5, 10) for m in compared),
+    ]  # fmt: skip
+    assert runs_in(lines) == [(f"{tmp_path}/{r}", *n, str(k), f) for r, *n, k, f in expected]
+    assert len(expected) == 4 + 101 and sum(line.endswith("# done") for line in lines) == 15
+    scripts = [shlex.split(line, comments=True)[1] for line in lines if line[0] != "#"]
+    assert scripts[:3] == ["data.py", "-m", "train.py"]
+    assert scripts[6:9] == ["tests/plain_loop.py", "benchmark.py", "benchmark.py"]
+    assert scripts[9 + len(compared)] == "explain.py"  # while the weights are there
+
+
+def test_done_is_a_whole_result_of_just_these_flags(plan, tmp_path):
     folder = tmp_path / "fp32/fashion_mnist/published/baseline/seed1"
-    folder.mkdir(parents=True)
-    flags = f"--seed 1 --runs {tmp_path}/fp32 --precision fp32"
-    config = '{"command": "python train.py --model baseline FLAGS"}'
-    (folder / "config.json").write_text(config.replace("FLAGS", flags))
-    (folder / "result.json").write_text('{"overrides": {"precision": "fp32"}}')
-    assert len(done()) == 1
-    (folder / "result.json").write_text("")  # damaged: train.py says so
-    assert done() == []
-    (folder / "result.json").write_text('{"overrides": {"lr": 0.5, "precision": "fp32"}}')
-    other = config.replace("FLAGS", flags.replace("--precision", "--lr 0.5 --precision"))
-    (folder / "config.json").write_text(other)
-    assert done() == []
-
-
-def test_one_study_at_a_time_in_a_folder(tmp_path):
-    with open(tmp_path / "study.log", "w") as log:
-        fcntl.flock(log, fcntl.LOCK_EX)
-        done = run_all("study", "miniature", OUT=tmp_path)
-    assert done.returncode == 1 and is_one_line(done.stderr) and "at work in" in done.stderr
-    assert "# 1." not in done.stdout
+    for overrides, flags, done in (
+        ({"precision": "fp32"}, "--precision fp32", 1),
+        ({"precision": "fp32", "lr": 0.5}, "--lr 0.5 --precision fp32", 0),
+    ):
+        finish(folder, overrides, flags)
+        assert sum(line.endswith("# done") for line in plan("study", OUT=tmp_path)) == done
+    finish(tmp_path / "fashion_mnist/published/se/seed1", {"lr": 0.5})
+    finish(tmp_path / "fashion_mnist/published/se/seed2")
+    finish(tmp_path / "fashion_mnist/published/se/seed3")
+    (tmp_path / "fashion_mnist/published/se/seed3/result.json").write_text("")  # damaged
+    done = [line for line in plan("full", RUNS=tmp_path) if line.endswith("# done")]
+    assert [run[2:4] for run in runs_in(done)] == [("se", "2")]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "environment", "named"),
+    ("words", "environment", "named"),
     [
-        (["study", "small"], {}, "small"),
-        (["study", "miniature", "fast"], {}, "fast"),
-        (["plan", "study", "small"], {}, "small"),
-        (["study"], {"MODELS": "se"}, "MODELS"),
-        (["study", "miniature"], {"SHARD": "0/2"}, "SHARD"),
-        (["study", "miniature"], {"JOBS": "0"}, "JOBS"),
-        (["plan", "study"], {"PEERS": "nowhere"}, "nowhere"),
+        ("plan all", {}, "all"),
+        ("plan full quick", {}, "full quick"),
+        ("quick --miniature", {}, "quick"),
+        ("study small --miniature", {}, "small"),
+        ("quick", {"MODELS": "se resnet"}, "resnet"),
+        ("plan full", {"SEEDS": "0 one"}, "one"),
+        ("quick", {"SEEDS": " "}, "SEEDS"),
+        ("quick", {"RECIPE": "published"}, "RECIPE"),
+        ("plan full", {"SHARD": "4/4"}, "SHARD"),
+        ("study", {"MODELS": "se"}, "MODELS"),
+        ("study miniature", {"SHARD": "0/2"}, "SHARD"),
+        ("plan study", {"JOBS": "0"}, "JOBS"),
     ],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(arguments, environment, named, tmp_path):
-    done = run_all(*arguments, OUT=tmp_path / "out", **environment)
-    assert done.returncode == 2 and is_one_line(done.stderr) and named in done.stderr
-    assert list(tmp_path.iterdir()) == []
+def test_wrong_usage_is_one_line_and_exit_code_2(words, environment, named, monkeypatch, capsys):
+    for name in [*study.FIXED, "JOBS"]:
+        monkeypatch.setenv(name, environment.get(name, ""))
+    with pytest.raises(SystemExit) as ended:
+        study.main(words.split())
+    done = capsys.readouterr()
+    assert (ended.value.code, done.out) == (2, "") and is_one_line(done.err) and named in done.err
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_it_names_the_miniature(tmp_path):
-    done = run_all("study", OUT=tmp_path / "out")
-    assert done.returncode == 1 and is_one_line(done.stderr)
-    assert "needs a GPU" in done.stderr and "study miniature" in done.stderr
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.slow
-def test_a_failed_self_check_stops_it(tmp_path):
-    """With a compiler that does not work."""
-    environment = {"CXX": "/bin/false", "CC": "/bin/false", "TORCHINDUCTOR_CACHE_DIR": tmp_path}
-    done = run_all("study", "miniature", OUT=tmp_path / "out", **environment)
-    assert done.returncode == 1 and "FAILED" in done.stdout
-    assert "error: the self-check" in done.stderr and "# 2." not in done.stdout
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["study.log"]
+def test_one_study_at_a_time_in_a_folder(tmp_path):
+    with study.prepare([tmp_path], locked=True), pytest.raises(UserError, match="another study"):
+        study.prepare([tmp_path], locked=True)
+    with study.prepare([tmp_path], locked=True):
+        pass
 
 
 @pytest.mark.slow
 def test_the_miniature(tmp_path):
-    """Stopped in its first training run, taken up again to its end, and called once more."""
+    """Stopped in its first training run, resumed to its end, and called once more."""
     out, log = tmp_path / "out", tmp_path / "log"
     needs_pins()
     environment = os.environ | {"PYTHON": sys.executable, "OUT": str(out)}
-    command = ["./run_all.sh", "study", "miniature"]
+    command = ["./run_all.sh", "study", "--miniature"]
     with open(log, "w") as file:
         process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=file, stderr=file)
         while "epoch  1/4" not in log.read_text() and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
-    assert "ended after" in (out / "study.log").read_text()
 
-    done = run_all("study", "miniature", OUT=out)
+    done = run_all("study", "--miniature", OUT=out)
     assert done.returncode == 0, done.stderr
-    assert "check se" not in done.stdout  # what was done is not done again
-    text = (out / "report.md").read_text()
-    for model in COMPARED:
-        assert f"| {model} (quick) | 3 |" in text
-    assert "## fashion_mnist, recipe strong, epochs = 4" in text
-    assert f"## Beside {out}/fp32" in text and "![explain compare](explain_compare.png)" in text
-    modules = (out / "modules/report.md").read_text()
-    for model in ["baseline", *FURTHER]:
-        assert f"| {model} (quick) | 1 |" in modules
-    assert "| `baseline`, compile |" in (out / "speed.md").read_text()
+    text, modules = (out / "report.md").read_text(), (out / "modules/report.md").read_text()
+    assert all(f"| {model} (quick) | 3 |" in text for model in study.COMPARED)
+    assert all(f"| {model} (quick) | 1 |" in modules for model in FURTHER)
+    assert "recipe strong, epochs = 4" in text and "![explain compare]" in text
+    assert json.loads((out / "speed/plain_loop.jsonl").read_text().splitlines()[0])
 
-    # The small files alone, as from a clone: nothing is run again, the reports come out the same.
+    # The small files alone, as from a clone: nothing is trained again, the reports are the same.
     for path in [*out.rglob("*.pt"), *out.rglob("events.out.tfevents.*"), out / "report.md"]:
         path.unlink()
     again = run_all("study", "miniature", OUT=out)
     assert again.returncode == 0 and "kept: " in again.stdout
-    assert "epoch  1/4" not in again.stdout and " ... " not in again.stdout
-    assert (out / "report.md").read_text() == text
-    assert (out / "study.log").read_text().count("exit code 0") == 2
+    assert "epoch  1/4" not in again.stdout and (out / "report.md").read_text() == text

@@ -1,0 +1,128 @@
+"""Runs commands, so many at a time, and passes signals on to them: they save before they end."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from kit.command_line import Stopped
+
+DAMAGED = (OSError, ValueError, LookupError, TypeError)  # a file of a run, or it is not there yet
+
+
+@dataclass
+class Job:
+    """Arguments of Python; of a training run also its name, folder, and flags beyond the recipe."""
+
+    command: list
+    name: str = ""
+    folder: Path | None = None
+    flags: tuple = ()
+    log: Path | None = None  # of a training run: for when others run at the same time
+    needed: bool = False  # if it fails, nothing more is run
+
+    def __str__(self) -> str:
+        words = [os.environ.get("PYTHON") or sys.executable, *map(str, self.command)]
+        to_file = f" >> {shlex.quote(str(self.log))}" if self.log and not self.folder else ""
+        return shlex.join(words) + to_file
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a run is complete, with its recipe's settings or with these very flags."""
+        with contextlib.suppress(*DAMAGED):
+            result, config = read(self.folder / "result.json"), read(self.folder / "config.json")
+            words = shlex.split(str(config["command"]))
+            if self.flags and "overrides" in result:
+                return words[words.index("--runs") + 2 :] == [*map(str, self.flags)]
+            dataset = self.command[self.command.index("--dataset") + 1]
+            same_data = Path(dataset).resolve() == Path(config["dataset"]).resolve()
+            return result["overrides"] == {} and same_data
+        return False
+
+
+def read(path: Path) -> dict:
+    return json.loads(path.read_text())
+
+
+class Runner:
+    """`jobs` commands at a time. gpus: their numbers or UUIDs; if several run, each has one."""
+
+    def __init__(self, jobs: int = 1, gpus: list[str] = ()):
+        self.jobs, self.gpus = jobs, gpus
+        self.running, self.failed = {}, []  # process -> (job, slot); jobs
+        self.code = self.signal = 0
+        self.over = False  # nothing more is started
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) != signal.SIG_IGN:  # as below nohup
+                signal.signal(signum, self.pass_on)
+
+    def pass_on(self, signum: int, frame) -> None:
+        self.signal, self.over = signum, True
+        for process in list(self.running):
+            process.terminate()
+
+    def run(self, stage: list[Job]) -> None:
+        """What is not done of it. After a signal: until everything that was running has ended."""
+        waiting = [(i, job) for i, job in enumerate(stage, 1) if not job.is_done]
+        slots = list(range(min(self.jobs, len(stage))))
+        shared = len(slots) > 1
+        try:
+            while self.running or (waiting and not self.over):
+                while waiting and slots and not self.over:
+                    i, job = waiting.pop(0)
+                    title = f"[{i}/{len(stage)}] {job.name}" if job.name else f"+ {job}"
+                    print(title + f", log: {job.log}" * shared, flush=True)
+                    self.start(job, slots.pop(0), shared)
+                time.sleep(0.05)
+                for process in [p for p in self.running if p.poll() is not None]:
+                    job, slot = self.running.pop(process)
+                    slots.append(slot)
+                    self.settle(job, process.returncode, shared)
+        finally:  # also when the terminal or the disk is gone
+            for process in self.running:
+                process.terminate()
+            for process in self.running:
+                process.wait()
+
+    def start(self, job: Job, slot: int, shared: bool) -> None:
+        """On the terminal; if shared with a log, and on a GPU or a part of the CPU's threads."""
+        env, log = dict(os.environ), job.log if shared or not job.folder else None
+        if shared and self.gpus:
+            env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
+        elif shared:
+            threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
+            env.setdefault("OMP_NUM_THREADS", str(threads))
+        if log:
+            log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "a") if log else contextlib.nullcontext() as out:
+            process = subprocess.Popen(
+                [sys.executable, *map(str, job.command)],
+                env=env, stdout=out, stderr=out if shared else None,
+                # Ctrl-C reaches it by way of the runner alone, and once.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
+            )  # fmt: skip
+        self.running[process] = job, slot
+        if self.signal:  # it arrived in between
+            process.terminate()
+
+    def settle(self, job: Job, code: int, shared: bool) -> None:
+        if code and not self.signal:
+            self.failed += [] if job.needed else [job]  # that one has said so itself
+            self.code = 2 if code == 2 else self.code or 1
+            self.over = self.over or job.needed or code == 2
+        if shared and not self.signal:
+            print(f"{'failed' if code else 'done'}: {job.name}", flush=True)
+
+    def end(self) -> int:
+        """The exit code, after a line for each failed command. After a signal: raises Stopped."""
+        if self.signal:
+            raise Stopped(self.signal)
+        for job in self.failed:
+            print(f"failed: {job}", file=sys.stderr)
+        return self.code

@@ -1,0 +1,256 @@
+"""What ./run_all.sh does: lists of commands, each of which skips what is done already.
+
+    python -m kit.study [plan] quick | full | study [--miniature]
+
+A study is a series of stages. The runs of one stage may train at the same time (JOBS); the next
+stage begins when all of them have ended. A command that fails is noted, and the rest is tried.
+"""
+
+import contextlib
+import os
+import re
+import sys
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import mean
+from types import SimpleNamespace
+
+from kit.command_line import UserError, exit_code, make_parser
+from kit.files import check_writable
+from kit.runner import DAMAGED, Job, Runner, read
+
+MODELS = {}  # before PyTorch is installed, a plan is printed without knowing them
+if find_spec("torch"):
+    from models import MODELS
+
+PUBLISHED = ["baseline", "se", "cbam_blocks", "cbam_classifier"]
+COMPARED = ["baseline", "cbam_classifier", "se", "cbam_blocks", "se_static"]  # by the study
+CANDIDATES = ["cbam_classifier", "se", "cbam_blocks"]  # the two best also train with `strong`
+FIXED = ["MODELS", "SEEDS", "RECIPE", "DATASET", "RUNS", "SHARD"]  # by the study
+
+
+# --- Studies: stages of commands, and lines of comment --------------------------------------------
+
+
+def one(*command) -> list[Job]:
+    """A stage of one command."""
+    return [Job([*command])]
+
+
+def train(runs, models, seeds, recipe="published", dataset="fashion_mnist", flags=()) -> list[Job]:
+    """A stage of training runs."""
+    jobs = []
+    for seed, model in ((seed, model) for seed in seeds for model in models):
+        parts = Path(dataset).resolve().name, recipe, model, f"seed{seed}"
+        command = ["train.py", "--model", model, "--dataset", dataset, "--recipe", recipe]
+        command += ["--seed", seed, "--runs", runs, *flags]
+        log = Path(runs, "logs", f"{'.'.join(parts)}.log")
+        jobs.append(Job(command, f"{model}, seed {seed}", Path(runs, *parts), tuple(flags), log))
+    return jobs
+
+
+def table(s: SimpleNamespace, quick: bool, planning: bool) -> Iterator[list[Job] | str]:
+    """`quick` and `full`, with the settings of the environment."""
+    runs = train(s.runs, s.models, s.seeds, s.recipe, s.dataset)
+    yield runs[s.shard :: s.shards]
+    done = [run for run in runs if run.is_done]
+    if s.shards > 1 or not (done or planning):
+        return  # the rest is for a last call without SHARD
+    size, result = [], read(done[0].folder / "result.json") if done else {}
+    if s.dataset != "fashion_mnist":
+        image = "x".join(map(str, result.get("image", "CHW")))
+        size = ["--image", image, "--classes", len(result.get("classes", [])) or "N"]
+    cheap = ["--modes", "eager", "--batch-sizes", 64] if quick else []
+    yield one("benchmark.py", "--models", *s.models, "--keep", "--out", s.out, *size, *cheap)
+    limit = ["--limit-cam", 40] if quick else ["--limit-test", 10000]
+    if explained := [r.folder for r in runs[: len(s.models)] if planning or r in done]:
+        yield one("explain.py", "--keep", "--out", s.out, *limit, "--compare", *explained)
+    yield one("report.py", "--runs", s.runs, "--out", s.out)
+
+
+def study(out: Path, miniature: bool, on_gpu: bool, planning: bool) -> Iterator[list[Job] | str]:
+    """Everything behind the README's figures, what matters most first: docs/reference-study.md."""
+    further = ["baseline", *(model for model in MODELS if model not in COMPARED)]
+    runs, fp32, modules, speed = out / "runs", out / "fp32", out / "modules", out / "speed"
+    first, more, few, once = range(5), range(5, 10), range(3), range(3)
+    width, short, small, limit, one_case = [], ["--epochs", 4], [], ["--limit-test", 10000], []
+    if miniature:
+        first, more, few, once = range(2), [2], range(2), [0]
+        width, short = ["--width", 16], ["--epochs", 4, "--limit-train", 256]
+        small, limit = [*width, *short, "--limit-test", 500], []
+        one_case = ["-k", "se-compile-fp32"]
+    modes = ["eager", "compile", *(["graph", "compile+graph"] if on_gpu else [])]
+    costs = ["--modes", "eager", *(["compile+graph"] if on_gpu else []), *width, "--batch-sizes"]
+    write = ["report.py", "--runs", runs, "--out", out]
+    write += ["--compare", fp32] if fp32.is_dir() else []
+
+    yield "1. Is the fast step the step of plain PyTorch? If not, nothing more is run."
+    yield [Job(["-m", "pytest", "-q", "-m", "", "tests/test_fast.py", *one_case], needed=True)]
+    yield "2. How fast is it, compared with a plain loop? What do the models cost?"
+    for mode in modes:
+        yield train(speed / mode, ["baseline"], [0], flags=["--mode", mode, *(small or short)])
+    yield [Job(["tests/plain_loop.py", *short], log=speed / "plain_loop.jsonl")]
+    cost = "benchmark.py", "--models", *COMPARED, "--keep", "--out", out, *costs
+    yield one(*cost, 64)
+    yield one(*cost, 1, 16, 256, 1024)
+    yield "3. The published study, and what its first seed looks at while the weights are there"
+    published = train(runs, COMPARED, first[:1], flags=small)
+    yield published
+    if explained := [run.folder for run in published if planning or run.is_done]:
+        yield one("explain.py", "--keep", "--out", out, *limit, "--compare", *explained)
+    yield one(*write)
+    yield train(runs, COMPARED, first[1:], flags=small)
+    yield one(*write)
+    yield "4. Is bfloat16 as good as float32?"
+    yield train(fp32, ["baseline", "cbam_blocks"], few, flags=["--precision", "fp32", *small])
+    write = ["report.py", "--runs", runs, "--out", out, "--compare", fp32]
+    yield one(*write)
+    yield "5. The recipe strong: the baseline, and the two modules that are best in validation"
+    if best := best_two(runs, first):
+        yield train(runs, ["baseline", *best], few, "strong", flags=small)
+        yield one(*write)
+    else:
+        yield "(which two are best is known when 3 is done)"
+    yield "6. Every further module"
+    yield one("benchmark.py", "--models", *further, "--keep", "--out", modules, *costs, 64)
+    yield train(modules / "runs", further, once, flags=small)
+    yield one("report.py", "--runs", modules / "runs", "--out", modules)
+    yield "7. More seeds of 3"
+    yield train(runs, COMPARED, more, flags=small)
+    yield one(*write)
+
+
+def best_two(runs: Path, seeds) -> list[str]:
+    """Of CANDIDATES, by mean validation accuracy; none as long as a result is missing."""
+
+    def accuracy(model):
+        results = [read(run.folder / "result.json") for run in train(runs, [model], seeds)]
+        return mean(result["val_acc"] for result in results)
+
+    with contextlib.suppress(*DAMAGED):
+        return sorted(CANDIDATES, key=accuracy)[-2:]
+    return []
+
+
+# --- What is asked for ----------------------------------------------------------------------------
+
+
+def settings_of(what: str, fail) -> SimpleNamespace:
+    """The environment, checked before hours of work. Calls fail(one line) if something is wrong."""
+
+    def value(name, default=""):
+        return os.environ.get(name) or default
+
+    def check(right, message):
+        return right or fail(message)
+
+    fixed, quick = what == "study" and any(map(value, FIXED)), what == "quick"
+    check(not fixed, f"the study has its own {', '.join(FIXED[:-1])}, and no SHARD: unset them")
+    recipe = value("RECIPE", "quick" if quick else "published")
+    check(recipe == "quick" or not quick, "quick is a recipe of its own: unset RECIPE")
+    models = list(dict.fromkeys(value("MODELS", " ".join(PUBLISHED)).split()))
+    seeds = list(dict.fromkeys(value("SEEDS", "0" if quick else "0 1 2 3 4").split()))
+    check(models and seeds, "MODELS and SEEDS must name at least one each")
+    for model in models:
+        known = model in MODELS or not MODELS
+        check(known, f"MODELS: unknown model '{model}': choose from {' '.join(MODELS)}")
+    for seed in seeds:
+        right = re.fullmatch("0|[1-9][0-9]{0,8}", seed)
+        check(right, f"SEEDS: '{seed}' is not a whole number below 10^9, without leading zeros")
+    jobs, shard = value("JOBS"), value("SHARD", "0/1")
+    check(re.fullmatch("|[1-9][0-9]{0,2}", jobs), f"JOBS: '{jobs}' is not a number from 1 to 999")
+    ij = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", shard)
+    check(ij and int(ij[1]) < int(ij[2]), f"SHARD: '{shard}' is not i/n with i from 0 to n-1")
+    return SimpleNamespace(
+        models=models, seeds=seeds, recipe=recipe, dataset=value("DATASET", "fashion_mnist"),
+        runs=Path(value("RUNS", "runs")), out=Path(value("OUT", "results")),
+        jobs=int(jobs or 0), shard=int(ij[1]), shards=int(ij[2]),
+    )  # fmt: skip
+
+
+def visible_gpus() -> tuple[list[str], str]:
+    """(numbers or UUIDs, for CUDA_VISIBLE_DEVICES; the name of the first, or why there is none)."""
+    if not MODELS:
+        return [], "PyTorch is not installed yet"
+    import torch
+
+    from kit.environment import device_name, why_no_gpu
+
+    if not torch.cuda.is_available():
+        return [], why_no_gpu()
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return names.replace(" ", "").split(",")[:count], device_name(torch.device("cuda"))
+
+
+def prepare(folders: list[Path], locked: bool):
+    """Checks that files can be written there; a context that no other study can enter meanwhile."""
+    for folder in folders:
+        try:
+            check_writable(folder)
+        except OSError:
+            advice = 'choose another RUNS or OUT (docker run: --user "$(id -u):$(id -g)")'
+            raise UserError(f"{folder} cannot be written: {advice}") from None
+    if not locked:
+        return contextlib.nullcontext()
+    from filelock import FileLock, Timeout  # here, for a plan can be printed before it is installed
+
+    try:
+        return FileLock(folder / ".lock").acquire(timeout=0)
+    except Timeout:
+        raise UserError(f"another study is running in {folder}: wait for its end") from None
+
+
+@exit_code
+def main(argv: list[str] | None = None) -> int:
+    """The runner, with `argv` in place of the command line."""
+    parser = make_parser(__doc__)
+    parser.prog = "run_all.sh"
+    parser.add_argument("words", nargs="*", metavar="[plan] quick | full | study")
+    parser.add_argument("--miniature", action="store_true", help="the study, small")
+    args = parser.parse_args(argv)
+    planning = args.words[:1] == ["plan"]
+    what, *rest = args.words[planning:] or [""]
+    small = args.miniature or rest == ["miniature"]
+    known = what in ("", "quick", "full", "study") and rest in ([], ["miniature"])
+    if not known or (small and what != "study"):
+        words = " ".join(args.words)
+        parser.error(f"'{words}': use quick, full, study [--miniature] or none, or plan and these")
+    gpus, gpu = visible_gpus()
+    if not (what or gpus):
+        print(f"{gpu}: a quick run on the CPU", file=sys.stderr)
+    what = what or ("full" if gpus else "quick")
+    s = settings_of(what, parser.error)
+    if what == "study":
+        if planning and not MODELS:
+            raise UserError("the plan of the study needs PyTorch: ./run_all.sh test installs it")
+        if not (planning or gpus or small):
+            raise UserError(f"the study needs a GPU: {gpu}. Without one, try study --miniature")
+        name = re.sub("[^a-z0-9]+", "_", gpu.lower()) if gpus else "a_gpu"
+        s.out = Path(os.environ.get("OUT") or f"results/{'miniature' if small else name}")
+        stages = study(s.out, small, bool(gpus) or not small, planning)
+    else:
+        stages = table(s, what == "quick", planning)
+    data = Job(["data.py", "--dataset", s.dataset], needed=True)
+    if planning:
+        for stage in ([data], *stages):
+            for job in [f"# {stage}"] if isinstance(stage, str) else stage:
+                print(f"{job}  # done" if isinstance(job, Job) and job.is_done else job)
+        return 0
+    runner = Runner(s.jobs or len(gpus) or 1, gpus)
+    runner.run([data])
+    if not runner.over:
+        with prepare([s.out] if what == "study" else [s.out, s.runs], locked=what == "study"):
+            for stage in stages:
+                if isinstance(stage, str):
+                    print(f"# {stage}", flush=True)
+                else:
+                    runner.run(stage)
+                if runner.over:
+                    break
+    return runner.end()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
