@@ -1,6 +1,6 @@
 """What a study shows, in numbers: each model's spread, its difference from the baseline, its cost.
 
-Everything is worked out here once; sections.py puts it into words and tables, figures.py draws it.
+Everything is worked out here once; report.md puts it into words, figures.py draws it.
 """
 
 import itertools
@@ -10,7 +10,7 @@ from statistics import mean, median, stdev
 import numpy as np
 
 from kit import verdicts
-from kit.results import Run, Study, costs_of, fastest_costs_of, in_table_order, is_finite
+from kit.results import Run, Study, in_table_order
 from kit.verdicts import Comparison
 
 CONTROL = "_static"  # se_static is the control of se: as many parameters, but blind gates
@@ -22,7 +22,7 @@ class ByClass:
 
     classes: list[str]
     baseline: list[float]  # percent, mean over the seeds
-    against: dict[str, list[Comparison]]  # model -> a comparison with the baseline for each class
+    against_baseline: dict[str, list[Comparison]]  # model -> a comparison for each class
 
 
 @dataclass
@@ -54,23 +54,37 @@ class Findings:
     missing: dict[str, list[int]]  # model -> seeds of runs that would complete the table
     explained: list[dict]  # rows of explain.json that are of this study's runs
 
+    @property
+    def timed(self) -> dict | None:
+        """A row of costs: batch size, mode, precision and device are those of all of them."""
+        return next(iter(self.costs.values()), None)
+
+    @property
+    def unjudged(self) -> list[str]:
+        """Models that were trained, as the baseline was, but have no verdict."""
+        others = [m for m in self.models if m != "baseline" and m not in self.against]
+        return others if "baseline" in self.models else []
+
 
 def find(study: Study, cost_rows: list[dict], explained: list[dict] = ()) -> Findings:
     """Everything about one study. cost_rows: benchmark.json's; explained: explained_of()'s."""
     costs, fastest = costs_of(study, cost_rows), fastest_costs_of(study, cost_rows)
-    against = against_baseline(study)
+    against = compare(study, {m: (m, "baseline") for m in study.runs if m != "baseline"})
+    with_control = [model for model in study.runs if model + CONTROL in study.runs]
+    wanted = in_table_order(study.published.keys() | study.runs.keys())
+    missing = {m: [s for s in study.seeds if s not in study.by_seed(m)] for m in wanted}
     return Findings(
         study=study,
         models={model: summarize(runs) for model, runs in study.runs.items()},
         against=against,
         resampled={model: resample(study, model, c.seeds) for model, c in against.items()},
-        controlled=against_controls(study),
+        controlled=compare(study, {model: (model, model + CONTROL) for model in with_control}),
         by_class=compare_classes(study, list(against)),
         costs=costs,
         fastest=fastest,
         relative=relative_costs(study, costs, fastest),
         front=pareto_front(study, against, costs),
-        missing=missing_runs(study),
+        missing={model: seeds for model, seeds in missing.items() if seeds},
         explained=list(explained),
     )
 
@@ -82,23 +96,18 @@ def summarize(runs: list[Run]) -> dict:
     """Over the seeds of one model. sd: the sample standard deviation (n - 1); None for one run."""
     results = [run.result for run in runs]
     accuracies = [result["test_acc"] for result in results]
-    sd = stdev(accuracies) if len(results) > 1 else None
-    interval = None
-    if sd is not None:
-        interval = verdicts.t_interval(mean(accuracies), sd, len(results), verdicts.LEVEL)
+    n, middle = len(results), mean(accuracies)
+    sd = stdev(accuracies) if n > 1 else None
+    means = ("test_acc_last", "val_acc", "epochs_run", "train_seconds", "images_per_second")
     return {
-        "n": len(results),
+        "n": n,
         "seeds": [run.seed for run in runs],
-        "test_acc_mean": mean(accuracies),
+        "test_acc_mean": middle,
         "test_acc_sd": sd,
-        "test_acc_interval": interval,  # 95 %, Student's t
+        "test_acc_interval": verdicts.t_interval(middle, sd, n, verdicts.LEVEL) if n > 1 else None,
         "test_acc_min": min(accuracies),
         "test_acc_max": max(accuracies),
-        "test_acc_last_mean": mean(result["test_acc_last"] for result in results),
-        "val_acc_mean": mean(result["val_acc"] for result in results),
-        "epochs_run_mean": mean(result["epochs_run"] for result in results),
-        "train_seconds_mean": mean(result["train_seconds"] for result in results),
-        "images_per_second_mean": mean(result["images_per_second"] for result in results),
+        **{f"{key}_mean": mean(result[key] for result in results) for key in means},
         "params": results[0]["params"],
     }
 
@@ -120,17 +129,10 @@ def compared(pairs: dict[str, tuple], n_images: int | None) -> dict[str, Compari
     return found
 
 
-def against_baseline(study: Study) -> dict[str, Comparison]:
-    baseline = accuracies(study, "baseline")
-    others = [model for model in study.runs if model != "baseline"]
-    pairs = {model: (accuracies(study, model), baseline) for model in others}
-    return compared(pairs, study.n_images)
-
-
-def against_controls(study: Study) -> dict[str, Comparison]:
-    models = [model for model in study.runs if model + CONTROL in study.runs]
-    pairs = {m: (accuracies(study, m), accuracies(study, m + CONTROL)) for m in models}
-    return compared(pairs, study.n_images)
+def compare(study: Study, pairs: dict[str, tuple[str, str]]) -> dict[str, Comparison]:
+    """{name: (model, reference)} to comparisons."""
+    of_models = {k: tuple(accuracies(study, model) for model in pair) for k, pair in pairs.items()}
+    return compared(of_models, study.result["test_images"])
 
 
 def resample(study: Study, model: str, seeds: list[int]) -> tuple[float, float] | None:
@@ -152,84 +154,89 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
     runs = [run for model in ["baseline", *models] for run in study.runs.get(model, [])]
     if not models or not same_labels(runs):
         return None
-    n_classes = max(int(run.labels.max()) for run in runs) + 1
+    labels, sizes = np.unique(runs[0].labels, return_counts=True)
 
     def of_class(model: str, label: int) -> dict[int, float]:
         by_seed = study.by_seed(model).items()
         return {seed: 100 * run.correct[run.labels == label].mean() for seed, run in by_seed}
 
-    sizes = np.bincount(runs[0].labels, minlength=n_classes)
-    labels = [label for label in range(n_classes) if sizes[label]]
     baseline = {label: of_class("baseline", label) for label in labels}
     found = compared(
         {(m, label): (of_class(m, label), baseline[label]) for m in models for label in labels},
-        int(sizes[labels].min()),
+        int(sizes.min()),
     )
-    names = study.any_run.result.get("classes")
-    names = dict(enumerate(names if isinstance(names, list) else ()))
+    names = dict(enumerate(study.result["classes"]))
     return ByClass(
         classes=[str(names.get(label, label)) for label in labels],
         baseline=[mean(baseline[label].values()) for label in labels],
-        against={model: [found[model, label] for label in labels] for model in models},
+        against_baseline={model: [found[model, label] for label in labels] for model in models},
     )
-
-
-def missing_runs(study: Study) -> dict[str, list[int]]:
-    """What would complete the table: every model with every seed seen, every published one too."""
-    models = in_table_order(study.published.keys() | study.runs.keys())
-    missing = {m: [s for s in study.seeds if s not in study.by_seed(m)] for m in models}
-    return {model: seeds for model, seeds in missing.items() if seeds}
 
 
 # --- Cost -----------------------------------------------------------------------------------------
 
 
+def costs_of(study: Study, rows: list[dict], mode="eager", precision="fp32") -> dict[str, dict]:
+    """{model: its row} at this study's width and images, and batch 64, or else the largest."""
+    result = study.result
+    own = (result["width"], "x".join(map(str, result["image"])), len(result["classes"]))
+    rows = [
+        row for row in rows
+        if (row["mode"], row["precision"]) == (mode, precision)
+        and (row.get("width", 64), row.get("image", "1x28x28"), row.get("classes", 10)) == own
+    ]  # fmt: skip
+    first = next((row for row in rows if row["model"] == "baseline"), rows[0] if rows else {})
+    for key in ("device", "torch"):  # times are compared on one machine
+        rows = [row for row in rows if row.get(key) == first.get(key)]
+    sizes = {row["batch_size"] for row in rows}
+    size = 64 if 64 in sizes else max(sizes, default=64)
+    return {row["model"]: row for row in rows if row["batch_size"] == size}
+
+
+def fastest_costs_of(study: Study, rows: list[dict]) -> dict[str, dict]:
+    """As costs_of, in the mode and precision in which the models took the least time together."""
+    variants = sorted({(row["mode"], row["precision"]) for row in rows})
+    measured = [costs_of(study, rows, *variant) for variant in variants]
+    most = max(map(len, measured), default=0)
+    return min(
+        (costs for costs in measured if len(costs) == most),
+        key=lambda costs: sum(row["ms_per_image"] for row in costs.values()),
+        default={},
+    )
+
+
 def relative_costs(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
     """Of every model that was trained or timed, the baseline first if it is there."""
-    models = in_table_order(study.runs.keys() | costs.keys())
-    values = {model: costs_in_numbers(study, model, costs, fastest) for model in models}
-    base = values.get("baseline", dict.fromkeys(COSTS))
-    found = {}
-    for model, own in values.items():
-        ratios = {
-            name: own[name] / base[name] if own[name] and base[name] else None for name in COSTS
+    values, found = {}, {}
+    for model in in_table_order(study.runs.keys() | costs.keys()):
+        runs, row = study.runs.get(model, []), costs.get(model, {})
+        memory = [run.result.get("peak_memory_mb") for run in runs]
+        values[model] = {
+            "params": runs[0].result["params"] if runs else row["params"],
+            "flops": row.get("flops_aten"),
+            "eager": row.get("ms_per_image"),
+            "fast": fastest.get(model, {}).get("ms_per_image") if fastest != costs else None,
+            "training": median(map(seconds_per_epoch, runs)) if runs else None,
+            "memory": median(memory) if memory and all(memory) else None,
         }
-        by_seed = training_ratios(study, model)
+    base, base_runs = values.get("baseline", dict.fromkeys(COSTS)), study.by_seed("baseline")
+    for model, own in values.items():
+        ratios = {k: own[k] / base[k] if own[k] and base[k] else None for k in COSTS}
+        runs = study.by_seed(model)
+        by_seed = [  # on one device in one mode
+            seconds_per_epoch(runs[seed]) / seconds_per_epoch(base_runs[seed])
+            for seed in runs.keys() & base_runs.keys()
+            if all(runs[seed].result[k] == base_runs[seed].result[k] for k in ("device", "mode"))
+        ]
         ratios["training"] = median(by_seed) if by_seed else None
-        if {run.result["device"] for run in study.runs.get(model, [])} != {
-            run.result["device"] for run in study.runs.get("baseline", [])
-        }:
-            ratios["memory"] = None
+        devices = [{run.result["device"] for run in side.values()} for side in (runs, base_runs)]
+        ratios["memory"] = ratios["memory"] if devices[0] == devices[1] else None
         found[model] = Cost(own, ratios, (min(by_seed), max(by_seed)) if by_seed else None)
     return found
 
 
-def costs_in_numbers(study: Study, model: str, costs: dict, fastest: dict) -> dict:
-    runs, row = study.runs.get(model, []), costs.get(model, {})
-    memory = [run.result.get("peak_memory_mb") for run in runs]
-    return {
-        "params": runs[0].result["params"] if runs else row["params"],
-        "flops": row.get("flops_aten"),
-        "eager": row.get("ms_per_image"),
-        "fast": fastest[model]["ms_per_image"] if model in fastest and fastest != costs else None,
-        "training": median(map(seconds_per_epoch, runs)) if runs else None,
-        "memory": median(memory) if memory and all(map(is_finite, memory)) else None,
-    }
-
-
 def seconds_per_epoch(run: Run) -> float:
     return run.result["train_seconds"] / run.result["epochs_run"]
-
-
-def training_ratios(study: Study, model: str) -> list[float]:
-    """Seconds an epoch over the baseline's of the same seed, on one device in one mode."""
-    baseline = study.by_seed("baseline")
-    return [
-        seconds_per_epoch(run) / seconds_per_epoch(baseline[seed])
-        for seed, run in study.by_seed(model).items()
-        if seed in baseline
-        and all(run.result[k] == baseline[seed].result[k] for k in ("device", "mode"))
-    ]
 
 
 def pareto_front(study: Study, against: dict[str, Comparison], costs: dict) -> list[str]:
@@ -241,18 +248,13 @@ def pareto_front(study: Study, against: dict[str, Comparison], costs: dict) -> l
     are judged. Ties may go round in a circle, so the front is built from the fastest on: a model
     has to hold its own against those that are on it.
     """
-    timed = [model for model in study.runs if model in costs]
-    timed = [model for model in timed if model in against or model == "baseline"]
+    timed = [m for m in study.runs if m in costs and (m in against or m == "baseline")]
     if len(timed) < 2 or "baseline" not in timed:
         return []
-    verdict = {(model, "baseline"): comparison.verdict for model, comparison in against.items()}
-    pairs = {
-        (a, b): (accuracies(study, a), accuracies(study, b))
-        for a, b in itertools.combinations(timed, 2)
-        if "baseline" not in (a, b)
-    }
-    found = compared(pairs, study.n_images)
-    verdict |= {pair: comparison.verdict for pair, comparison in found.items()}
+    pairs = [pair for pair in itertools.combinations(timed, 2) if "baseline" not in pair]
+    found = {(model, "baseline"): c for model, c in against.items()}
+    found |= compare(study, {pair: pair for pair in pairs})
+    verdict = {pair: comparison.verdict for pair, comparison in found.items()}
 
     def more_accurate(a, b):
         return verdict.get((a, b)) == "better" or verdict.get((b, a)) == "worse"
@@ -269,3 +271,43 @@ def pareto_front(study: Study, against: dict[str, Comparison], costs: dict) -> l
         if not any(beats(other, model) for other in front):
             front = [other for other in front if not beats(model, other)] + [model]
     return in_table_order(front)
+
+
+# --- What attention attends to --------------------------------------------------------------------
+
+
+def explained_of(study: Study, rows: list[dict]) -> tuple[list[dict], list[str]]:
+    """The rows that are of this study's runs, and those that are of other weights, in words."""
+    found, problems = {}, []
+    wanted = {"dataset": study.dataset, "recipe": study.recipe, "overrides": study.overrides}
+    for row in rows:
+        run, n = study.by_seed(row["model"]).get(row["seed"]), row["test_images"]
+        if run is None or not wanted.items() <= row.items():
+            continue
+        accuracy = run.result["test_acc"] if n == run.result["test_images"] else row["test_acc"]
+        if run.correct is not None:
+            accuracy = 100 * run.correct[:n].mean()
+        if abs(accuracy - row["test_acc"]) <= 0.5:  # precisions may differ by so much, not by more
+            found.setdefault(row["model"], []).append(row)
+        else:
+            problems.append(
+                f"explain.json: {row['model']} seed {row['seed']} left out, it has "
+                f"{row['test_acc']:.2f} % where the run has {accuracy:.2f} %: run python "
+                "explain.py again"
+            )
+    return [row for model in in_table_order(found) for row in found[model]], problems
+
+
+def ablation(row: dict) -> tuple[float, tuple[float, float]] | None:
+    """(points that fixing the gates adds, its 95 % interval over test images); None: no gates.
+
+    Of n images `won` are right only with gates fixed, `lost` only with gates as they are. The
+    interval is Wald's for paired proportions with 1/2 added to each cell (Agresti and Min,
+    Statistics in Medicine 24, 2005), which says something even where no image changes.
+    """
+    if row.get("test_acc_gates_fixed") is None:
+        return None
+    n, won, lost = row["test_images"], row["won"], row["lost"]
+    middle = (won - lost) / (n + 2)
+    error = 1.96 * (won + lost + 1 - (won - lost) ** 2 / (n + 2)) ** 0.5 / (n + 2)
+    return 100 * (won - lost) / n, (100 * (middle - error), 100 * (middle + error))

@@ -128,12 +128,12 @@ def test_class_by_class_as_counted_one_by_one(make_study):
             for run in runs:
                 right = [run.correct[k] for k in range(100) if labels[k] == i]
                 accuracy[model].append(100 * sum(right) / len(right))
-        assert name == study.any_run.result["classes"][i]
+        assert name == study.result["classes"][i]
         assert found.baseline[i] == pytest.approx(np.mean(accuracy["baseline"]))
-        c = found.against["se"][i]
+        c = found.against_baseline["se"][i]
         assert c.difference == pytest.approx(np.mean(accuracy["se"]) - found.baseline[i])
         p_values.append(c.p)
-    assert [c.p_holm for c in found.against["se"]] == pytest.approx(verdicts.holm(p_values))
+    assert [c.p_holm for c in found.against_baseline["se"]] == pytest.approx(verdicts.holm(p_values))
 
 
 def test_without_labels_there_are_no_classes(make_study):
