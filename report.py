@@ -27,7 +27,6 @@ import json
 import os
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import markdown
@@ -36,9 +35,9 @@ from kit import words
 from kit.command_line import UserError, exit_code, make_parser
 from kit.figures import FIGURES, draw_figures
 from kit.files import write_atomically
-from kit.findings import Findings, accuracies, compared, explained_of, find
+from kit.findings import Findings, compare, explained_of
 from kit.results import PUBLISHED, Study, read_rows, read_studies
-from kit.verdicts import seeds_in_words
+from kit.verdicts import Comparison, seeds_in_words
 
 CSV_COLUMNS = (
     "dataset", "recipe", "quick", "model", "seed", "width", "test_acc", "test_acc_last", "val_acc",
@@ -47,7 +46,7 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
-def make_report(runs_dir: Path, out: Path, compare: Path | None, readmes: list[Path]) -> Findings:
+def make_report(runs_dir: Path, out: Path, other: Path | None, readmes: list[Path]) -> Findings:
     """Writes all files of the report; returns what the first study shows. Raises UserError."""
     studies, problems = read_studies(runs_dir)
     if not studies:
@@ -56,36 +55,29 @@ def make_report(runs_dir: Path, out: Path, compare: Path | None, readmes: list[P
     costs, damaged = read_rows("benchmark", [out, runs_dir])
     seen, of_seen = read_rows("explain", [out, runs_dir])
     problems += damaged + of_seen
-    found, strangers = [], len(seen)
-    for study in studies:
-        rows, others = explained_of(study, seen)
-        found.append(find(study, costs, rows))
-        problems += others
-        strangers -= len(rows) + len(others)
-    if strangers:
-        problems.append(f"explain.json: {strangers} of its {len(seen)} entries are of no run here")
-    other = compare_runs(found[0], compare, problems) if compare else None
-    drawn = draw_figures(found[0])
-    pictures = {name: drawn[name] for name in FIGURES if name in drawn}
-    pictures |= explained_pictures(found[0].explained, out)
-    report = words.fill(
-        "report.md", found=found, figures=list(pictures), other=other, costs=costs, problems=problems
-    )
-    texts = {
-        "results.csv": results_csv(studies),
-        "summary.json": summary_json(found, costs),
-        "report.md": report,
-        "report.html": as_page(report, pictures),
+    explained = explained_of(studies, seen, problems)
+    found = [Findings(*each, costs) for each in zip(studies, explained, strict=True)]
+    first = found[0]
+    figures = draw_figures(first)
+    pictures = figures | explained_pictures(first.explained, out)
+    there = compare_runs(first, other, problems) if other else None
+    machines = sorted({f"{r['device']}; torch {r.get('torch') or 'unknown'}" for r in costs})
+    report = words.fill("report.md", found=found, figures=list(pictures), other=there,
+                        problems=problems, costs=costs, machines=machines)  # fmt: skip
+    files = {
+        **{out / name: png for name, png in figures.items()},
+        out / "results.csv": results_csv(studies),
+        out / "summary.json": summary_json(found, costs),
+        out / "report.md": report,
+        out / "report.html": as_page(report, pictures),
+        **{readme: with_blocks(readme, out, first) for readme in map(Path.resolve, readmes)},
     }
-    blocks = {readme.resolve(): with_blocks(readme.resolve(), out, found[0]) for readme in readmes}
     for name in FIGURES:
-        if name in drawn:
-            write_atomically(out / name, drawn[name])
-        else:
+        if name not in figures:
             (out / name).unlink(missing_ok=True)  # one of an earlier report
-    for path, text in ({out / name: text for name, text in texts.items()} | blocks).items():
-        write_atomically(path, text.encode(errors="replace"))  # names of folders may be odd
-    return found[0]
+    for path, body in files.items():  # names of folders, and so texts, may hold anything
+        write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
+    return first
 
 
 def compare_runs(here: Findings, folder: Path, problems: list[str]) -> dict | None:
@@ -100,11 +92,10 @@ def compare_runs(here: Findings, folder: Path, problems: list[str]) -> dict | No
     studies.sort(key=lambda study: study.title != here.study.title)
     for study in studies[1:]:
         problems.append(f"--compare {folder}: {study.title} there is not compared")
-    there = find(studies[0], [])  # its inference times are for a report of its own
+    there = Findings(studies[0], [], [])  # its inference times are for a report of its own
     models = [model for model in here.models if model in there.models]
-    pairs = {m: (accuracies(here.study, m), accuracies(there.study, m)) for m in models}
-    verdicts = compared(pairs, here.study.result["test_images"])
-    rows = {m: (here.models[m], there.models[m], verdicts.get(m)) for m in models}
+    found = compare(here.study, {model: (model, model) for model in models}, there.study)
+    rows = {m: (here.models[m], there.models[m], found.get(m)) for m in models}
     return {"folder": folder, "found": there, "models": rows}
 
 
@@ -133,13 +124,12 @@ def as_page(report: str, pictures: dict[str, bytes]) -> str:
 def with_blocks(readme: Path, out: Path, found: Findings) -> str:
     """The text of `readme` with the blocks of this report replaced."""
     folder = Path(os.path.relpath(out.resolve(), readme.parent)).as_posix()
+    block = words.TEMPLATES.get_template("readme_block.md").module
     blocks = {
-        (f"<!-- report.py: {folder} -->", f"<!-- end of {folder} -->"): words.fill(
-            "readme_block.md", f=found, folder=folder
+        (f"<!-- report.py: {folder} -->", f"<!-- end of {folder} -->"): block.results(
+            found, folder
         ),
-        (f"<!-- explain.py: {folder} -->", "<!-- end of explain.py -->"): words.table(
-            words.gate_table(found)
-        ),
+        (f"<!-- explain.py: {folder} -->", "<!-- end of explain.py -->"): block.gates(found),
     }
     try:
         text = readme.read_bytes().decode()
@@ -154,7 +144,8 @@ def with_blocks(readme: Path, out: Path, found: Findings) -> str:
         if found_first and (not found_last or "<!--" in old or first in after):
             raise UserError(f"{readme} must have '{first}' once, and then '{last}'")
         if found_first:
-            text = f"{before}{first}\n{block.strip()}\n{last}{after}"
+            block = re.sub(r"\n{3,}", "\n\n", block.strip())
+            text = f"{before}{first}\n{block}\n{last}{after}"
     return text
 
 
@@ -172,17 +163,11 @@ def results_csv(studies: list[Study]) -> str:
 def summary_json(found: list[Findings], costs: list[dict]) -> str:
     """Every figure of the report, for programs to read."""
 
-    def plain(comparison):
-        return asdict(comparison) | {"verdict": comparison.verdict}
+    def plain(found) -> dict:
+        return vars(found) | ({"verdict": found.verdict} if isinstance(found, Comparison) else {})
 
-    studies = []
-    for f in found:
-        by_class = f.by_class and asdict(f.by_class)
-        if by_class:
-            by_class["against_baseline"] = {
-                model: [plain(c) for c in row] for model, row in f.by_class.against_baseline.items()
-            }
-        studies.append({
+    studies = [
+        {
             "dataset": f.study.dataset,
             "recipe": f.study.recipe,
             "overrides": f.study.overrides,
@@ -192,15 +177,17 @@ def summary_json(found: list[Findings], costs: list[dict]) -> str:
                 model: plain(c) | {"seeds_and_images": f.resampled[model]}
                 for model, c in f.against.items()
             },
-            "against_control": {model: plain(c) for model, c in f.controlled.items()},
-            "by_class": by_class,
-            "costs": {model: asdict(cost) for model, cost in f.relative.items()},
+            "against_control": f.controlled,
+            "by_class": f.by_class,
+            "costs": f.relative,
             "pareto_front": f.front,
             "missing": f.missing,
             "explained": f.explained,
-        })  # fmt: skip
+        }
+        for f in found
+    ]
     content = {"studies": studies, "benchmark": costs, "published": PUBLISHED}
-    return json.dumps(content, indent=2) + "\n"
+    return json.dumps(content, indent=2, default=plain) + "\n"
 
 
 @exit_code

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 from kit.findings import Findings, accuracies
 from kit.results import Study
-from kit.words import one_line
+from kit.words import mark, one_line
 
 FIGURES = (
     "test_accuracy.png",
@@ -199,8 +199,8 @@ def add_legend(axes, **options) -> None:
 
 
 def title_of(study: Study) -> str:
-    lines = [study.title, study.mark] if study.mark else [study.title]
-    return "\n".join(textwrap.fill(one_line(line), 75) for line in lines)
+    lines = [one_line(study.title), mark(study)]
+    return "\n".join(textwrap.fill(line, 75) for line in lines if line)
 
 
 def as_png(figure: plt.Figure) -> bytes:

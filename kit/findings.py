@@ -18,75 +18,55 @@ CONTROL = "_static"  # se_static is the control of se: as many parameters, but b
 
 @dataclass
 class ByClass:
-    """Test accuracy of every class; the comparisons are corrected over models and classes."""
-
     classes: list[str]
-    baseline: list[float]  # percent, mean over the seeds
-    against_baseline: dict[str, list[Comparison]]  # model -> a comparison for each class
+    baseline: list[float]  # test accuracy in percent, mean over the seeds
+    against_baseline: dict[str, list[Comparison]]  # model -> one a class, corrected over all
 
 
 @dataclass
 class Cost:
-    """What a model costs, and how many times the baseline's that is; None: not measured."""
+    """By name: params, flops (FlopCounterMode's), eager and fast (ms an image, the published way
+    and in the fastest mode), training (seconds an epoch), memory (MB). None: not measured."""
 
-    values: dict[str, float | None]  # by the names of COSTS
-    ratios: dict[str, float | None]
+    values: dict[str, float | None]
+    ratios: dict[str, float | None]  # how many times the baseline's that is
     training_spread: tuple[float, float] | None  # of the training ratio, over seeds
 
 
-# params; flops: FlopCounterMode's, exact for convolutions and matrix products; eager, fast: ms an
-# image, the published way and in the fastest mode; training: seconds an epoch; memory: MB.
-COSTS = ("params", "flops", "eager", "fast", "training", "memory")
-
-
-@dataclass
 class Findings:
-    study: Study
-    models: dict[str, dict]  # model -> its summary, in the order of the table
-    against: dict[str, Comparison]  # model -> against the baseline, Holm-corrected together
-    resampled: dict[str, tuple[float, float] | None]  # model -> bootstrap over seeds and images
-    controlled: dict[str, Comparison]  # model -> against its control, corrected together
-    by_class: ByClass | None
-    costs: dict[str, dict]  # model -> its row of benchmark.json, measured the published way
-    fastest: dict[str, dict]  # model -> its row in the fastest mode
-    relative: dict[str, Cost]  # model -> its cost beside the baseline's
-    front: list[str]  # models that no other beats in accuracy and inference time, ties as ties
-    missing: dict[str, list[int]]  # model -> seeds of runs that would complete the table
-    explained: list[dict]  # rows of explain.json that are of this study's runs
+    """Everything about one study."""
+
+    def __init__(self, study: Study, explained: list[dict], cost_rows: list[dict]):
+        self.study, self.explained = study, explained  # rows of explain.json, of this study's runs
+        # All by model, in the order of the table: its summary, its comparison with the baseline
+        # and with its control (each set corrected together), a bootstrap over seeds and images.
+        self.models = {model: summarize(runs) for model, runs in study.runs.items()}
+        others = [model for model in self.models if model != "baseline"]
+        self.against = compare(study, {model: (model, "baseline") for model in others})
+        with_control = [model for model in others if model + CONTROL in others]
+        self.controlled = compare(study, {m: (m, m + CONTROL) for m in with_control})
+        self.resampled = {m: resample(study, m, c.seeds) for m, c in self.against.items()}
+        self.by_class = compare_classes(study, list(self.against))
+        # Its row of benchmark.json, measured the published way and in the fastest mode, and what
+        # follows; the models that no other beats in accuracy and inference time, ties as ties.
+        self.costs, self.fastest = costs_of(study, cost_rows), fastest_costs_of(study, cost_rows)
+        self.relative = relative_costs(study, self.costs, self.fastest)
+        self.front = pareto_front(study, self.against, self.costs)
+        # Batch size, mode, precision and device of all of `costs`.
+        self.timed = next(iter(self.costs.values()), None)
+        # Seeds of runs that would complete the table; models without a verdict.
+        wanted = in_table_order(study.published.keys() | study.runs.keys())
+        seeds = sorted({run.seed for run in study.all_runs})
+        missing = {m: [s for s in seeds if s not in study.by_seed(m)] for m in wanted}
+        self.missing = {model: seeds for model, seeds in missing.items() if seeds}
+        self.unjudged = [m for m in others if m not in self.against and "baseline" in self.models]
 
     @property
-    def timed(self) -> dict | None:
-        """A row of costs: batch size, mode, precision and device are those of all of them."""
-        return next(iter(self.costs.values()), None)
-
-    @property
-    def unjudged(self) -> list[str]:
-        """Models that were trained, as the baseline was, but have no verdict."""
-        others = [m for m in self.models if m != "baseline" and m not in self.against]
-        return others if "baseline" in self.models else []
-
-
-def find(study: Study, cost_rows: list[dict], explained: list[dict] = ()) -> Findings:
-    """Everything about one study. cost_rows: benchmark.json's; explained: explained_of()'s."""
-    costs, fastest = costs_of(study, cost_rows), fastest_costs_of(study, cost_rows)
-    against = compare(study, {m: (m, "baseline") for m in study.runs if m != "baseline"})
-    with_control = [model for model in study.runs if model + CONTROL in study.runs]
-    wanted = in_table_order(study.published.keys() | study.runs.keys())
-    missing = {m: [s for s in study.seeds if s not in study.by_seed(m)] for m in wanted}
-    return Findings(
-        study=study,
-        models={model: summarize(runs) for model, runs in study.runs.items()},
-        against=against,
-        resampled={model: resample(study, model, c.seeds) for model, c in against.items()},
-        controlled=compare(study, {model: (model, model + CONTROL) for model in with_control}),
-        by_class=compare_classes(study, list(against)),
-        costs=costs,
-        fastest=fastest,
-        relative=relative_costs(study, costs, fastest),
-        front=pareto_front(study, against, costs),
-        missing={model: seeds for model, seeds in missing.items() if seeds},
-        explained=list(explained),
-    )
+    def by_verdict(self) -> dict[str, list[str]]:
+        groups = {"better": [], "worse": [], "not distinguishable": []}
+        for model, comparison in self.against.items():
+            groups[comparison.verdict].append(model)
+        return {verdict: models for verdict, models in groups.items() if models}
 
 
 # --- Accuracy -------------------------------------------------------------------------------------
@@ -117,36 +97,40 @@ def accuracies(study: Study, model: str) -> dict[int, float]:
     return {seed: run.result["test_acc"] for seed, run in study.by_seed(model).items()}
 
 
-def compared(pairs: dict[str, tuple], n_images: int | None) -> dict[str, Comparison]:
-    """{name: (accuracies, those of the reference)} to comparisons, corrected over all of them.
+def compare(
+    study: Study, pairs: dict[str, tuple[str, str]], other: Study | None = None
+) -> dict[str, Comparison]:
+    """{name: (model, reference)} to comparisons, corrected over all; the reference is in `other`.
 
-    Those with less than two seeds in common are not among them. n_images: that they are of.
+    Those with less than two seeds in common are not among them.
     """
+    values = {
+        name: (accuracies(study, model), accuracies(other or study, reference))
+        for name, (model, reference) in pairs.items()
+    }
+    return compared(values, study.result["test_images"])
+
+
+def compared(values: dict[str, tuple[dict, dict]], n_images: int | None) -> dict[str, Comparison]:
+    """Likewise of {name: (accuracies, those of the reference)}, on so many images."""
     step = 100 / n_images if n_images else 0.0
-    found = {name: verdicts.compare(*pair, step) for name, pair in pairs.items()}
+    found = {name: verdicts.compare(*pair, step) for name, pair in values.items()}
     found = {name: comparison for name, comparison in found.items() if comparison}
     verdicts.correct(list(found.values()))
     return found
 
 
-def compare(study: Study, pairs: dict[str, tuple[str, str]]) -> dict[str, Comparison]:
-    """{name: (model, reference)} to comparisons."""
-    of_models = {k: tuple(accuracies(study, model) for model in pair) for k, pair in pairs.items()}
-    return compared(of_models, study.result["test_images"])
+def same_labels(runs: list[Run]) -> bool:
+    """Whether the predictions of these runs are there, and of the same images."""
+    return all(r.labels is not None and np.array_equal(r.labels, runs[0].labels) for r in runs)
 
 
 def resample(study: Study, model: str, seeds: list[int]) -> tuple[float, float] | None:
     """The bootstrap over seeds and test images; None where a run's predictions are not there."""
-    runs = [[study.by_seed(name)[seed] for seed in seeds] for name in (model, "baseline")]
-    if not same_labels(runs[0] + runs[1]):
+    sides = [[study.by_seed(name)[seed] for seed in seeds] for name in (model, "baseline")]
+    if not same_labels(sides[0] + sides[1]):
         return None
-    return verdicts.bootstrap(*(np.array([run.correct for run in side]) for side in runs))
-
-
-def same_labels(runs: list[Run]) -> bool:
-    """Whether the predictions of these runs are there, and of the same images."""
-    first = runs[0].labels
-    return all(run.labels is not None and np.array_equal(run.labels, first) for run in runs)
+    return verdicts.bootstrap(*(np.array([run.correct for run in side]) for side in sides))
 
 
 def compare_classes(study: Study, models: list[str]) -> ByClass | None:
@@ -197,46 +181,51 @@ def fastest_costs_of(study: Study, rows: list[dict]) -> dict[str, dict]:
     """As costs_of, in the mode and precision in which the models took the least time together."""
     variants = sorted({(row["mode"], row["precision"]) for row in rows})
     measured = [costs_of(study, rows, *variant) for variant in variants]
-    most = max(map(len, measured), default=0)
     return min(
-        (costs for costs in measured if len(costs) == most),
-        key=lambda costs: sum(row["ms_per_image"] for row in costs.values()),
+        measured,
+        key=lambda costs: (-len(costs), sum(row["ms_per_image"] for row in costs.values())),
         default={},
     )
 
 
 def relative_costs(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
     """Of every model that was trained or timed, the baseline first if it is there."""
-    values, found = {}, {}
+    found, baseline = {}, study.by_seed("baseline")
     for model in in_table_order(study.runs.keys() | costs.keys()):
-        runs, row = study.runs.get(model, []), costs.get(model, {})
-        memory = [run.result.get("peak_memory_mb") for run in runs]
-        values[model] = {
-            "params": runs[0].result["params"] if runs else row["params"],
+        runs, row = study.by_seed(model), costs.get(model, {})
+        results = [run.result for run in runs.values()]
+        memory = [result.get("peak_memory_mb") for result in results]
+        values = {
+            "params": results[0]["params"] if results else row["params"],
             "flops": row.get("flops_aten"),
             "eager": row.get("ms_per_image"),
             "fast": fastest.get(model, {}).get("ms_per_image") if fastest != costs else None,
-            "training": median(map(seconds_per_epoch, runs)) if runs else None,
+            "training": median(map(seconds_per_epoch, results)) if results else None,
             "memory": median(memory) if memory and all(memory) else None,
         }
-    base, base_runs = values.get("baseline", dict.fromkeys(COSTS)), study.by_seed("baseline")
-    for model, own in values.items():
-        ratios = {k: own[k] / base[k] if own[k] and base[k] else None for k in COSTS}
-        runs = study.by_seed(model)
+        base = (
+            values
+            if model == "baseline"
+            else found["baseline"].values
+            if "baseline" in found
+            else {}
+        )
+        ratios = {k: v / base[k] if v and base.get(k) else None for k, v in values.items()}
+        pairs = [(runs[seed].result, baseline[seed].result) for seed in runs if seed in baseline]
         by_seed = [  # on one device in one mode
-            seconds_per_epoch(runs[seed]) / seconds_per_epoch(base_runs[seed])
-            for seed in runs.keys() & base_runs.keys()
-            if all(runs[seed].result[k] == base_runs[seed].result[k] for k in ("device", "mode"))
+            seconds_per_epoch(own) / seconds_per_epoch(other)
+            for own, other in pairs
+            if (own["device"], own["mode"]) == (other["device"], other["mode"])
         ]
         ratios["training"] = median(by_seed) if by_seed else None
-        devices = [{run.result["device"] for run in side.values()} for side in (runs, base_runs)]
-        ratios["memory"] = ratios["memory"] if devices[0] == devices[1] else None
-        found[model] = Cost(own, ratios, (min(by_seed), max(by_seed)) if by_seed else None)
+        if {r["device"] for r in results} != {run.result["device"] for run in baseline.values()}:
+            ratios["memory"] = None
+        found[model] = Cost(values, ratios, (min(by_seed), max(by_seed)) if by_seed else None)
     return found
 
 
-def seconds_per_epoch(run: Run) -> float:
-    return run.result["train_seconds"] / run.result["epochs_run"]
+def seconds_per_epoch(result: dict) -> float:
+    return result["train_seconds"] / result["epochs_run"]
 
 
 def pareto_front(study: Study, against: dict[str, Comparison], costs: dict) -> list[str]:
@@ -276,26 +265,29 @@ def pareto_front(study: Study, against: dict[str, Comparison], costs: dict) -> l
 # --- What attention attends to --------------------------------------------------------------------
 
 
-def explained_of(study: Study, rows: list[dict]) -> tuple[list[dict], list[str]]:
-    """The rows that are of this study's runs, and those that are of other weights, in words."""
-    found, problems = {}, []
-    wanted = {"dataset": study.dataset, "recipe": study.recipe, "overrides": study.overrides}
-    for row in rows:
+def explained_of(studies: list[Study], rows: list[dict], problems: list[str]) -> list[list[dict]]:
+    """Of each study the rows that are of its runs; adds those that are of none to the problems."""
+    found, strangers = [{} for _ in studies], len(rows)
+    for row, (study, own) in itertools.product(rows, zip(studies, found, strict=True)):
         run, n = study.by_seed(row["model"]).get(row["seed"]), row["test_images"]
+        wanted = dict(dataset=study.dataset, recipe=study.recipe, overrides=study.overrides)
         if run is None or not wanted.items() <= row.items():
             continue
+        strangers -= 1
         accuracy = run.result["test_acc"] if n == run.result["test_images"] else row["test_acc"]
         if run.correct is not None:
             accuracy = 100 * run.correct[:n].mean()
         if abs(accuracy - row["test_acc"]) <= 0.5:  # precisions may differ by so much, not by more
-            found.setdefault(row["model"], []).append(row)
+            own.setdefault(row["model"], []).append(row)
         else:
             problems.append(
                 f"explain.json: {row['model']} seed {row['seed']} left out, it has "
                 f"{row['test_acc']:.2f} % where the run has {accuracy:.2f} %: run python "
                 "explain.py again"
             )
-    return [row for model in in_table_order(found) for row in found[model]], problems
+    if strangers:
+        problems.append(f"explain.json: {strangers} of its {len(rows)} entries are of no run here")
+    return [[row for model in in_table_order(own) for row in own[model]] for own in found]
 
 
 def ablation(row: dict) -> tuple[float, tuple[float, float]] | None:

@@ -9,7 +9,6 @@ import glob
 import json
 import math
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,11 +35,9 @@ def between(low: float, high: float):
     return lambda x: type(x) in (int, float) and math.isfinite(x) and low <= x <= high
 
 
-def of_type(kind: type):
-    return lambda x: type(x) is kind
-
-
-TEXT, FLAG, LIST, OBJECT = map(of_type, (str, bool, list, dict))
+TEXT, FLAG, LIST, OBJECT = (
+    lambda x, kind=kind: type(x) is kind for kind in (str, bool, list, dict)
+)
 NUMBER, POSITIVE = between(-math.inf, math.inf), between(math.ulp(0.0), math.inf)
 SHARE, PERCENT, CORRELATION = between(0, 1), between(0, 100), between(-1.001, 1.001)
 NAME, COUNT, SHAPE = (
@@ -48,7 +45,6 @@ NAME, COUNT, SHAPE = (
     lambda x: type(x) is int and x >= 0,
     lambda x: LIST(x) and all(map(COUNT, x)),
 )
-
 RESULT = {
     "dataset": NAME, "recipe": NAME, "model": NAME, "seed": COUNT, "quick": FLAG, "width": COUNT,
     "test_acc": PERCENT, "test_acc_last": PERCENT, "val_acc": PERCENT, "epochs_run": POSITIVE,
@@ -83,15 +79,10 @@ EXPLAINED = {
 }  # fmt: skip
 CORRELATIONS = {"layer3?": CORRELATION, "layer4?": CORRELATION}
 ROWS = {"benchmark": COST, "explain": EXPLAINED}
-# What reading and checking a damaged file may raise.
-DAMAGED = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, ArithmeticError,
-    RecursionError, MemoryError, zipfile.BadZipFile,
-)  # fmt: skip
 
 
 def check(content: dict, kinds: dict) -> bool:
-    """True, or raises one of DAMAGED, which names the first value that is missing or cannot be."""
+    """True, or an exception of any kind that names the first value that is missing or cannot be."""
     for name, fits in kinds.items():
         key = name.rstrip("?")
         value = content[key] if key == name else content.get(key)
@@ -134,15 +125,11 @@ class Study:
 
     @property
     def published(self) -> dict[str, dict]:
-        """The published rows, for the data set and recipe they are of (quick is its short form).
-
-        All of them, unless the study sets other models beside the baseline: then that row alone.
-        """
+        """The published rows for this data set and recipe; of a study of other models, one."""
         if self.dataset != "fashion_mnist" or self.recipe not in ("published", "quick"):
             return {}
-        others = self.runs.keys() - PUBLISHED.keys()
-        only_the_baseline = self.runs.keys() & PUBLISHED.keys() == {"baseline"}
-        return {"baseline": PUBLISHED["baseline"]} if others and only_the_baseline else PUBLISHED
+        of_others = len(self.runs) > 1 and self.runs.keys() & PUBLISHED.keys() == {"baseline"}
+        return {"baseline": PUBLISHED["baseline"]} if of_others else PUBLISHED
 
     @property
     def title(self) -> str:
@@ -150,30 +137,9 @@ class Study:
         return f"{self.dataset}, recipe {self.recipe}{changed}"
 
     @property
-    def mark(self) -> str:
-        """How much less than the published recipe this is, in words; empty for a full study."""
-        if not self.result["quick"]:
-            return ""
-        config, width = self.all_runs[0].config, self.result["width"]
-        epochs = config.get("epochs") or "?"
-        less = [f"{epochs} epoch" + "s" * (epochs != 1)]
-        for key, what in (("limit_train", "training images"), ("limit_test", "test images")):
-            if config.get(key):
-                less.append(f"{config[key]:,} {what}")
-        if width != 64:
-            less.append(f"width {width} instead of 64")
-        if len(less) == 1 and "patience" in self.overrides:
-            less.append(f"patience {self.overrides['patience']}")
-        return f"quick run: {', '.join(less)}"
-
-    @property
     def result(self) -> dict:
         """Of the first run: width, quick, image, classes and test_images are those of all."""
         return self.all_runs[0].result
-
-    @property
-    def seeds(self) -> list[int]:
-        return sorted({run.seed for run in self.all_runs})
 
     def by_seed(self, model: str) -> dict[int, Run]:
         return {run.seed: run for run in self.runs.get(model, [])}
@@ -184,15 +150,15 @@ def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
     groups, problems = {}, []
     for folder in run_folders(runs_dir):
         try:
-            if not (folder / "result.json").exists():
-                problems.append(f"begun, not finished: {folder}, {len(epochs_of(folder))} epochs done")
-                continue
             run = read_run(folder)
-        except DAMAGED as error:
+        except Exception as error:  # whatever a damaged file leads to
             reason = f"{type(error).__name__}: {error}"
             problems.append(f"{folder} left out, its files are damaged or not readable ({reason})")
             continue
         problems += [f"{folder}: {note}" for note in run.notes]
+        if not run.result:
+            problems.append(f"begun, not finished: {folder}, {len(run.metrics)} epochs done")
+            continue
         overrides = {key: used(value) for key, value in run.result["overrides"].items()}
         key = [run.result[key] for key in ("dataset", "recipe", "quick")]
         groups.setdefault((*key, json.dumps(overrides, sort_keys=True)), []).append(run)
@@ -218,69 +184,58 @@ def run_folders(runs_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.parts), path.parent, len(path.name), path.name))
 
 
-def epochs_of(folder: Path) -> list[bytes]:
-    path = folder / "metrics.jsonl"
-    return path.read_bytes().splitlines() if path.exists() else []
-
-
 def read_run(folder: Path) -> Run:
-    """Raises one of DAMAGED."""
+    """Without a result.json an unfinished run. Raises anything where files are damaged."""
+    metrics = folder / "metrics.jsonl"
+    lines = metrics.read_bytes().splitlines() if metrics.exists() else []
+    if not (folder / "result.json").exists():
+        return Run(folder, {}, {}, {}, lines)
     result, config, env = (
         json.loads((folder / f"{name}.json").read_bytes()) for name in ("result", "config", "env")
     )
-    run = Run(folder, result, config, env, [json.loads(line) for line in epochs_of(folder)])
+    run = Run(folder, result, config, env, [json.loads(line) for line in lines])
     for content, kinds in ((result, RESULT), (config, CONFIG), (env, ENV)):
         check(content, kinds)
-    for row in run.metrics:
-        check(row, METRICS)
-    if not run.metrics:
+    if not (lines and all(check(row, METRICS) for row in run.metrics)):
         raise ValueError("metrics.jsonl has no epochs")
     for key in ("model", "seed"):
         if config.get(key, result[key]) != result[key]:
             raise ValueError(f"config.json is that of {key} {config[key]}")
-    result |= {k: v for k, v in DEFAULTS.items() if result.get(k) is None}
-    labels, correct = read_classes(folder, result)
-    if correct is None or abs(100 * correct.mean() - result["test_acc"]) < 1e-6:
-        run.labels, run.correct = labels, correct
-    else:
+    result |= {key: value for key, value in DEFAULTS.items() if result.get(key) is None}
+    run.labels, run.correct = read_classes(folder, result)
+    if run.correct is not None and abs(100 * run.correct.mean() - result["test_acc"]) > 1e-6:
         run.notes.append(
-            f"its predictions are not used, {100 * correct.mean():.2f} % of them are right, and "
-            f"result.json says {result['test_acc']:.2f} %"
+            f"its predictions are not used, {100 * run.correct.mean():.2f} % of them are right, "
+            f"and result.json says {result['test_acc']:.2f} %"
         )
+        run.labels = run.correct = None
     if changes := "; ".join(map(str, env.get("changes") or [])):
         run.notes.append(f"not all of its epochs were trained alike ({changes})")
     return run
 
 
 def read_classes(folder: Path, result: dict) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The labels of the test images and whether the model was right; None without the files.
-
-    Sets result["test_images"] where train.py has not. Raises ValueError where lengths differ.
-    """
+    """The labels of the test images and whether the model was right; None without both files."""
     found = {}
-    for name in ("predictions", "labels"):
-        path = folder / f"test_{name}.npy"
+    for path in (folder / "test_labels.npy", folder / "test_predictions.npy"):
         if path.exists():
-            found[name] = np.load(path)
-            if found[name].dtype.kind not in "iu" or found[name].max(initial=0) > 9999:
+            classes = found[path.stem] = np.load(path)
+            if classes.dtype.kind not in "iu" or classes.max(initial=0) > 9999:
                 raise ValueError(f"{path.name} holds something else than classes")
-            result["test_images"] = n_images = result["test_images"] or found[name].size
-            if found[name].shape != (n_images,):
-                raise ValueError(f"{name} of shape {found[name].shape}, {n_images:,} test images")
-    if len(found) < 2:
-        return None, None
-    return found["labels"], found["predictions"] == found["labels"]
+            n_images = result["test_images"] = result["test_images"] or classes.size
+            if classes.shape != (n_images,):
+                raise ValueError(f"{path.stem} of shape {classes.shape}, {n_images:,} test images")
+    labels, predictions = found.get("test_labels"), found.get("test_predictions")
+    return (None, None) if len(found) < 2 else (labels, predictions == labels)
 
 
 def comparable(runs: list[Run]) -> tuple[list[Run], list[str]]:
     """One run for each model and seed, with the settings that most have; the others, in words."""
-    settings = [
-        {key: used(run.config.get(key)) for key in SETTINGS}
-        | {"test_images": run.result.get("test_images")}
-        for run in runs
-    ]
+    settings = [{key: used(run.config.get(key)) for key in SETTINGS} for run in runs]
+    for own, run in zip(settings, runs, strict=True):
+        own["test_images"] = run.result["test_images"]
     usual, kept, others = max(settings, key=settings.count), {}, []
-    for run, own in zip(runs, settings, strict=True):
+    for own, run in zip(settings, runs, strict=True):
         different = [f"{k} {own[k]} instead of {usual[k]}" for k in usual if own[k] != usual[k]]
         if different:
             others.append(f"{run.folder} left out, it has other settings: {', '.join(different)}")
@@ -316,7 +271,7 @@ def read_rows(script: str, folders: list[Path]) -> tuple[list[dict], list[str]]:
                 row["ms_per_image_p10"] <= row["ms_per_image"] <= row["ms_per_image_p90"]
             ):
                 raise ValueError("a median that is not between p10 and p90")
-    except DAMAGED as error:
+    except Exception as error:  # whatever a damaged file leads to
         reason = f"{type(error).__name__}: {error}"
         return [], [f"{path} left out, it is damaged ({reason}): run python {script}.py again"]
     return rows, []

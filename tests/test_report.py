@@ -16,7 +16,7 @@ from PIL import Image
 import report
 from kit import verdicts
 from kit.figures import FIGURES
-from kit.findings import ablation, find
+from kit.findings import Findings, ablation
 from kit.results import Study, read_rows, read_studies
 from kit.words import interval
 
@@ -213,7 +213,7 @@ def test_inference_time_in_every_mode(study):
         "| 64 | 64 | fp32 | compile | 0.100 | 0.150 (1.50x) | 3.60 (60 %) |",
         "| 64 | 1 | fp32 | eager | - | 0.250 / 0.300 / 0.400 | - |",
     ]
-    fastest = find(read_studies(runs)[0][0], rows).fastest
+    fastest = Findings(read_studies(runs)[0][0], [], rows).fastest
     assert {model: row["mode"] for model, row in fastest.items()} == {
         "baseline": "compile",
         "se": "compile",

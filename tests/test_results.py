@@ -85,5 +85,5 @@ def test_results_and_pages_are_what_report_py_writes(page, folder, tmp_path, mon
     assert copy.read_text() == page.read_text()
     for name in ("report.md", "report.html", "results.csv"):
         made, kept = ((place / name).read_text() for place in (out, REPO / folder))
-        figures = "base64,[^\"]*"  # machines may draw them differently
+        figures = 'base64,[^"]*'  # machines may draw them differently
         assert re.sub(figures, "", made) == re.sub(figures, "", kept)
