@@ -2,8 +2,8 @@
 
     python report.py                                  # runs/ -> results/
     python report.py --runs DIR --out DIR             # either may hold benchmark.json, explain.json
-    python report.py --compare DIR                    # another recipe, precision or GPU beside it
-    python report.py --out results/mine --readme README.md    # and the README's block of it
+    python report.py --compare DIR                    # with another recipe, precision or GPU
+    python report.py --out results/mine --readme README.md    # rewrites the README's blocks
     python report.py --power --sd 0.15 --difference 0.2       # how many seeds does that take?
 
 Reads files alone and needs no torch: copy the small files of a run folder to a laptop and it works
@@ -12,12 +12,11 @@ there, in a few seconds. Every model is compared with the baseline, seed by seed
 figures inside (report.html), results.csv, summary.json and six figures.
 
 Runs are compared only within a study: one data set, one recipe, the same explicit settings. A study
-that is shorter or narrower than its recipe is marked as a quick run wherever its figures stand.
+that is shorter or narrower than its recipe is marked as a smoke test wherever its numbers appear.
 
---readme FILE: writes the results in brief, or the table of gates, between such lines of FILE, OUT as
-FILE sees it:
-    <!-- report.py: OUT -->                           <!-- explain.py: OUT -->
-    <!-- end of OUT -->                               <!-- end of explain.py -->
+--readme rewrites what stands between these lines of a file (OUT relative to that file):
+    <!-- report.py: OUT --> and <!-- end of OUT -->              the results in brief
+    <!-- explain.py: OUT --> and <!-- end of explain.py -->      the table of gates
 """
 
 import base64
@@ -81,7 +80,7 @@ def make_report(runs_dir: Path, out: Path, other: Path | None, readmes: list[Pat
 
 
 def compare_runs(here: Findings, folder: Path, problems: list[str]) -> dict | None:
-    """Another set of runs, to be set beside the first study; adds to the problems."""
+    """The first study compared with another set of runs; adds to the problems."""
     studies, others = read_studies(folder)
     problems += others
     studies = [study for study in studies if study.dataset == here.study.dataset]
@@ -197,11 +196,11 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: %(default)s")
     add("--out", type=Path, default=Path("results"), help="where to write; default: %(default)s")
-    add("--compare", type=Path, help="folder of other runs, to be set beside the first")
-    add("--readme", type=Path, nargs="+", default=[], help="files with blocks to be written anew")
-    add("--power", action="store_true", help="print the seeds that --difference takes, no report")
-    add("--sd", type=float, help="of one model's test accuracy over seeds, in points")
-    add("--difference", type=float, help="to be found, in points")
+    add("--compare", type=Path, help="folder of other runs to compare the first study with")
+    add("--readme", type=Path, nargs="+", default=[], help="files whose blocks are rewritten")
+    add("--power", action="store_true", help="print how many seeds --difference takes, no report")
+    add("--sd", type=float, help="standard deviation of test accuracy over seeds, in points")
+    add("--difference", type=float, help="to be detected, in points")
     add("--comparisons", type=int, default=3, help="with the baseline; default: %(default)s")
     args = parser.parse_args(argv)
     if args.power:

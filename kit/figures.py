@@ -40,7 +40,7 @@ def draw_figures(found: Findings) -> dict[str, bytes]:
         model: {"color": COLORS[i % len(COLORS)], "marker": MARKS[i % len(MARKS)]}
         for i, model in enumerate(models)
     }
-    # On one axis with a quick run, the published figures would only mislead.
+    # On one axis with a smoke test, the published figures would only mislead.
     published = {} if study.result["quick"] else study.published
 
     params = {model: summary["params"] / 1e6 for model, summary in summaries.items()}
@@ -177,7 +177,7 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
     runs = found.study.runs
     size = (11, max(4, 1 + 0.25 * len(runs)))
     figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
-    for model, run in ((model, run) for model in runs for run in runs[model]):
+    for model, run in ((name, run) for name in runs for run in runs[name]):
         epochs = [row["epoch"] for row in run.metrics]
         style = dict(color=styles[model]["color"], lw=1, marker="o" if len(epochs) == 1 else None)
         left.plot(epochs, [row["val_acc"] for row in run.metrics], **style)

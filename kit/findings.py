@@ -13,7 +13,7 @@ from kit import verdicts
 from kit.results import Run, Study, in_table_order
 from kit.verdicts import Comparison
 
-CONTROL = "_static"  # se_static is the control of se: as many parameters, but blind gates
+CONTROL = "_static"  # se_static is the control of se: same parameters, gates that ignore the input
 
 
 @dataclass
@@ -232,10 +232,9 @@ def pareto_front(study: Study, against: dict[str, Comparison], costs: dict) -> l
     """The models that no other on the front beats: better in accuracy or time, worse in neither.
 
     Ties count as ties: accuracies whose verdict is "not distinguishable", and inference times
-    whose ranges from p10 to p90 overlap. Beside the comparisons with the baseline, the other models
-    are compared with each other, corrected over these pairs. Only models with a verdict and a time
-    are judged. Ties may go round in a circle, so the front is built from the fastest on: a model
-    has to hold its own against those that are on it.
+    whose ranges from p10 to p90 overlap. Pairs without the baseline are compared too, corrected
+    over these pairs. Only models with a verdict and a time are judged. Ties may go round in a
+    circle, so the front is built from the fastest model on, each against those already on it.
     """
     timed = [m for m in study.runs if m in costs and (m in against or m == "baseline")]
     if len(timed) < 2 or "baseline" not in timed:
@@ -281,19 +280,21 @@ def explained_of(studies: list[Study], rows: list[dict], problems: list[str]) ->
             own.setdefault(row["model"], []).append(row)
         else:
             problems.append(
-                f"explain.json: {row['model']} seed {row['seed']} left out, it has "
-                f"{row['test_acc']:.2f} % where the run has {accuracy:.2f} %: run python "
+                f"explain.json: {row['model']} seed {row['seed']} left out, its accuracy is "
+                f"{row['test_acc']:.2f}% but that of the run {accuracy:.2f}%: run python "
                 "explain.py again"
             )
     if strangers:
-        problems.append(f"explain.json: {strangers} of its {len(rows)} entries are of no run here")
+        problems.append(
+            f"explain.json: {strangers} of its {len(rows)} entries belong to no run here"
+        )
     return [[row for model in in_table_order(own) for row in own[model]] for own in found]
 
 
 def ablation(row: dict) -> tuple[float, tuple[float, float]] | None:
-    """(points that fixing the gates adds, its 95 % interval over test images); None: no gates.
+    """(points gained when gates are replaced by their mean, 95% interval); None: no gates.
 
-    Of n images `won` are right only with gates fixed, `lost` only with gates as they are. The
+    Of n test images `won` are correct only with gates replaced, `lost` only with them intact. The
     interval is Wald's for paired proportions with 1/2 added to each cell (Agresti and Min,
     Statistics in Medicine 24, 2005), which says something even where no image changes.
     """

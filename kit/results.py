@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-# The published report: one run a model, 50 epochs, Fashion-MNIST; time a NVIDIA RTX 4070, batch 64.
+# The published report: one run per model, 50 epochs, Fashion-MNIST; time on an RTX 4070, batch 64.
 PUBLISHED = {
     "baseline": dict(test_acc=93.27, params_m=11.17, flops_g=0.92, ms_per_image=0.06),
     "se": dict(test_acc=92.70, params_m=11.26, flops_g=0.92, ms_per_image=0.07),
@@ -157,7 +157,7 @@ def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
             continue
         problems += [f"{folder}: {note}" for note in run.notes]
         if not run.result:
-            problems.append(f"begun, not finished: {folder}, {len(run.metrics)} epochs done")
+            problems.append(f"unfinished: {folder}, {len(run.metrics)} epochs done")
             continue
         overrides = {key: used(value) for key, value in run.result["overrides"].items()}
         key = [run.result[key] for key in ("dataset", "recipe", "quick")]
@@ -205,12 +205,12 @@ def read_run(folder: Path) -> Run:
     run.labels, run.correct = read_classes(folder, result)
     if run.correct is not None and abs(100 * run.correct.mean() - result["test_acc"]) > 1e-6:
         run.notes.append(
-            f"its predictions are not used, {100 * run.correct.mean():.2f} % of them are right, "
-            f"and result.json says {result['test_acc']:.2f} %"
+            f"its predictions are not used: {100 * run.correct.mean():.2f}% of them are correct, "
+            f"but result.json says {result['test_acc']:.2f}%"
         )
         run.labels = run.correct = None
     if changes := "; ".join(map(str, env.get("changes") or [])):
-        run.notes.append(f"not all of its epochs were trained alike ({changes})")
+        run.notes.append(f"its epochs were not all trained under the same conditions ({changes})")
     return run
 
 
@@ -240,7 +240,9 @@ def comparable(runs: list[Run]) -> tuple[list[Run], list[str]]:
         if different:
             others.append(f"{run.folder} left out, it has other settings: {', '.join(different)}")
         elif (first := kept.setdefault((run.result["model"], run.seed), run)) is not run:
-            others.append(f"{run.folder} left out, it has model and seed of {first.folder}")
+            others.append(
+                f"{run.folder} left out, it has the same model and seed as {first.folder}"
+            )
     return list(kept.values()), others
 
 

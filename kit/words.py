@@ -56,7 +56,7 @@ def mean_and_sd(summary: dict) -> str:
 
 
 def effect(row: dict) -> str:
-    """What fixing the gates does to accuracy."""
+    """What replacing the gates by their mean does to accuracy."""
     difference, bounds = ablation(row) or (None, None)
     return f"{difference:+.2f} ({interval(bounds)})" if bounds else "-"
 
@@ -74,7 +74,7 @@ def training_ratio(cost: Cost) -> str:
 
 
 def price(cost: Cost) -> str:
-    """What a model costs beside the baseline, as the end of a sentence."""
+    """What a model costs relative to the baseline, as the end of a sentence."""
     words = {"eager": "inference time"}
     if cost.training_spread and not cost.training_spread[0] <= 1 <= cost.training_spread[1]:
         words["training"] = "training time"  # otherwise the seeds do not even agree on the sign
@@ -84,16 +84,16 @@ def price(cost: Cost) -> str:
 
 
 def flops_and_time(cost: Cost, f: Findings, model: str) -> str:
-    """FLOPs beside measured time, in words."""
+    """The change in FLOPs and in measured time, in words."""
     change = {key: 100 * (ratio - 1) for key, ratio in cost.ratios.items() if ratio}
-    times = [f"{change['eager']:+.0f} % inference time ({how(f.costs[model])})"]
+    times = [f"{change['eager']:+.0f}% inference time ({how(f.costs[model])})"]
     if "fast" in change:
-        times.append(f"{change['fast']:+.0f} % ({how(f.fastest[model])})")
+        times.append(f"{change['fast']:+.0f}% ({how(f.fastest[model])})")
     if "training" in change:
         low, high = (100 * (bound - 1) for bound in cost.training_spread)
         spread = f"({low:+.0f} to {high:+.0f} over seeds)"
-        times.append(f"{change['training']:+.0f} % training time {spread}")
-    return f"`{model}`: {change['flops']:+.2f} % FLOPs; measured {', '.join(times)}."
+        times.append(f"{change['training']:+.0f}% training time {spread}")
+    return f"`{model}`: {change['flops']:+.2f}% FLOPs; measured {', '.join(times)}."
 
 
 # --- Studies --------------------------------------------------------------------------------------
@@ -113,7 +113,7 @@ def mark(study: Study) -> str:
         less.append(f"width {width} instead of 64")
     if len(less) == 1 and "patience" in study.overrides:
         less.append(f"patience {study.overrides['patience']}")
-    return f"quick run: {', '.join(less)}"
+    return f"smoke test: {', '.join(less)}"
 
 
 def environments(studies: list[Study]) -> list[str]:
@@ -168,7 +168,7 @@ def cost_table(f: Findings, quick: str) -> list[list[str]]:
         "flops": ("FLOPs", ",.0f", ""),
         "eager": (f"inference, {eager}", "#.3g", " ms/image"),
         "fast": (f"inference, {fast}", "#.3g", " ms/image"),
-        "training": ("training", ".1f", " s an epoch"),
+        "training": ("training", ".1f", " s/epoch"),
         "memory": ("memory", ",.0f", " MB"),
     }
     measured = [k for k in columns if any(c.values[k] is not None for c in f.relative.values())]
@@ -178,7 +178,7 @@ def cost_table(f: Findings, quick: str) -> list[list[str]]:
         if ratio is None or model == "baseline":
             return number(*columns[key][1:])(cost.values[key])
         if key in ("params", "flops"):
-            return f"{100 * (ratio - 1):+.2f} %"
+            return f"{100 * (ratio - 1):+.2f}%"
         return training_ratio(cost) if key == "training" else f"{ratio:.2f}x"
 
     rows = [[model + quick, *(cell(model, key) for key in measured)] for model in f.relative]
@@ -221,7 +221,7 @@ def mode_table(rows: list[dict]) -> list[list[str]]:
         base = by_model.get("baseline")
         share = "-"
         if base and base.get("tflops") and base.get("share_of_ceiling"):
-            share = f"{base['tflops']:#.3g} ({100 * base['share_of_ceiling']:.0f} %)"
+            share = f"{base['tflops']:#.3g} ({100 * base['share_of_ceiling']:.0f}%)"
         found.append([*map(str, variant), *(cell(by_model.get(m), base) for m in models), share])
     return found
 

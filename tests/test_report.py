@@ -72,7 +72,7 @@ def test_published_table_with_our_figures_beside(study):
     assert row_of(text, "cbam_classifier")[1:4] == ["0", "missing", "93.18"]
     missing = next(line for line in text.splitlines() if "no run of" in line)
     assert missing.endswith("cbam_blocks seed 2, cbam_classifier seeds 0 1 2")
-    assert "quick" not in text.lower()
+    assert "smoke test" not in text.lower()
     assert "sample standard deviation (n - 1)" in text and "python train.py --model" in text
     assert text.index("What was found") < text.index("| model |")
     for figure in FIGURES:
@@ -81,6 +81,21 @@ def test_published_table_with_our_figures_beside(study):
             assert min(image.size) > 400
     order = [text.index(f"\n| {model} ") for model in report.PUBLISHED]
     assert order == sorted(order)
+
+
+def test_the_end_shows_the_first_study_in_brief(study, finished_run, tmp_path, capsys):
+    runs, out = study
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    title, *rows, written = capsys.readouterr().out.splitlines()
+    assert title == "fashion_mnist, recipe published" and written == f"written: {out}/report.md"
+    assert [row.split() for row in rows[:3]] == [
+        ["model", "seeds", "test", "accuracy", "%", "verdict", "ms/image"],
+        ["baseline", "3", "93.20", "±", "0.10", "-", "0.250"],
+        ["se", "3", "93.10", "±", "0.26", "not", "distinguishable", "0.250"],
+    ]
+    copy_run(finished_run, tmp_path / "quick", "se", 0)
+    assert report.main(["--runs", str(tmp_path / "quick"), "--out", str(tmp_path / "out2")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("smoke test: 2 epochs, 160 training")
 
 
 def test_verdicts_against_the_baseline(finished_run, tmp_path):
@@ -109,7 +124,7 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
     assert low < -1.3 and -0.7 < high < 0  # wider than the t interval: images are drawn, too
     assert row_of(section, "cbam_blocks")[4] == "not distinguishable"
     assert "**Against the baseline, over 5 seeds: worse `se`, `se_static`; not" in text
-    assert "- `se` is worse than the baseline: 92.20 % against 93.20 %, -1.00 points over 5" in text
+    assert "- `se` is worse than the baseline: 92.20% against 93.20%, -1.00 points over 5" in text
     assert "after correction), at 1.20 times its inference time." in text
     assert "`cbam_blocks` is not distinguishable from the baseline" in text
     assert "- `cbam_classifier`: no verdict, fewer than two seeds" in text
@@ -136,7 +151,7 @@ def test_beside_other_runs(study, finished_run, tmp_path, capsys):
     args = ["--runs", str(runs), "--out", str(out), "--compare"]
     assert report.main([*args, str(there)]) == 0
     text = (out / "report.md").read_text()
-    section = text[text.index(f"## Beside {there}") :]
+    section = text[text.index(f"## Compared with {there}") :]
     assert row_of(section, "baseline")[1:7] == ["3", "93.20", "2", "93.15", "2", "+0.05"]
     assert row_of(section, "se")[5:7] == ["3", "+0.90"] and row_of(section, "se")[8] == "better"
     capsys.readouterr()
@@ -209,8 +224,8 @@ def test_inference_time_in_every_mode(study):
     assert row_of(text, "baseline")[8] == "0.250"  # the published way: eager, fp32, batch 64
     lines = text[text.index("## Inference time in every mode") :].splitlines()[4:7]
     assert lines == [
-        "| 64 | 64 | fp32 | eager | 0.250 | 0.250 (1.00x) | 3.60 (60 %) |",
-        "| 64 | 64 | fp32 | compile | 0.100 | 0.150 (1.50x) | 3.60 (60 %) |",
+        "| 64 | 64 | fp32 | eager | 0.250 | 0.250 (1.00x) | 3.60 (60%) |",
+        "| 64 | 64 | fp32 | compile | 0.100 | 0.150 (1.50x) | 3.60 (60%) |",
         "| 64 | 1 | fp32 | eager | - | 0.250 / 0.300 / 0.400 | - |",
     ]
     fastest = Findings(read_studies(runs)[0][0], [], rows).fastest
@@ -258,7 +273,7 @@ def test_quick_runs_are_marked_and_kept_apart(study, finished_run):
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert row_of(text, "cbam_blocks")[1] == "2"  # the narrow run is not among the full ones
-    assert row_of(text, "cbam_blocks (quick)")[1] == "1"
+    assert row_of(text, "cbam_blocks (smoke test)")[1] == "1"
     section = text.split("## fashion_mnist, recipe published, epochs = 2")[1]
     assert "2 epochs, 160 training images, 100 test images, width 8 instead of 64" in section
     assert "No verdict" in section and "no finished run of the baseline" in section
@@ -276,8 +291,8 @@ def test_unfinished_and_damaged_runs_are_named(study):
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert row_of(text, "se")[1:3] == ["1", "92.90"]
-    assert "se/seed9 left out, it has model and seed of" in text
-    assert f"begun, not finished: {published / 'se' / 'seed1'}, 2 epochs done" in text
+    assert "se/seed9 left out, it has the same model and seed as" in text
+    assert f"unfinished: {published / 'se' / 'seed1'}, 2 epochs done" in text
     assert "se/seed2 left out, its files are damaged" in text
 
 
@@ -375,7 +390,7 @@ def test_predictions_that_do_not_give_the_accuracy_are_not_used(study):
     shutil.copy(folder / "seed0/test_predictions.npy", folder / "seed1")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert "se/seed1: its predictions are not used, 92.90 % of them are right" in text
+    assert "se/seed1: its predictions are not used: 92.90% of them are correct" in text
     assert row_of(text, "se")[1] == "3" and "Not made: a run lacks usable" in text
 
 
@@ -396,7 +411,7 @@ def test_a_folder_of_any_name(study):
     (folder / "config.json").write_text("{}")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert "\n## il" not in text and "begun, not finished" in text
+    assert "\n## il" not in text and "unfinished" in text
 
 
 def test_fields_that_only_we_write_may_be_missing(study):
@@ -494,7 +509,9 @@ def test_a_copy_of_a_run_counts_once_and_is_named(study):
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert row_of(text, "se")[1] == "3"
-    named = [line for line in text.splitlines() if "left out, it has model and seed of" in line]
+    named = [
+        line for line in text.splitlines() if "left out, it has the same model and seed as" in line
+    ]
     assert len(named) == 8 and all(line.startswith(f"- {runs / 'a/backup'}") for line in named)
 
 
@@ -509,7 +526,7 @@ def test_epochs_may_be_counted_from_zero(study):
 
 def test_a_setting_that_is_not_used_is_none_or_zero(study):
     """None in the config.json of older runs; 0, False or half in that of newer ones."""
-    runs, out = study
+    runs, _ = study
     path = runs / "fashion_mnist/published/se/seed1/config.json"
     config = json.loads(path.read_text())
     new = {"weight_decay": 0.0, "crop": 0, "flip": False, "normalize": "half", "image_size": 0}
@@ -560,7 +577,7 @@ def test_what_explain_py_found_is_in_the_report(explained):
     section = text.partition("### What attention attends to")[2].partition("\n## ")[0]
     fixed = f"{row['test_acc_gates_fixed']:.2f}"
     assert f"| 0 | 100 | {row['test_acc']:.2f} | {fixed} | -2.00 (" in section
-    assert "| layer4 | 0.250 | 0.010 | 0.002 | - | 100% |" in section and "(quick)" in section
+    assert "| layer4 | 0.250 | 0.010 | 0.002 | - | 100% |" in section and "(smoke test)" in section
     assert "| 4 | 0.300 (0.400) | 0.600 (0.500) | +0.10 | - |" in section
     assert "![explain cbam blocks seed0](explain_cbam_blocks_seed0.png)" in section
     assert (explained / "out/report.html").read_text().count("<img ") == text.count("![")
@@ -571,7 +588,7 @@ def test_what_explain_py_found_is_in_the_report(explained):
 def test_what_explain_py_found_of_other_runs_is_left_out(explained):
     text, row = explained_report(explained, overrides={"epochs": 7})
     assert "What attention attends to" not in text
-    assert "explain.json: 1 of its 1 entries are of no run here" in text
+    assert "explain.json: 1 of its 1 entries belong to no run here" in text
     run = explained / "runs/fashion_mnist/published/cbam_blocks/seed0/result.json"
     own = json.loads(run.read_text())["overrides"]
     text, _ = explained_report(explained, overrides=own, test_acc=row["test_acc"] + 7)
@@ -634,7 +651,8 @@ def test_nothing_is_loaded_from_elsewhere(study):
 
 HOSTILE = [
     "<script>alert(1)</script>", '[x](" onfocus="alert(1)) ![y](z.png)', "a|b `c` *d* __e__ _f_",
-    "```\n# title\n<b>", "&lt;i&gt; $\\frac{1}{2}$ ~~g~~ <!-- h", "\u202e\x02wzxhzdk:0\x03\r\n\n## i",
+    "```\n# title\n<b>", "&lt;i&gt; $\\frac{1}{2}$ ~~g~~ <!-- h",
+    "\u202e\x02wzxhzdk:0\x03\r\n\n## i",
 ]  # fmt: skip
 
 
