@@ -138,13 +138,10 @@ def with_blocks(readme: Path, out: Path, found: Findings) -> str:
         first, last = next(iter(blocks))
         raise UserError(f"{readme} has no lines '{first}' and '{last}': the results go in between")
     for (first, last), block in blocks.items():
-        before, found_first, rest = text.partition(first)
-        old, found_last, after = rest.partition(last)
-        if found_first and (not found_last or "<!--" in old or first in after):
+        parts = re.split(f"(?s)(?<={re.escape(first)}\n).*?(?={re.escape(last)})", text)
+        if len(parts) != 1 + text.count(first) or len(parts) > 2:
             raise UserError(f"{readme} must have '{first}' once, and then '{last}'")
-        if found_first:
-            block = re.sub(r"\n{3,}", "\n\n", block.strip())
-            text = f"{before}{first}\n{block}\n{last}{after}"
+        text = (re.sub(r"\n{3,}", "\n\n", block.strip()) + "\n").join(parts)
     return text
 
 

@@ -71,7 +71,7 @@ def draw_figures(found: Findings) -> dict[str, bytes]:
 
 def draw_differences(found: Findings, styles: dict) -> plt.Figure:
     """Differences from the baseline: pairs as dots, and the interval the verdict rests on."""
-    figure, axes = plt.subplots(figsize=(7, 1.6 + 0.6 * len(found.against)), layout="constrained")
+    figure, axes = frame(title_of(found.study), 7, 1.6 + 0.6 * len(found.against))
     axes.axvline(0, color="0.6", lw=1)
     baseline = accuracies(found.study, "baseline")
     for y, (model, c) in enumerate(found.against.items()):
@@ -88,14 +88,12 @@ def draw_differences(found: Findings, styles: dict) -> plt.Figure:
         "difference from the baseline (points of test accuracy):\n"
         "mean, interval after Holm's correction, pairs of seeds as dots"
     )
-    axes.set_title(title_of(found.study), fontsize=10)
     return figure
 
 
 def draw_accuracy(found: Findings, styles: dict, published: dict) -> plt.Figure:
     """Mean with standard deviation, every seed a dot, the published figure a diamond."""
-    height = max(4, 1.5 + 0.4 * len(found.models))
-    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
+    figure, axes = frame(title_of(found.study), 7, max(4, 1.5 + 0.4 * len(found.models)))
     explained = "test accuracy (%)"
     if any(summary["n"] > 1 for summary in found.models.values()):
         explained += "\nmean, standard deviation, seeds as dots"
@@ -113,13 +111,12 @@ def draw_accuracy(found: Findings, styles: dict, published: dict) -> plt.Figure:
     axes.invert_yaxis()
     axes.margins(y=0.15)
     axes.set_xlabel(explained + ("\npublished: diamond" if published else ""))
-    axes.set_title(title_of(found.study), fontsize=10)
     return figure
 
 
 def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -> plt.Figure:
     """Test accuracy over `x`; diamonds are the published figures, rings the Pareto front."""
-    figure, axes = plt.subplots(figsize=(8, max(4.5, 1 + 0.25 * len(x))), layout="constrained")
+    figure, axes = frame(title_of(found.study), 8, max(4.5, 1 + 0.25 * len(x)))
     for model in x:
         accuracy, sd = (found.models[model][f"test_acc_{key}"] for key in ("mean", "sd"))
         axes.errorbar(
@@ -131,7 +128,6 @@ def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -
     for model in (model for model in diamonds if model in x):
         axes.plot(*diamonds[model], "D", mfc="none", color=styles[model]["color"])
     axes.set(xlabel=xlabel, ylabel="test accuracy (%)")
-    axes.set_title(title_of(found.study), fontsize=10)
     axes.margins(0.15)
     explained = "diamonds: published" if diamonds else "rings: Pareto front" if rings else None
     add_legend(axes, title=explained, title_fontsize=9)
@@ -141,11 +137,12 @@ def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -
 def draw_time(found: Findings, styles: dict) -> plt.Figure:
     """A bar a model, measured the published way, and a paler one in the fastest mode."""
     models = [model for model in styles if model in found.costs]
-    height = max(4, 1.5 + 0.4 * len(models))
-    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
-    first = found.timed
     both = found.fastest and found.fastest != found.costs
     kinds = [found.costs, found.fastest] if both else [found.costs]
+    first = found.timed
+    how = "" if both else f", {first['precision']}, {first['mode']}"
+    title = f"batch {first['batch_size']}{how}\n{one_line(first['device'])}"
+    figure, axes = frame(title, 7, max(4, 1.5 + 0.4 * len(models)))
     thick = 0.8 / len(kinds)
     for i, rows in enumerate(kinds):
         for y, model in enumerate(models):
@@ -161,8 +158,6 @@ def draw_time(found: Findings, styles: dict) -> plt.Figure:
     axes.set_xlabel("inference time (ms/image): median, p10 to p90")
     if both:
         add_legend(axes)
-    how = "" if both else f", {first['precision']}, {first['mode']}"
-    axes.set_title(f"batch {first['batch_size']}{how}\n{one_line(first['device'])}", fontsize=10)
     return figure
 
 
@@ -192,6 +187,12 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
     add_legend(right)
     figure.suptitle(title_of(found.study), fontsize=10)
     return figure
+
+
+def frame(title: str, width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.set_title(title, fontsize=10)
+    return figure, axes
 
 
 def add_legend(axes, **options) -> None:

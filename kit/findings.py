@@ -5,11 +5,11 @@ Everything is worked out here once; report.md puts it into words, figures.py dra
 
 import itertools
 from dataclasses import dataclass
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 import numpy as np
 
-from kit import verdicts
+from kit import costs, verdicts
 from kit.results import Run, Study, in_table_order
 from kit.verdicts import Comparison
 
@@ -21,16 +21,6 @@ class ByClass:
     classes: list[str]
     baseline: list[float]  # test accuracy in percent, mean over the seeds
     against_baseline: dict[str, list[Comparison]]  # model -> one a class, corrected over all
-
-
-@dataclass
-class Cost:
-    """By name: params, flops (FlopCounterMode's), eager and fast (ms an image, the published way
-    and in the fastest mode), training (seconds an epoch), memory (MB). None: not measured."""
-
-    values: dict[str, float | None]
-    ratios: dict[str, float | None]  # how many times the baseline's that is
-    training_spread: tuple[float, float] | None  # of the training ratio, over seeds
 
 
 class Findings:
@@ -49,9 +39,10 @@ class Findings:
         self.by_class = compare_classes(study, list(self.against))
         # Its row of benchmark.json, measured the published way and in the fastest mode, and what
         # follows; the models that no other beats in accuracy and inference time, ties as ties.
-        self.costs, self.fastest = costs_of(study, cost_rows), fastest_costs_of(study, cost_rows)
-        self.relative = relative_costs(study, self.costs, self.fastest)
-        self.front = pareto_front(study, self.against, self.costs)
+        self.costs = costs.measured(study, cost_rows)
+        self.fastest = costs.measured_fastest(study, cost_rows)
+        self.relative = costs.relative(study, self.costs, self.fastest)
+        self.front = self.pareto_front()
         # Batch size, mode, precision and device of all of `costs`.
         self.timed = next(iter(self.costs.values()), None)
         # Seeds of runs that would complete the table; models without a verdict.
@@ -61,12 +52,41 @@ class Findings:
         self.missing = {model: seeds for model, seeds in missing.items() if seeds}
         self.unjudged = [m for m in others if m not in self.against and "baseline" in self.models]
 
-    @property
-    def by_verdict(self) -> dict[str, list[str]]:
-        groups = {"better": [], "worse": [], "not distinguishable": []}
-        for model, comparison in self.against.items():
-            groups[comparison.verdict].append(model)
-        return {verdict: models for verdict, models in groups.items() if models}
+    def pareto_front(self) -> list[str]:
+        """The models that no other on the front beats: better in one thing, worse in none.
+
+        Ties count as ties: accuracies whose verdict is "not distinguishable", and inference times
+        whose ranges from p10 to p90 overlap. Pairs without the baseline are compared too, corrected
+        over these pairs. Only models with a verdict and a time are judged. Ties may go round in a
+        circle, so the front is built from the fastest model on, each against those already on it.
+        """
+        costs = self.costs
+        timed = [m for m in self.models if m in costs and (m in self.against or m == "baseline")]
+        if len(timed) < 2 or "baseline" not in timed:
+            return []
+        pairs = [pair for pair in itertools.combinations(timed, 2) if "baseline" not in pair]
+        found = {(model, "baseline"): c for model, c in self.against.items()}
+        found |= compare(self.study, {pair: pair for pair in pairs})
+        verdict = {pair: comparison.verdict for pair, comparison in found.items()}
+
+        def more_accurate(a, b):
+            return verdict.get((a, b)) == "better" or verdict.get((b, a)) == "worse"
+
+        def faster(a, b):
+            return costs[a]["ms_per_image_p90"] < costs[b]["ms_per_image_p10"]
+
+        def beats(a, b):
+            won = more_accurate(a, b) or faster(a, b)
+            return won and not more_accurate(b, a) and not faster(b, a)
+
+        front = []
+        for model in sorted(timed, key=lambda model: costs[model]["ms_per_image"]):
+            if not any(beats(other, model) for other in front):
+                front = [other for other in front if not beats(model, other)] + [model]
+        return in_table_order(front)
+
+    def with_verdict(self, verdict: str) -> list[str]:
+        return [model for model, c in self.against.items() if c.verdict == verdict]
 
 
 # --- Accuracy -------------------------------------------------------------------------------------
@@ -97,9 +117,7 @@ def accuracies(study: Study, model: str) -> dict[int, float]:
     return {seed: run.result["test_acc"] for seed, run in study.by_seed(model).items()}
 
 
-def compare(
-    study: Study, pairs: dict[str, tuple[str, str]], other: Study | None = None
-) -> dict[str, Comparison]:
+def compare(study: Study, pairs: dict, other: Study | None = None) -> dict[str, Comparison]:
     """{name: (model, reference)} to comparisons, corrected over all; the reference is in `other`.
 
     Those with less than two seeds in common are not among them.
@@ -155,110 +173,6 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
         baseline=[mean(baseline[label].values()) for label in labels],
         against_baseline={model: [found[model, label] for label in labels] for model in models},
     )
-
-
-# --- Cost -----------------------------------------------------------------------------------------
-
-
-def costs_of(study: Study, rows: list[dict], mode="eager", precision="fp32") -> dict[str, dict]:
-    """{model: its row} at this study's width and images, and batch 64, or else the largest."""
-    result = study.result
-    own = (result["width"], "x".join(map(str, result["image"])), len(result["classes"]))
-    rows = [
-        row for row in rows
-        if (row["mode"], row["precision"]) == (mode, precision)
-        and (row.get("width", 64), row.get("image", "1x28x28"), row.get("classes", 10)) == own
-    ]  # fmt: skip
-    first = next((row for row in rows if row["model"] == "baseline"), rows[0] if rows else {})
-    for key in ("device", "torch"):  # times are compared on one machine
-        rows = [row for row in rows if row.get(key) == first.get(key)]
-    sizes = {row["batch_size"] for row in rows}
-    size = 64 if 64 in sizes else max(sizes, default=64)
-    return {row["model"]: row for row in rows if row["batch_size"] == size}
-
-
-def fastest_costs_of(study: Study, rows: list[dict]) -> dict[str, dict]:
-    """As costs_of, in the mode and precision in which the models took the least time together."""
-    variants = sorted({(row["mode"], row["precision"]) for row in rows})
-    measured = [costs_of(study, rows, *variant) for variant in variants]
-    return min(
-        measured,
-        key=lambda costs: (-len(costs), sum(row["ms_per_image"] for row in costs.values())),
-        default={},
-    )
-
-
-def relative_costs(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
-    """Of every model that was trained or timed, the baseline first if it is there."""
-    found, baseline = {}, study.by_seed("baseline")
-    for model in in_table_order(study.runs.keys() | costs.keys()):
-        runs, row = study.by_seed(model), costs.get(model, {})
-        results = [run.result for run in runs.values()]
-        memory = [result.get("peak_memory_mb") for result in results]
-        values = {
-            "params": results[0]["params"] if results else row["params"],
-            "flops": row.get("flops_aten"),
-            "eager": row.get("ms_per_image"),
-            "fast": fastest.get(model, {}).get("ms_per_image") if fastest != costs else None,
-            "training": median(map(seconds_per_epoch, results)) if results else None,
-            "memory": median(memory) if memory and all(memory) else None,
-        }
-        base = (
-            values
-            if model == "baseline"
-            else found["baseline"].values
-            if "baseline" in found
-            else {}
-        )
-        ratios = {k: v / base[k] if v and base.get(k) else None for k, v in values.items()}
-        pairs = [(runs[seed].result, baseline[seed].result) for seed in runs if seed in baseline]
-        by_seed = [  # on one device in one mode
-            seconds_per_epoch(own) / seconds_per_epoch(other)
-            for own, other in pairs
-            if (own["device"], own["mode"]) == (other["device"], other["mode"])
-        ]
-        ratios["training"] = median(by_seed) if by_seed else None
-        if {r["device"] for r in results} != {run.result["device"] for run in baseline.values()}:
-            ratios["memory"] = None
-        found[model] = Cost(values, ratios, (min(by_seed), max(by_seed)) if by_seed else None)
-    return found
-
-
-def seconds_per_epoch(result: dict) -> float:
-    return result["train_seconds"] / result["epochs_run"]
-
-
-def pareto_front(study: Study, against: dict[str, Comparison], costs: dict) -> list[str]:
-    """The models that no other on the front beats: better in accuracy or time, worse in neither.
-
-    Ties count as ties: accuracies whose verdict is "not distinguishable", and inference times
-    whose ranges from p10 to p90 overlap. Pairs without the baseline are compared too, corrected
-    over these pairs. Only models with a verdict and a time are judged. Ties may go round in a
-    circle, so the front is built from the fastest model on, each against those already on it.
-    """
-    timed = [m for m in study.runs if m in costs and (m in against or m == "baseline")]
-    if len(timed) < 2 or "baseline" not in timed:
-        return []
-    pairs = [pair for pair in itertools.combinations(timed, 2) if "baseline" not in pair]
-    found = {(model, "baseline"): c for model, c in against.items()}
-    found |= compare(study, {pair: pair for pair in pairs})
-    verdict = {pair: comparison.verdict for pair, comparison in found.items()}
-
-    def more_accurate(a, b):
-        return verdict.get((a, b)) == "better" or verdict.get((b, a)) == "worse"
-
-    def faster(a, b):
-        return costs[a]["ms_per_image_p90"] < costs[b]["ms_per_image_p10"]
-
-    def beats(a, b):
-        won = more_accurate(a, b) or faster(a, b)
-        return won and not more_accurate(b, a) and not faster(b, a)
-
-    front = []
-    for model in sorted(timed, key=lambda model: costs[model]["ms_per_image"]):
-        if not any(beats(other, model) for other in front):
-            front = [other for other in front if not beats(model, other)] + [model]
-    return in_table_order(front)
 
 
 # --- What attention attends to --------------------------------------------------------------------

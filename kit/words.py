@@ -6,7 +6,8 @@ from pathlib import Path
 
 import jinja2
 
-from kit.findings import Cost, Findings, ablation
+from kit.costs import Cost
+from kit.findings import Findings, ablation
 from kit.results import Run, Study, in_table_order
 
 # What Markdown would act upon; an underscore inside a word means nothing to it.
@@ -36,29 +37,11 @@ def interval(bounds: tuple[float, float] | None, form: str = "+.2f") -> str:
     return "-" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
 
 
-def p_value(p: float | None) -> str:
-    return "< 0.001" if p is not None and p < 0.001 else number(".3f")(p)
-
-
-def names(models: list[str]) -> str:
-    return ", ".join(f"`{model}`" for model in models)
-
-
-def caption(figure: str) -> str:
-    return figure.removesuffix(".png").replace("_", " ").replace(" vs ", " against ")
-
-
 def mean_and_sd(summary: dict) -> str:
     if not summary["n"]:
         return "missing"
     spread = f" ± {summary['test_acc_sd']:.2f}" if summary["n"] > 1 else ""
     return f"{summary['test_acc_mean']:.2f}{spread}"
-
-
-def effect(row: dict) -> str:
-    """What replacing the gates by their mean does to accuracy."""
-    difference, bounds = ablation(row) or (None, None)
-    return f"{difference:+.2f} ({interval(bounds)})" if bounds else "-"
 
 
 def how(row: dict) -> str:
@@ -248,16 +231,19 @@ TEMPLATES = jinja2.Environment(
     keep_trailing_newline=True,
 )
 TEMPLATES.filters |= {
-    "table": table, "text": text, "one_line": one_line, "names": names, "caption": caption,
-    "mean_and_sd": mean_and_sd, "interval": interval, "p": p_value, "effect": effect, "how": how,
-    "price": price, "training_ratio": training_ratio, "flops_and_time": flops_and_time,
-    "mark": mark, "environments": environments, "devices": devices, "cost_table": cost_table,
-    "published_rows": published_rows, "class_table": class_table, "mode_table": mode_table,
+    "text": text, "one_line": one_line, "interval": interval, "mean_and_sd": mean_and_sd,
+    "how": how, "price": price, "training_ratio": training_ratio, "flops_and_time": flops_and_time,
+    "ablation": ablation, "mark": mark, "environments": environments, "devices": devices,
+    "cost_table": cost_table, "class_table": class_table, "mode_table": mode_table, "table": table,
+    "published_rows": published_rows,
+    "names": lambda models: ", ".join(f"`{model}`" for model in models),
+    "caption": lambda figure: figure[:-4].replace("_", " ").replace(" vs ", " against "),
     "n0": number(".0f"), "n1": number(".1f"), "n2": number(".2f"), "n3": number(".3f"),
     "g3": number("#.3g"), "plus": number("+.2f"), "percent": number(".0%"),
     "times": number(".2f", "x"), "thousands": number(",.0f"),
     "millions": lambda n: number(".2f")(n and n / 1e6),
     "billions": lambda n: number(".2f")(n and n / 1e9),
+    "p": lambda p: "< 0.001" if p is not None and p < 0.001 else number(".3f")(p),
 }  # fmt: skip
 
 

@@ -291,7 +291,7 @@ def test_unfinished_and_damaged_runs_are_named(study):
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert row_of(text, "se")[1:3] == ["1", "92.90"]
-    assert "se/seed9 left out, it has the same model and seed as" in text
+    assert "se/seed9 left out, same model and seed as" in text
     assert f"unfinished: {published / 'se' / 'seed1'}, 2 epochs done" in text
     assert "se/seed2 left out, its files are damaged" in text
 
@@ -509,9 +509,7 @@ def test_a_copy_of_a_run_counts_once_and_is_named(study):
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert row_of(text, "se")[1] == "3"
-    named = [
-        line for line in text.splitlines() if "left out, it has the same model and seed as" in line
-    ]
+    named = [line for line in text.splitlines() if "left out, same model and seed as" in line]
     assert len(named) == 8 and all(line.startswith(f"- {runs / 'a/backup'}") for line in named)
 
 
