@@ -123,22 +123,24 @@ def as_page(report: str, pictures: dict[str, bytes]) -> str:
 def with_blocks(readme: Path, out: Path, found: Findings) -> str:
     """The text of `readme` with the blocks of this report replaced."""
     folder = Path(os.path.relpath(out.resolve(), readme.parent)).as_posix()
-    block = words.TEMPLATES.get_template("readme_block.md").module
+    made = words.TEMPLATES.get_template("readme_block.md").module
     blocks = {
-        (f"<!-- report.py: {folder} -->", f"<!-- end of {folder} -->"): block.results(
-            found, folder
-        ),
-        (f"<!-- explain.py: {folder} -->", "<!-- end of explain.py -->"): block.gates(found),
+        ("report.py", folder): made.results(found, folder),
+        ("explain.py", "explain.py"): made.gates(found),
     }
     try:
         text = readme.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{readme} is no text: {error}") from error
-    if not any(first in text for first, _ in blocks):
-        first, last = next(iter(blocks))
-        raise UserError(f"{readme} has no lines '{first}' and '{last}': the results go in between")
-    for (first, last), block in blocks.items():
-        parts = re.split(f"(?s)(?<={re.escape(first)}\n).*?(?={re.escape(last)})", text)
+    if not any(f"<!-- {script}: {folder} -->" in text for script, _ in blocks):
+        raise UserError(
+            f"{readme} has no lines '<!-- report.py: {folder} -->' and '<!-- end of {folder} -->': "
+            "the results go in between"
+        )
+    for (script, ended), block in blocks.items():
+        first, last = f"<!-- {script}: {folder} -->", f"<!-- end of {ended} -->"
+        old = f"(?s)(?<={re.escape(first)}\n)(?:(?!<!--).)*(?={re.escape(last)})"  # no marker in it
+        parts = re.split(old, text)
         if len(parts) != 1 + text.count(first) or len(parts) > 2:
             raise UserError(f"{readme} must have '{first}' once, and then '{last}'")
         text = (re.sub(r"\n{3,}", "\n\n", block.strip()) + "\n").join(parts)

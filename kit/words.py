@@ -45,7 +45,7 @@ def mean_and_sd(summary: dict) -> str:
 
 
 def how(row: dict) -> str:
-    return f"{row['mode']} {row['precision']}"
+    return text(f"{row['mode']} {row['precision']}")
 
 
 def training_ratio(cost: Cost) -> str:
@@ -164,7 +164,7 @@ def cost_table(f: Findings, quick: str) -> list[list[str]]:
             return f"{100 * (ratio - 1):+.2f}%"
         return training_ratio(cost) if key == "training" else f"{ratio:.2f}x"
 
-    rows = [[model + quick, *(cell(model, key) for key in measured)] for model in f.relative]
+    rows = [[text(model) + quick, *(cell(model, key) for key in measured)] for model in f.relative]
     return [["model", *(columns[key][0] for key in measured)], *rows]
 
 
@@ -178,7 +178,10 @@ def class_table(f: Findings, quick: str) -> list[list[str]]:
             marks = ["**" * bold for bold in differ]
             cells = [f"{m}{c.difference:+.2f}{m}" for m, c in zip(marks, comparisons, strict=True)]
             rows.append([text(name), f"{baseline:.2f}", *cells])
-    return [["class", "baseline %", *(model + quick for model in found.against_baseline)], *rows]
+    return [
+        ["class", "baseline %", *(text(model) + quick for model in found.against_baseline)],
+        *rows,
+    ]
 
 
 def mode_table(rows: list[dict]) -> list[list[str]]:
@@ -199,7 +202,7 @@ def mode_table(rows: list[dict]) -> list[list[str]]:
         ratio = f" ({row['ms_per_image'] / base['ms_per_image']:.2f}x)" if base else ""
         return f"{row['ms_per_image']:#.3g}" + ("" if row is base else ratio)
 
-    found = [["width", "batch", "precision", "mode", *models, "baseline's TFLOP/s"]]
+    found = [["width", "batch", "precision", "mode", *map(text, models), "baseline's TFLOP/s"]]
     for variant, by_model in variants.items():
         base = by_model.get("baseline")
         share = "-"
