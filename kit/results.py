@@ -89,9 +89,6 @@ def check(content: dict, kinds: dict) -> bool:
     return True
 
 
-# --- Run folders ----------------------------------------------------------------------------------
-
-
 @dataclass
 class Run:
     folder: Path
