@@ -2,205 +2,204 @@
 
     python report.py                                  # runs/ -> results/
     python report.py --runs DIR --out DIR             # either may hold benchmark.json, explain.json
-    python report.py --compare DIR                    # another recipe, precision or GPU beside it
-    python report.py --out results/mine --readme README.md    # and the README's block of it
+    python report.py --compare DIR                    # with another recipe, precision or GPU
+    python report.py --out results/mine --readme README.md    # rewrites the README's blocks
     python report.py --power --sd 0.15 --difference 0.2       # how many seeds does that take?
 
 Reads files alone and needs no torch: copy the small files of a run folder to a laptop and it works
 there, in a few seconds. Every model is compared with the baseline, seed by seed, and gets a verdict
-(verdicts.py). Writes report.md, the same as one page with its figures inside (report.html),
-results.csv, summary.json and six figures.
+(kit/verdicts.py). Writes report.md (from the template kit/report.md), the same as one page with its
+figures inside (report.html), results.csv, summary.json and six figures.
 
 Runs are compared only within a study: one data set, one recipe, the same explicit settings. A study
-that is shorter or narrower than its recipe is marked as a quick run wherever its figures stand.
+that is shorter or narrower than its recipe is marked as a smoke test wherever its numbers appear.
 
---readme FILE: writes the results in brief between these two lines of FILE, OUT as FILE sees it:
-    <!-- report.py: OUT -->
-    <!-- end of OUT -->
+--readme rewrites what stands between these lines of a file (OUT relative to that file):
+    <!-- report.py: OUT --> and <!-- end of OUT -->              the results in brief
+    <!-- explain.py: OUT --> and <!-- end of explain.py -->      the table of gates
 """
 
-import argparse
+import base64
 import csv
 import io
 import json
 import os
-import signal
+import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
-from kit import sections
-from kit import verdicts
-from kit.explained import explained_of, pictures_of, read_explained
+import markdown
+
+from kit import words
+from kit.command_line import UserError, exit_code, make_parser
 from kit.figures import FIGURES, draw_figures
 from kit.files import write_atomically
-from kit.findings import Findings, accuracies, compared, find
-from kit.page import as_page
-from kit.results import PUBLISHED, RUN_COLUMNS, ReportError, Study, read_costs, read_studies
+from kit.findings import Findings, compare, explained_of
+from kit.results import PUBLISHED, Study, read_rows, read_studies
+from kit.verdicts import Comparison, seeds_in_words
 
-# --- What is written ------------------------------------------------------------------------------
+CSV_COLUMNS = (
+    "dataset", "recipe", "quick", "model", "seed", "width", "test_acc", "test_acc_last", "val_acc",
+    "best_epoch", "epochs_run", "stopped_early", "params", "train_seconds", "images_per_second",
+    "precision", "mode", "device", "overrides", "test_images", "peak_memory_mb", "fallback",
+)  # fmt: skip
 
 
-def make_report(runs_dir: Path, out: Path, compare: Path | None, readme: Path | None) -> None:
-    """Writes all files of the report. Raises ReportError or OSError in one line."""
+def make_report(runs_dir: Path, out: Path, other: Path | None, readmes: list[Path]) -> Findings:
+    """Writes all files of the report; returns what the first study shows. Raises UserError."""
     studies, problems = read_studies(runs_dir)
     if not studies:
         reasons = "; ".join(problems) or "run `python train.py --model baseline` first"
-        raise ReportError(f"no finished run below {runs_dir}: {reasons}")
-    costs, damaged = read_costs([out / "benchmark.json", runs_dir / "benchmark.json"])
-    seen, of_seen = read_explained([out / "explain.json", runs_dir / "explain.json"])
+        raise UserError(f"no finished run below {runs_dir}: {words.one_line(reasons)}")
+    costs, damaged = read_rows("benchmark", [out, runs_dir])
+    seen, of_seen = read_rows("explain", [out, runs_dir])
     problems += damaged + of_seen
-    found, strangers = [], len(seen)
-    for study in studies:
-        rows, others = explained_of(study, seen)
-        found.append(find(study, costs, rows))
-        problems += others
-        strangers -= len(rows) + len(others)
-    if strangers:
-        problems.append(f"explain.json: {strangers} of its {len(seen)} entries are of no run here")
-    beside = compare_runs(found[0], compare, problems) if compare else []
-    texts = {"results.csv": results_csv(studies), "summary.json": summary_json(found, costs)}
-    figures = draw_figures(found[0])
-    pictures = pictures_of(found[0].explained, out)
-    shown = [name for name in FIGURES if name in figures] + list(pictures)
-    texts["report.md"] = sections.write_report(found, costs, problems, shown, beside)
-    texts["report.html"] = as_page(texts["report.md"], figures | pictures)
-    if readme:
-        readme = readme.resolve()
-        new_readme = with_block(readme, out, found[0])
-
+    explained = explained_of(studies, seen, problems)
+    found = [Findings(*each, costs) for each in zip(studies, explained, strict=True)]
+    first = found[0]
+    figures = draw_figures(first)
+    pictures = figures | explained_pictures(first.explained, out)
+    there = compare_runs(first, other, problems) if other else None
+    machines = sorted({f"{r['device']}; torch {r.get('torch') or 'unknown'}" for r in costs})
+    report = words.fill("report.md", found=found, figures=list(pictures), other=there,
+                        problems=problems, costs=costs, machines=machines)  # fmt: skip
+    files = {
+        **{out / name: png for name, png in figures.items()},
+        out / "results.csv": results_csv(studies),
+        out / "summary.json": summary_json(found, costs),
+        out / "report.md": report,
+        out / "report.html": as_page(report, pictures),
+        **{readme: with_blocks(readme, out, first) for readme in map(Path.resolve, readmes)},
+    }
     for name in FIGURES:
-        if name in figures:
-            write_atomically(out / name, figures[name])
-        else:
+        if name not in figures:
             (out / name).unlink(missing_ok=True)  # one of an earlier report
-    for name, text in texts.items():
-        write_atomically(out / name, text.encode(errors="replace"))  # names of folders may be odd
-    if readme:
-        write_atomically(readme, new_readme)
+    for path, body in files.items():  # names of folders, and so texts, may hold anything
+        write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
+    return first
 
 
-def compare_runs(here: Findings, folder: Path, problems: list[str]) -> list[str]:
-    """The section on another set of runs beside the first study; adds to the problems."""
+def compare_runs(here: Findings, folder: Path, problems: list[str]) -> dict | None:
+    """The first study compared with another set of runs; adds to the problems."""
     studies, others = read_studies(folder)
     problems += others
     studies = [study for study in studies if study.dataset == here.study.dataset]
     if not studies:
         problems.append(f"--compare {folder}: no finished run on {here.study.dataset} below it")
-        return []
+        return None
     # Its runs with the same recipe and settings, or else its first study.
     studies.sort(key=lambda study: study.title != here.study.title)
     for study in studies[1:]:
         problems.append(f"--compare {folder}: {study.title} there is not compared")
-    there = find(studies[0], [])  # its inference times are for a report of its own
-    models = here.models.keys() & there.models.keys()
-    pairs = {m: (accuracies(here.study, m), accuracies(there.study, m)) for m in sorted(models)}
-    comparisons = compared(pairs, here.study.n_images)
-    return sections.beside_section(here, there, str(folder), comparisons)
+    there = Findings(studies[0], [], [])  # its inference times are for a report of its own
+    models = [model for model in here.models if model in there.models]
+    found = compare(here.study, {model: (model, model) for model in models}, there.study)
+    rows = {m: (here.models[m], there.models[m], found.get(m)) for m in models}
+    return {"folder": folder, "found": there, "models": rows}
 
 
-def with_block(readme: Path, out: Path, found: Findings) -> str:
-    """The text of `readme` with the block of this report replaced."""
+def explained_pictures(rows: list[dict], out: Path) -> dict[str, bytes]:
+    """{file name: PNG}: the models side by side, and each of those with gates."""
+    names = ["explain_compare.png"] if len(rows) > 1 else []
+    names += [row["picture"] for row in [row for row in rows if row["gates"]] or rows[:1]]
+    return {name: (out / name).read_bytes() for name in names if (out / name).is_file()}
+
+
+def as_page(report: str, pictures: dict[str, bytes]) -> str:
+    """report.md as one self-contained HTML page. pictures: {file name: PNG}, all that it shows."""
+    converter = markdown.Markdown(extensions=["tables", "fenced_code"])
+    converter.preprocessors.deregister("html_block")  # raw HTML stays text
+    converter.inlinePatterns.deregister("html")
+    title = report.partition("\n")[0].removeprefix("# ")
+    images = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
+    body = re.sub(
+        r'(<img alt="[^"]*" src=")([^"]+)',
+        lambda match: f"{match[1]}data:image/png;base64,{images[match[2]]}",
+        converter.convert(report),
+    )
+    return words.fill("page.html", title=title, body=body)
+
+
+def with_blocks(readme: Path, out: Path, found: Findings) -> str:
+    """The text of `readme` with the blocks of this report replaced."""
     folder = Path(os.path.relpath(out.resolve(), readme.parent)).as_posix()
-    first, last = f"<!-- report.py: {folder} -->", f"<!-- end of {folder} -->"
+    made = words.TEMPLATES.get_template("readme_block.md").module
+    blocks = {
+        ("report.py", folder): made.results(found, folder),
+        ("explain.py", "explain.py"): made.gates(found),
+    }
     try:
         text = readme.read_bytes().decode()
     except UnicodeDecodeError as error:
-        raise ReportError(f"{readme} is no text: {error}") from error
-    if not (text.count(first) == text.count(last) == 1 and text.index(first) < text.index(last)):
-        raise ReportError(
-            f"{readme} must have the lines '{first}' and '{last}', once each and in this order: "
+        raise UserError(f"{readme} is no text: {error}") from error
+    if not any(f"<!-- {script}: {folder} -->" in text for script, _ in blocks):
+        raise UserError(
+            f"{readme} has no lines '<!-- report.py: {folder} -->' and '<!-- end of {folder} -->': "
             "the results go in between"
         )
-    before, after = text.partition(first)[0], text.partition(last)[2]
-    block = "\n".join(sections.readme_block(found, folder))
-    return f"{before}{first}\n{block}\n{last}{after}"
+    for (script, ended), block in blocks.items():
+        first, last = f"<!-- {script}: {folder} -->", f"<!-- end of {ended} -->"
+        old = f"(?s)(?<={re.escape(first)}\n)(?:(?!<!--).)*(?={re.escape(last)})"  # no marker in it
+        parts = re.split(old, text)
+        if len(parts) != 1 + text.count(first) or len(parts) > 2:
+            raise UserError(f"{readme} must have '{first}' once, and then '{last}'")
+        text = (re.sub(r"\n{3,}", "\n\n", block.strip()) + "\n").join(parts)
+    return text
 
 
 def results_csv(studies: list[Study]) -> str:
     """One line a run."""
     buffer = io.StringIO()
-    columns = [*RUN_COLUMNS, "overrides", "test_images", "peak_memory_mb", "fallback"]
-    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(buffer, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for study in studies:
-        for runs in study.runs.values():
-            for run in runs:
-                overrides = " ".join(f"{k}={v}" for k, v in study.overrides.items())
-                writer.writerow(run.result | {"overrides": overrides})
+        overrides = " ".join(f"{k}={v}" for k, v in study.overrides.items())
+        writer.writerows(run.result | {"overrides": overrides} for run in study.all_runs)
     return buffer.getvalue()
 
 
 def summary_json(found: list[Findings], costs: list[dict]) -> str:
     """Every figure of the report, for programs to read."""
 
-    def plain(comparison):
-        return asdict(comparison) | {"verdict": comparison.verdict}
+    def plain(found) -> dict:
+        return vars(found) | ({"verdict": found.verdict} if isinstance(found, Comparison) else {})
 
     studies = [
         {
             "dataset": f.study.dataset,
             "recipe": f.study.recipe,
             "overrides": f.study.overrides,
-            "quick": f.study.quick,
+            "quick": f.study.result["quick"],
             "models": f.models,
             "against_baseline": {
                 model: plain(c) | {"seeds_and_images": f.resampled[model]}
                 for model, c in f.against.items()
             },
-            "against_control": {model: plain(c) for model, c in f.controlled.items()},
-            "by_class": f.by_class and {
-                "classes": f.by_class.classes,
-                "baseline": f.by_class.baseline,
-                "against_baseline": {
-                    model: [plain(c) for c in row] for model, row in f.by_class.against.items()
-                },
-            },
-            "costs": {model: asdict(cost) for model, cost in f.relative.items()},
+            "against_control": f.controlled,
+            "by_class": f.by_class,
+            "costs": f.relative,
             "pareto_front": f.front,
             "missing": f.missing,
             "explained": f.explained,
         }
         for f in found
-    ]  # fmt: skip
+    ]
     content = {"studies": studies, "benchmark": costs, "published": PUBLISHED}
-    return json.dumps(content, indent=2) + "\n"
+    return json.dumps(content, indent=2, default=plain) + "\n"
 
 
-# --- Command line ---------------------------------------------------------------------------------
-
-
-def print_power(sd: float, difference: float, comparisons: int) -> None:
-    """Prints the seeds that `difference` takes; it and `sd` in points of test accuracy."""
-    sd_of_differences = sd * 2**0.5  # if the accuracies of a pair do not correlate
-    alone, corrected = (
-        verdicts.seeds_needed(difference, sd_of_differences, verdicts.LEVEL / k)
-        for k in (1, comparisons)
-    )
-    print(
-        f"A difference of {difference:g} points is found 8 times in 10, at a level of 5 % and a "
-        f"standard deviation of {sd:g} over seeds, with\n"
-        f"{alone:6,} seeds a model in a single comparison with the baseline\n"
-        f"{corrected:6,} seeds a model in the first of {comparisons} comparisons (Holm)\n"
-        "(paired t test; fewer where seeds help or hurt all models alike)"
-    )
-
-
-def main(argv: list[str] | None = None) -> int:
-    """The script, with `argv` in place of the command line; the exit code."""
-    parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # an error is then a single line
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+@exit_code
+def main(argv: list[str] | None = None) -> None:
+    """The script, with `argv` in place of the command line."""
+    parser = make_parser(__doc__)
     add = parser.add_argument
     add("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: %(default)s")
     add("--out", type=Path, default=Path("results"), help="where to write; default: %(default)s")
-    add("--compare", type=Path, help="folder of other runs, to be set beside the first")
-    add("--readme", type=Path, help="file with a block to be written anew")
-    add("--power", action="store_true", help="print the seeds that --difference takes, no report")
-    add("--sd", type=float, help="of one model's test accuracy over seeds, in points")
-    add("--difference", type=float, help="to be found, in points")
+    add("--compare", type=Path, help="folder of other runs to compare the first study with")
+    add("--readme", type=Path, nargs="+", default=[], help="files whose blocks are rewritten")
+    add("--power", action="store_true", help="print how many seeds --difference takes, no report")
+    add("--sd", type=float, help="standard deviation of test accuracy over seeds, in points")
+    add("--difference", type=float, help="to be detected, in points")
     add("--comparisons", type=int, default=3, help="with the baseline; default: %(default)s")
     args = parser.parse_args(argv)
     if args.power:
@@ -208,20 +207,14 @@ def main(argv: list[str] | None = None) -> int:
             parser.error("--power takes --sd and --difference, both greater than 0")
         if not (args.comparisons >= 1 and 1e-3 <= args.difference / args.sd <= 1e3):
             parser.error("--comparisons is at least 1, --difference from 0.001 to 1,000 times --sd")
-        print_power(args.sd, args.difference, args.comparisons)
-        return 0
+        print(seeds_in_words(args.difference, args.sd, args.comparisons))
+        return
     if args.compare and not args.compare.is_dir():
         parser.error(f"--compare: there is no folder {args.compare}")
-    try:
-        make_report(args.runs, args.out, args.compare, args.readme)
-    except (ReportError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    found = make_report(args.runs, args.out, args.compare, args.readme)
+    print(words.short_table(found))
     print(f"written: {args.out / 'report.md'}")
-    return 0
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and so does `| head`
     sys.exit(main())

@@ -8,6 +8,10 @@ import matplotlib
 matplotlib.use("Agg")  # the figures go to files, never to a window
 import matplotlib.pyplot as plt
 
+from kit.findings import Findings, accuracies
+from kit.results import Study
+from kit.words import mark, one_line
+
 FIGURES = (
     "test_accuracy.png",
     "inference_time.png",
@@ -22,53 +26,59 @@ COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#99
 MARKS = "os^vPX<"  # seven, so that colour and mark do not come round together
 
 
-def draw_figures(found) -> dict[str, bytes]:
+def draw_figures(found: Findings) -> dict[str, bytes]:
     """{file name: PNG} of one study's findings; a figure without data is not among them."""
-    study, summaries, costs = found.study, found.models, found.costs
+    study, summaries = found.study, found.models
+    plt.rcdefaults()  # whatever the user's own matplotlibrc says
+    plt.rcParams.update({
+        "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
+        "text.parse_math": False,
+    })  # fmt: skip
     # The published models first, run or not: a model keeps its style from report to report.
-    models = list(dict.fromkeys([*study.published, *summaries, *costs]))
+    models = list(dict.fromkeys([*study.published, *summaries, *found.costs]))
     styles = {
         model: {"color": COLORS[i % len(COLORS)], "marker": MARKS[i % len(MARKS)]}
         for i, model in enumerate(models)
     }
-    # Beside a quick run, on one axis with it, the published figures would only mislead.
-    published = {} if study.quick else study.published
-    plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
+    # On one axis with a smoke test, the published figures would only mislead.
+    published = {} if study.result["quick"] else study.published
 
     params = {model: summary["params"] / 1e6 for model, summary in summaries.items()}
-    published_points = {m: (row["params_m"], row["test_acc"]) for m, row in published.items()}
-    timed = {m: costs[m] for m in summaries if m in costs}
-    figures = {"test_accuracy.png": draw_accuracy(study, summaries, styles, published)}
+    diamonds = {m: (row["params_m"], row["test_acc"]) for m, row in published.items()}
+    timed = {m: found.costs[m] for m in summaries if m in found.costs}
+    figures = {
+        "test_accuracy.png": draw_accuracy(found, styles, published),
+        "accuracy_vs_params.png": draw_against(
+            found, styles, params, "parameters (millions)", diamonds=diamonds
+        ),
+        "learning_curves.png": draw_curves(found, styles),
+    }
     if found.against:
         figures["differences.png"] = draw_differences(found, styles)
-    if costs:
-        figures["inference_time.png"] = draw_time(costs, found.fastest, styles)
-    figures["accuracy_vs_params.png"] = draw_against(
-        study, summaries, styles, params, "parameters (millions)", published_points
-    )
+    if found.costs:
+        figures["inference_time.png"] = draw_time(found, styles)
     if timed:
-        label = f"inference time (ms/image), p10 to p90, {next(iter(timed.values()))['device']}"
-        times = {model: row["ms_per_image"] for model, row in timed.items()}
-        spread = {model: spread_of(row) for model, row in timed.items()}
         figures["accuracy_vs_latency.png"] = draw_against(
-            study, summaries, styles, times, label, {}, spread, found.front
+            found,
+            styles,
+            {model: row["ms_per_image"] for model, row in timed.items()},
+            f"inference time (ms/image), p10 to p90, {one_line(found.timed['device'])}",
+            spread={model: spread_of(row) for model, row in timed.items()},
+            rings=found.front,
         )
-    figures["learning_curves.png"] = draw_curves(study, styles)
     return {name: as_png(figure) for name, figure in figures.items()}
 
 
-def draw_differences(found, styles) -> plt.Figure:
+def draw_differences(found: Findings, styles: dict) -> plt.Figure:
     """Differences from the baseline: pairs as dots, and the interval the verdict rests on."""
-    figure, axes = plt.subplots(figsize=(7, 1.6 + 0.6 * len(found.against)), layout="constrained")
+    figure, axes = frame(title_of(found.study), 7, 1.6 + 0.6 * len(found.against))
     axes.axvline(0, color="0.6", lw=1)
+    baseline = accuracies(found.study, "baseline")
     for y, (model, c) in enumerate(found.against.items()):
-        low, high = c.corrected
-        axes.errorbar(
-            c.difference, y, xerr=[[c.difference - low], [high - c.difference]], ls="none",
-            capsize=4, **styles[model],
-        )  # fmt: skip
-        mine, base = (found.study.by_seed(name) for name in (model, "baseline"))
-        pairs = [mine[s].result["test_acc"] - base[s].result["test_acc"] for s in c.seeds]
+        half = c.difference - c.corrected[0]
+        axes.errorbar(c.difference, y, xerr=half, ls="none", capsize=4, **styles[model])
+        own = accuracies(found.study, model)
+        pairs = [own[seed] - baseline[seed] for seed in c.seeds]
         axes.plot(pairs, [y + 0.25] * len(pairs), ".", color="0.5")
         axes.annotate(c.verdict, (c.difference, y), (0, 7), textcoords="offset points",
                       ha="center", fontsize=9)  # fmt: skip
@@ -78,17 +88,18 @@ def draw_differences(found, styles) -> plt.Figure:
         "difference from the baseline (points of test accuracy):\n"
         "mean, interval after Holm's correction, pairs of seeds as dots"
     )
-    axes.set_title(title_of(found.study), fontsize=10)
     return figure
 
 
-def draw_accuracy(study, summaries, styles, published) -> plt.Figure:
+def draw_accuracy(found: Findings, styles: dict, published: dict) -> plt.Figure:
     """Mean with standard deviation, every seed a dot, the published figure a diamond."""
-    height = max(4, 1.5 + 0.4 * len(summaries))
-    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
-    for y, (model, summary) in enumerate(summaries.items()):
-        seeds = [run.result["test_acc"] for run in study.runs[model]]
-        if len(seeds) > 1:
+    figure, axes = frame(title_of(found.study), 7, max(4, 1.5 + 0.4 * len(found.models)))
+    explained = "test accuracy (%)"
+    if any(summary["n"] > 1 for summary in found.models.values()):
+        explained += "\nmean, standard deviation, seeds as dots"
+    for y, (model, summary) in enumerate(found.models.items()):
+        if summary["n"] > 1:
+            seeds = accuracies(found.study, model).values()
             axes.plot(seeds, [y + 0.25] * len(seeds), ".", color="0.5")
         axes.errorbar(
             summary["test_acc_mean"], y, xerr=summary["test_acc_sd"], ls="none", capsize=4,
@@ -96,66 +107,57 @@ def draw_accuracy(study, summaries, styles, published) -> plt.Figure:
         )  # fmt: skip
         if model in published:
             axes.plot(published[model]["test_acc"], y, "D", mfc="none", color="black")
-    explained = "test accuracy (%)"
-    if any(summary["n"] > 1 for summary in summaries.values()):
-        explained += "\nmean, standard deviation, seeds as dots"
-    explained += "\npublished: diamond" if published else ""
-    axes.set_yticks(range(len(summaries)), summaries)
+    axes.set_yticks(range(len(found.models)), found.models)
     axes.invert_yaxis()
     axes.margins(y=0.15)
-    axes.set_xlabel(explained)
-    axes.set_title(title_of(study), fontsize=10)
+    axes.set_xlabel(explained + ("\npublished: diamond" if published else ""))
     return figure
 
 
-def draw_against(study, summaries, styles, x, xlabel, published, xerr=None, front=()) -> plt.Figure:
+def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -> plt.Figure:
     """Test accuracy over `x`; diamonds are the published figures, rings the Pareto front."""
-    figure, axes = plt.subplots(figsize=(8, max(4.5, 1 + 0.25 * len(x))), layout="constrained")
+    figure, axes = frame(title_of(found.study), 8, max(4.5, 1 + 0.25 * len(x)))
     for model in x:
-        summary = summaries[model]
+        accuracy, sd = (found.models[model][f"test_acc_{key}"] for key in ("mean", "sd"))
         axes.errorbar(
-            x[model], summary["test_acc_mean"], yerr=summary["test_acc_sd"],
-            xerr=xerr[model] if xerr else None, ls="none", capsize=4, label=model,
-            **styles[model],
+            x[model], accuracy, yerr=sd, xerr=spread and spread[model], ls="none", capsize=4,
+            label=model, **styles[model],
         )  # fmt: skip
-        if model in front:
-            axes.plot(x[model], summary["test_acc_mean"], "o", ms=14, mfc="none", mec="black")
-    for model in published.keys() & x.keys():
-        axes.plot(*published[model], "D", mfc="none", color=styles[model]["color"])
+        if model in rings:
+            axes.plot(x[model], accuracy, "o", ms=14, mfc="none", mec="black")
+    for model in (model for model in diamonds if model in x):
+        axes.plot(*diamonds[model], "D", mfc="none", color=styles[model]["color"])
     axes.set(xlabel=xlabel, ylabel="test accuracy (%)")
-    axes.set_title(title_of(study), fontsize=10)
     axes.margins(0.15)
-    explained = "diamonds: published" if published else "rings: Pareto front" if front else None
-    axes.legend(
-        fontsize=9, title=explained, title_fontsize=9, loc="upper left", bbox_to_anchor=(1, 1)
-    )
+    explained = "diamonds: published" if diamonds else "rings: Pareto front" if rings else None
+    add_legend(axes, title=explained, title_fontsize=9)
     return figure
 
 
-def draw_time(costs, fastest, styles) -> plt.Figure:
+def draw_time(found: Findings, styles: dict) -> plt.Figure:
     """A bar a model, measured the published way, and a paler one in the fastest mode."""
-    height = max(4, 1.5 + 0.4 * len(costs))
-    figure, axes = plt.subplots(figsize=(7, height), layout="constrained")
-    models = [model for model in styles if model in costs]
-    first = costs[models[0]]
-    kinds = [costs, fastest] if fastest and fastest != costs else [costs]
-    height = 0.8 / len(kinds)
+    models = [model for model in styles if model in found.costs]
+    both = found.fastest and found.fastest != found.costs
+    kinds = [found.costs, found.fastest] if both else [found.costs]
+    first = found.timed
+    how = "" if both else f", {first['precision']}, {first['mode']}"
+    title = f"batch {first['batch_size']}{how}\n{one_line(first['device'])}"
+    figure, axes = frame(title, 7, max(4, 1.5 + 0.4 * len(models)))
+    thick = 0.8 / len(kinds)
     for i, rows in enumerate(kinds):
         for y, model in enumerate(models):
             if model in rows:
                 row = rows[model]
                 axes.barh(
-                    y + (i - (len(kinds) - 1) / 2) * height, row["ms_per_image"], height=height,
+                    y + (i - (len(kinds) - 1) / 2) * thick, row["ms_per_image"], height=thick,
                     xerr=spread_of(row), capsize=3, color=styles[model]["color"], alpha=1 - 0.5 * i,
                     label=f"{row['mode']}, {row['precision']}" if y == 0 else None,
                 )  # fmt: skip
     axes.set_yticks(range(len(models)), models)
     axes.invert_yaxis()
     axes.set_xlabel("inference time (ms/image): median, p10 to p90")
-    if len(kinds) > 1:
-        axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    how = "" if len(kinds) > 1 else f", {first['precision']}, {first['mode']}"
-    axes.set_title(f"batch {first['batch_size']}{how}\n{first['device']}", fontsize=10)
+    if both:
+        add_legend(axes)
     return figure
 
 
@@ -165,32 +167,41 @@ def spread_of(row: dict) -> list[list[float]]:
     return [[middle - row["ms_per_image_p10"]], [row["ms_per_image_p90"] - middle]]
 
 
-def draw_curves(study, styles) -> plt.Figure:
+def draw_curves(found: Findings, styles: dict) -> plt.Figure:
     """Validation accuracy and training loss by epoch; a thin line a seed."""
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, max(4, 1 + 0.25 * len(study.runs))), layout="constrained"
-    )
-    for model, runs in study.runs.items():
-        for i, run in enumerate(runs):
-            epochs = [row["epoch"] for row in run.metrics]
-            style = dict(color=styles[model]["color"], lw=1, label=model if i == 0 else None)
-            style["marker"] = "o" if len(epochs) == 1 else None
-            left.plot(epochs, [row["val_acc"] for row in run.metrics], **style)
-            right.plot(epochs, [row["train_loss"] for row in run.metrics], **style)
+    runs = found.study.runs
+    size = (11, max(4, 1 + 0.25 * len(runs)))
+    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
+    for model, run in ((name, run) for name in runs for run in runs[name]):
+        epochs = [row["epoch"] for row in run.metrics]
+        style = dict(color=styles[model]["color"], lw=1, marker="o" if len(epochs) == 1 else None)
+        left.plot(epochs, [row["val_acc"] for row in run.metrics], **style)
+        style["label"] = model if run is runs[model][0] else None
+        right.plot(epochs, [row["train_loss"] for row in run.metrics], **style)
     left.set(xlabel="epoch", ylabel="validation accuracy (%)")
     right.set(xlabel="epoch", ylabel="training loss")
-    longest = max(len(run.metrics) for runs in study.runs.values() for run in runs)
+    longest = max(len(run.metrics) for run in found.study.all_runs)
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlim(0, longest + 1)
-    right.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1))
-    figure.suptitle(title_of(study), fontsize=10)
+    add_legend(right)
+    figure.suptitle(title_of(found.study), fontsize=10)
     return figure
 
 
-def title_of(study) -> str:
-    lines = [study.title, study.mark] if study.mark else [study.title]
-    return "\n".join(textwrap.fill(line, 75) for line in lines)
+def frame(title: str, width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
+    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
+    axes.set_title(title, fontsize=10)
+    return figure, axes
+
+
+def add_legend(axes, **options) -> None:
+    axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), **options)
+
+
+def title_of(study: Study) -> str:
+    lines = [one_line(study.title), mark(study)]
+    return "\n".join(textwrap.fill(line, 75) for line in lines if line)
 
 
 def as_png(figure: plt.Figure) -> bytes:

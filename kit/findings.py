@@ -1,78 +1,92 @@
 """What a study shows, in numbers: each model's spread, its difference from the baseline, its cost.
 
-Everything is worked out here once; sections.py puts it into words and tables, figures.py draws it.
+Everything is worked out here once; report.md puts it into words, figures.py draws it.
 """
 
 import itertools
 from dataclasses import dataclass
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 
 import numpy as np
 
-from kit import verdicts
-from kit.results import Run, Study, costs_of, fastest_costs_of, in_table_order, is_finite
+from kit import costs, verdicts
+from kit.results import Run, Study, in_table_order
 from kit.verdicts import Comparison
 
-CONTROL = "_static"  # se_static is the control of se: as many parameters, but blind gates
+CONTROL = "_static"  # se_static is the control of se: same parameters, gates that ignore the input
 
 
 @dataclass
 class ByClass:
-    """Test accuracy of every class; the comparisons are corrected over models and classes."""
-
     classes: list[str]
-    baseline: list[float]  # percent, mean over the seeds
-    against: dict[str, list[Comparison]]  # model -> a comparison with the baseline for each class
+    baseline: list[float]  # test accuracy in percent, mean over the seeds
+    against_baseline: dict[str, list[Comparison]]  # model -> one a class, corrected over all
 
 
-@dataclass
-class Cost:
-    """What a model costs, and how many times the baseline's that is; None: not measured."""
-
-    values: dict[str, float | None]  # by the names of COSTS
-    ratios: dict[str, float | None]
-    training_spread: tuple[float, float] | None  # of the training ratio, over seeds
-
-
-# params; flops: FlopCounterMode's, exact for convolutions and matrix products; eager, fast: ms an
-# image, the published way and in the fastest mode; training: seconds an epoch; memory: MB.
-COSTS = ("params", "flops", "eager", "fast", "training", "memory")
-
-
-@dataclass
 class Findings:
-    study: Study
-    models: dict[str, dict]  # model -> its summary, in the order of the table
-    against: dict[str, Comparison]  # model -> against the baseline, Holm-corrected together
-    resampled: dict[str, tuple[float, float] | None]  # model -> bootstrap over seeds and images
-    controlled: dict[str, Comparison]  # model -> against its control, corrected together
-    by_class: ByClass | None
-    costs: dict[str, dict]  # model -> its row of benchmark.json, measured the published way
-    fastest: dict[str, dict]  # model -> its row in the fastest mode
-    relative: dict[str, Cost]  # model -> its cost beside the baseline's
-    front: list[str]  # models that no other beats in accuracy and inference time, ties as ties
-    missing: dict[str, list[int]]  # model -> seeds of runs that would complete the table
-    explained: list[dict]  # rows of explain.json that are of this study's runs
+    """Everything about one study."""
 
+    def __init__(self, study: Study, explained: list[dict], cost_rows: list[dict]):
+        self.study, self.explained = study, explained  # rows of explain.json, of this study's runs
+        # All by model, in the order of the table: its summary, its comparison with the baseline
+        # and with its control (each set corrected together), a bootstrap over seeds and images.
+        self.models = {model: summarize(runs) for model, runs in study.runs.items()}
+        others = [model for model in self.models if model != "baseline"]
+        self.against = compare(study, {model: (model, "baseline") for model in others})
+        with_control = [model for model in others if model + CONTROL in others]
+        self.controlled = compare(study, {m: (m, m + CONTROL) for m in with_control})
+        self.resampled = {m: resample(study, m, c.seeds) for m, c in self.against.items()}
+        self.by_class = compare_classes(study, list(self.against))
+        # Its row of benchmark.json, measured the published way and in the fastest mode, and what
+        # follows; the models that no other beats in accuracy and inference time, ties as ties.
+        self.costs = costs.measured(study, cost_rows)
+        self.fastest = costs.measured_fastest(study, cost_rows)
+        self.relative = costs.relative(study, self.costs, self.fastest)
+        self.front = self.pareto_front()
+        # Batch size, mode, precision and device of all of `costs`.
+        self.timed = next(iter(self.costs.values()), None)
+        # Seeds of runs that would complete the table; models without a verdict.
+        wanted = in_table_order(study.published.keys() | study.runs.keys())
+        seeds = sorted({run.seed for run in study.all_runs})
+        missing = {m: [s for s in seeds if s not in study.by_seed(m)] for m in wanted}
+        self.missing = {model: seeds for model, seeds in missing.items() if seeds}
+        self.unjudged = [m for m in others if m not in self.against and "baseline" in self.models]
 
-def find(study: Study, cost_rows: list[dict], explained: list[dict] = ()) -> Findings:
-    """Everything about one study. cost_rows: benchmark.json's; explained: explained_of()'s."""
-    costs, fastest = costs_of(study, cost_rows), fastest_costs_of(study, cost_rows)
-    against = against_baseline(study)
-    return Findings(
-        study=study,
-        models={model: summarize(runs) for model, runs in study.runs.items()},
-        against=against,
-        resampled={model: resample(study, model, c.seeds) for model, c in against.items()},
-        controlled=against_controls(study),
-        by_class=compare_classes(study, list(against)),
-        costs=costs,
-        fastest=fastest,
-        relative=relative_costs(study, costs, fastest),
-        front=pareto_front(study, against, costs),
-        missing=missing_runs(study),
-        explained=list(explained),
-    )
+    def pareto_front(self) -> list[str]:
+        """The models that no other on the front beats: better in one thing, worse in none.
+
+        Ties count as ties: accuracies whose verdict is "not distinguishable", and inference times
+        whose ranges from p10 to p90 overlap. Pairs without the baseline are compared too, corrected
+        over these pairs. Only models with a verdict and a time are judged. Ties may go round in a
+        circle, so the front is built from the fastest model on, each against those already on it.
+        """
+        costs = self.costs
+        timed = [m for m in self.models if m in costs and (m in self.against or m == "baseline")]
+        if len(timed) < 2 or "baseline" not in timed:
+            return []
+        pairs = [pair for pair in itertools.combinations(timed, 2) if "baseline" not in pair]
+        found = {(model, "baseline"): c for model, c in self.against.items()}
+        found |= compare(self.study, {pair: pair for pair in pairs})
+        verdict = {pair: comparison.verdict for pair, comparison in found.items()}
+
+        def more_accurate(a, b):
+            return verdict.get((a, b)) == "better" or verdict.get((b, a)) == "worse"
+
+        def faster(a, b):
+            return costs[a]["ms_per_image_p90"] < costs[b]["ms_per_image_p10"]
+
+        def beats(a, b):
+            won = more_accurate(a, b) or faster(a, b)
+            return won and not more_accurate(b, a) and not faster(b, a)
+
+        front = []
+        for model in sorted(timed, key=lambda model: costs[model]["ms_per_image"]):
+            if not any(beats(other, model) for other in front):
+                front = [other for other in front if not beats(model, other)] + [model]
+        return in_table_order(front)
+
+    def with_verdict(self, verdict: str) -> list[str]:
+        return [model for model, c in self.against.items() if c.verdict == verdict]
 
 
 # --- Accuracy -------------------------------------------------------------------------------------
@@ -82,23 +96,18 @@ def summarize(runs: list[Run]) -> dict:
     """Over the seeds of one model. sd: the sample standard deviation (n - 1); None for one run."""
     results = [run.result for run in runs]
     accuracies = [result["test_acc"] for result in results]
-    sd = stdev(accuracies) if len(results) > 1 else None
-    interval = None
-    if sd is not None:
-        interval = verdicts.t_interval(mean(accuracies), sd, len(results), verdicts.LEVEL)
+    n, middle = len(results), mean(accuracies)
+    sd = stdev(accuracies) if n > 1 else None
+    means = ("test_acc_last", "val_acc", "epochs_run", "train_seconds", "images_per_second")
     return {
-        "n": len(results),
+        "n": n,
         "seeds": [run.seed for run in runs],
-        "test_acc_mean": mean(accuracies),
+        "test_acc_mean": middle,
         "test_acc_sd": sd,
-        "test_acc_interval": interval,  # 95 %, Student's t
+        "test_acc_interval": verdicts.t_interval(middle, sd, n, verdicts.LEVEL) if n > 1 else None,
         "test_acc_min": min(accuracies),
         "test_acc_max": max(accuracies),
-        "test_acc_last_mean": mean(result["test_acc_last"] for result in results),
-        "val_acc_mean": mean(result["val_acc"] for result in results),
-        "epochs_run_mean": mean(result["epochs_run"] for result in results),
-        "train_seconds_mean": mean(result["train_seconds"] for result in results),
-        "images_per_second_mean": mean(result["images_per_second"] for result in results),
+        **{f"{key}_mean": mean(result[key] for result in results) for key in means},
         "params": results[0]["params"],
     }
 
@@ -108,43 +117,38 @@ def accuracies(study: Study, model: str) -> dict[int, float]:
     return {seed: run.result["test_acc"] for seed, run in study.by_seed(model).items()}
 
 
-def compared(pairs: dict[str, tuple], n_images: int | None) -> dict[str, Comparison]:
-    """{name: (accuracies, those of the reference)} to comparisons, corrected over all of them.
+def compare(study: Study, pairs: dict, other: Study | None = None) -> dict[str, Comparison]:
+    """{name: (model, reference)} to comparisons, corrected over all; the reference is in `other`.
 
-    Those with less than two seeds in common are not among them. n_images: that they are of.
+    Those with less than two seeds in common are not among them.
     """
+    values = {
+        name: (accuracies(study, model), accuracies(other or study, reference))
+        for name, (model, reference) in pairs.items()
+    }
+    return compared(values, study.result["test_images"])
+
+
+def compared(values: dict[str, tuple[dict, dict]], n_images: int | None) -> dict[str, Comparison]:
+    """Likewise of {name: (accuracies, those of the reference)}, on so many images."""
     step = 100 / n_images if n_images else 0.0
-    found = {name: verdicts.compare(*pair, step) for name, pair in pairs.items()}
+    found = {name: verdicts.compare(*pair, step) for name, pair in values.items()}
     found = {name: comparison for name, comparison in found.items() if comparison}
     verdicts.correct(list(found.values()))
     return found
 
 
-def against_baseline(study: Study) -> dict[str, Comparison]:
-    baseline = accuracies(study, "baseline")
-    others = [model for model in study.runs if model != "baseline"]
-    pairs = {model: (accuracies(study, model), baseline) for model in others}
-    return compared(pairs, study.n_images)
-
-
-def against_controls(study: Study) -> dict[str, Comparison]:
-    models = [model for model in study.runs if model + CONTROL in study.runs]
-    pairs = {m: (accuracies(study, m), accuracies(study, m + CONTROL)) for m in models}
-    return compared(pairs, study.n_images)
+def same_labels(runs: list[Run]) -> bool:
+    """Whether the predictions of these runs are there, and of the same images."""
+    return all(r.labels is not None and np.array_equal(r.labels, runs[0].labels) for r in runs)
 
 
 def resample(study: Study, model: str, seeds: list[int]) -> tuple[float, float] | None:
     """The bootstrap over seeds and test images; None where a run's predictions are not there."""
-    runs = [[study.by_seed(name)[seed] for seed in seeds] for name in (model, "baseline")]
-    if not same_labels(runs[0] + runs[1]):
+    sides = [[study.by_seed(name)[seed] for seed in seeds] for name in (model, "baseline")]
+    if not same_labels(sides[0] + sides[1]):
         return None
-    return verdicts.bootstrap(*(np.array([run.correct for run in side]) for side in runs))
-
-
-def same_labels(runs: list[Run]) -> bool:
-    """Whether the predictions of these runs are there, and of the same images."""
-    first = runs[0].labels
-    return all(run.labels is not None and np.array_equal(run.labels, first) for run in runs)
+    return verdicts.bootstrap(*(np.array([run.correct for run in side]) for side in sides))
 
 
 def compare_classes(study: Study, models: list[str]) -> ByClass | None:
@@ -152,120 +156,65 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
     runs = [run for model in ["baseline", *models] for run in study.runs.get(model, [])]
     if not models or not same_labels(runs):
         return None
-    n_classes = max(int(run.labels.max()) for run in runs) + 1
+    labels, sizes = np.unique(runs[0].labels, return_counts=True)
 
     def of_class(model: str, label: int) -> dict[int, float]:
         by_seed = study.by_seed(model).items()
         return {seed: 100 * run.correct[run.labels == label].mean() for seed, run in by_seed}
 
-    sizes = np.bincount(runs[0].labels, minlength=n_classes)
-    labels = [label for label in range(n_classes) if sizes[label]]
     baseline = {label: of_class("baseline", label) for label in labels}
     found = compared(
         {(m, label): (of_class(m, label), baseline[label]) for m in models for label in labels},
-        int(sizes[labels].min()),
+        int(sizes.min()),
     )
-    names = study.any_run.result.get("classes")
-    names = dict(enumerate(names if isinstance(names, list) else ()))
+    names = dict(enumerate(study.result["classes"]))
     return ByClass(
         classes=[str(names.get(label, label)) for label in labels],
         baseline=[mean(baseline[label].values()) for label in labels],
-        against={model: [found[model, label] for label in labels] for model in models},
+        against_baseline={model: [found[model, label] for label in labels] for model in models},
     )
 
 
-def missing_runs(study: Study) -> dict[str, list[int]]:
-    """What would complete the table: every model with every seed seen, every published one too."""
-    models = in_table_order(study.published.keys() | study.runs.keys())
-    missing = {m: [s for s in study.seeds if s not in study.by_seed(m)] for m in models}
-    return {model: seeds for model, seeds in missing.items() if seeds}
+# --- What attention attends to --------------------------------------------------------------------
 
 
-# --- Cost -----------------------------------------------------------------------------------------
+def explained_of(studies: list[Study], rows: list[dict], problems: list[str]) -> list[list[dict]]:
+    """Of each study the rows that are of its runs; adds those that are of none to the problems."""
+    found, strangers = [{} for _ in studies], len(rows)
+    for row, (study, own) in itertools.product(rows, zip(studies, found, strict=True)):
+        run, n = study.by_seed(row["model"]).get(row["seed"]), row["test_images"]
+        wanted = dict(dataset=study.dataset, recipe=study.recipe, overrides=study.overrides)
+        if run is None or not wanted.items() <= row.items():
+            continue
+        strangers -= 1
+        accuracy = run.result["test_acc"] if n == run.result["test_images"] else row["test_acc"]
+        if run.correct is not None:
+            accuracy = 100 * run.correct[:n].mean()
+        if abs(accuracy - row["test_acc"]) <= 0.5:  # precisions may differ by so much, not by more
+            own.setdefault(row["model"], []).append(row)
+        else:
+            problems.append(
+                f"explain.json: {row['model']} seed {row['seed']} left out, its accuracy is "
+                f"{row['test_acc']:.2f}% but that of the run {accuracy:.2f}%: run python "
+                "explain.py again"
+            )
+    if strangers:
+        problems.append(
+            f"explain.json: {strangers} of its {len(rows)} entries belong to no run here"
+        )
+    return [[row for model in in_table_order(own) for row in own[model]] for own in found]
 
 
-def relative_costs(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
-    """Of every model that was trained or timed, the baseline first if it is there."""
-    models = in_table_order(study.runs.keys() | costs.keys())
-    values = {model: costs_in_numbers(study, model, costs, fastest) for model in models}
-    base = values.get("baseline", dict.fromkeys(COSTS))
-    found = {}
-    for model, own in values.items():
-        ratios = {
-            name: own[name] / base[name] if own[name] and base[name] else None for name in COSTS
-        }
-        by_seed = training_ratios(study, model)
-        ratios["training"] = median(by_seed) if by_seed else None
-        if {run.result["device"] for run in study.runs.get(model, [])} != {
-            run.result["device"] for run in study.runs.get("baseline", [])
-        }:
-            ratios["memory"] = None
-        found[model] = Cost(own, ratios, (min(by_seed), max(by_seed)) if by_seed else None)
-    return found
+def ablation(row: dict) -> tuple[float, tuple[float, float]] | None:
+    """(points gained when gates are replaced by their mean, 95% interval); None: no gates.
 
-
-def costs_in_numbers(study: Study, model: str, costs: dict, fastest: dict) -> dict:
-    runs, row = study.runs.get(model, []), costs.get(model, {})
-    memory = [run.result.get("peak_memory_mb") for run in runs]
-    return {
-        "params": runs[0].result["params"] if runs else row["params"],
-        "flops": row.get("flops_aten"),
-        "eager": row.get("ms_per_image"),
-        "fast": fastest[model]["ms_per_image"] if model in fastest and fastest != costs else None,
-        "training": median(map(seconds_per_epoch, runs)) if runs else None,
-        "memory": median(memory) if memory and all(map(is_finite, memory)) else None,
-    }
-
-
-def seconds_per_epoch(run: Run) -> float:
-    return run.result["train_seconds"] / run.result["epochs_run"]
-
-
-def training_ratios(study: Study, model: str) -> list[float]:
-    """Seconds an epoch over the baseline's of the same seed, on one device in one mode."""
-    baseline = study.by_seed("baseline")
-    return [
-        seconds_per_epoch(run) / seconds_per_epoch(baseline[seed])
-        for seed, run in study.by_seed(model).items()
-        if seed in baseline
-        and all(run.result[k] == baseline[seed].result[k] for k in ("device", "mode"))
-    ]
-
-
-def pareto_front(study: Study, against: dict[str, Comparison], costs: dict) -> list[str]:
-    """The models that no other on the front beats: better in accuracy or time, worse in neither.
-
-    Ties count as ties: accuracies whose verdict is "not distinguishable", and inference times
-    whose ranges from p10 to p90 overlap. Beside the comparisons with the baseline, the other models
-    are compared with each other, corrected over these pairs. Only models with a verdict and a time
-    are judged. Ties may go round in a circle, so the front is built from the fastest on: a model
-    has to hold its own against those that are on it.
+    Of n test images `won` are correct only with gates replaced, `lost` only with them intact. The
+    interval is Wald's for paired proportions with 1/2 added to each cell (Agresti and Min,
+    Statistics in Medicine 24, 2005), which says something even where no image changes.
     """
-    timed = [model for model in study.runs if model in costs]
-    timed = [model for model in timed if model in against or model == "baseline"]
-    if len(timed) < 2 or "baseline" not in timed:
-        return []
-    verdict = {(model, "baseline"): comparison.verdict for model, comparison in against.items()}
-    pairs = {
-        (a, b): (accuracies(study, a), accuracies(study, b))
-        for a, b in itertools.combinations(timed, 2)
-        if "baseline" not in (a, b)
-    }
-    found = compared(pairs, study.n_images)
-    verdict |= {pair: comparison.verdict for pair, comparison in found.items()}
-
-    def more_accurate(a, b):
-        return verdict.get((a, b)) == "better" or verdict.get((b, a)) == "worse"
-
-    def faster(a, b):
-        return costs[a]["ms_per_image_p90"] < costs[b]["ms_per_image_p10"]
-
-    def beats(a, b):
-        won = more_accurate(a, b) or faster(a, b)
-        return won and not more_accurate(b, a) and not faster(b, a)
-
-    front = []
-    for model in sorted(timed, key=lambda model: costs[model]["ms_per_image"]):
-        if not any(beats(other, model) for other in front):
-            front = [other for other in front if not beats(model, other)] + [model]
-    return in_table_order(front)
+    if row.get("test_acc_gates_fixed") is None:
+        return None
+    n, won, lost = row["test_images"], row["won"], row["lost"]
+    middle = (won - lost) / (n + 2)
+    error = 1.96 * (won + lost + 1 - (won - lost) ** 2 / (n + 2)) ** 0.5 / (n + 2)
+    return 100 * (won - lost) / n, (100 * (middle - error), 100 * (middle + error))

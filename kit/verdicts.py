@@ -3,7 +3,7 @@
 One seed fixes split, order of images and the backbone's first weights of every model, so models are
 compared seed by seed. The test was chosen before any result was seen: the paired t test, Holm's
 correction over all comparisons with the baseline; verdicts follow from its interval alone. Welch's
-test, P(A > B) and the bootstrap stand beside it for those who would have chosen otherwise.
+test, P(A > B) and the bootstrap are reported as well, for those who would have chosen otherwise.
 """
 
 import bisect
@@ -30,10 +30,10 @@ class Comparison:
     p_welch: float | None  # Welch's test; None where one model's accuracies do not vary
     correlation: float | None  # of the pairs; None likewise
     prob_better: float  # P(model > reference) = Mann-Whitney's U / (n m), ties count half
-    interval: tuple[float, float]  # 95 %, of this comparison alone
+    interval: tuple[float, float]  # 95%, of this comparison alone
     p_holm: float = float("nan")  # corrected over all comparisons of the study
     corrected: tuple[float, float] = (float("nan"), float("nan"))  # the interval that goes with it
-    detectable: float = float("nan")  # what a study like this one finds with a power of 80 %
+    detectable: float = float("nan")  # what a study like this one finds with 80% power
 
     @property
     def verdict(self) -> str:
@@ -126,7 +126,7 @@ def power(difference: float, sd: float, n: int, level: float = LEVEL) -> float:
 
 
 def detectable_difference(sd: float, n: int, level: float = LEVEL) -> float:
-    """The difference that n pairs find with a power of 80 %."""
+    """The difference that n pairs find with 80% power."""
     return sd * detectable_effect(n, level)
 
 
@@ -140,7 +140,7 @@ def detectable_effect(n: int, level: float) -> float:
 
 
 def seeds_needed(difference: float, sd: float, level: float = LEVEL) -> int:
-    """How many pairs find this difference with a power of 80 %; `sd` is that of differences."""
+    """How many pairs find this difference with 80% power; `sd` is that of differences."""
     enough = 2
     while power(difference, sd, enough, level) < POWER:
         enough *= 2
@@ -149,29 +149,44 @@ def seeds_needed(difference: float, sd: float, level: float = LEVEL) -> int:
     )
 
 
+def seeds_in_words(difference: float, sd: float, comparisons: int) -> str:
+    """The seeds that `difference` takes; it and the `sd` over seeds in points of test accuracy."""
+    sd_of_differences = sd * 2**0.5  # if the accuracies of a pair do not correlate
+    alone, corrected = (
+        seeds_needed(difference, sd_of_differences, LEVEL / k) for k in (1, comparisons)
+    )
+    return (
+        f"To detect a difference of {difference:g} points with 80% power at a level of 5%, with a "
+        f"standard deviation of {sd:g} over seeds:\n"
+        f"{alone:6,} seeds per model for a single comparison with the baseline\n"
+        f"{corrected:6,} seeds per model for the first of {comparisons} comparisons (Holm)\n"
+        "(paired t test; fewer where seeds affect all models alike)"
+    )
+
+
 def bootstrap(
-    model: np.ndarray, reference: np.ndarray, draws: int = 4000, seed: int = 0
+    model: np.ndarray, reference: np.ndarray, resamples: int = 4000, seed: int = 0
 ) -> tuple[float, float]:
-    """95 % interval of the mean paired difference in points, over other seeds and other images.
+    """95% interval of the mean paired difference in points, over other seeds and other images.
 
     model, reference: bool (seeds, images), whether each image was classified correctly, the seeds
-    paired. Each draw takes seeds and images anew, with replacement, the same for both.
+    paired. Each resample takes seeds and images with replacement, the same for both.
     """
     gains = model.astype(np.float32) - reference.astype(np.float32)  # (seeds, images)
     n_seeds, n_images = gains.shape
-    by_seed = gains @ image_counts(n_images, draws, seed)  # (seeds, draws)
+    by_seed = gains @ image_counts(n_images, resamples, seed)  # (seeds, resamples)
     generator = np.random.default_rng([seed, 1])
-    seed_counts = generator.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=draws)
+    seed_counts = generator.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=resamples)
     means = (seed_counts.T * by_seed).sum(0) / (n_seeds * n_images)
     low, high = np.percentile(100 * means, [2.5, 97.5])
     return float(low), float(high)
 
 
-@functools.lru_cache(maxsize=1)  # all comparisons of a study draw the same images
-def image_counts(n_images: int, draws: int, seed: int) -> np.ndarray:
-    """How often each image is in each draw with replacement: float32 (images, draws)."""
+@functools.lru_cache(maxsize=1)  # all comparisons of a study resample the same images
+def image_counts(n_images: int, resamples: int, seed: int) -> np.ndarray:
+    """How often each image is in each resample: float32 (images, resamples)."""
     generator = np.random.default_rng([seed, 0])
-    counts = np.empty((draws, n_images), np.float32)
+    counts = np.empty((resamples, n_images), np.float32)
     for row in counts:
         row[:] = np.bincount(generator.integers(n_images, size=n_images), minlength=n_images)
     return counts.T

@@ -8,7 +8,7 @@ from conftest import copy_run
 from scipy import stats
 
 from kit import verdicts
-from kit.findings import find
+from kit.findings import Findings
 from kit.results import read_studies
 
 CLASSES = 10
@@ -65,29 +65,29 @@ LESS = [92.0, 92.12, 92.19, 92.3, 92.4]
 def test_pareto_front_counts_ties_as_ties(make_study, accuracies, ms, front):
     study = make_study({"baseline": BASE, **accuracies})
     rows = [row("baseline", 1.0), *(row(model, time) for model, time in ms.items())]
-    assert find(study, rows).front == front
+    assert Findings(study, [], rows).front == front
 
 
 def test_no_front_without_verdicts_or_times(make_study):
     study = make_study({"baseline": BASE, "se": [93.0]})
-    assert find(study, [row("baseline", 1.0), row("se", 2.0)]).front == []
-    assert find(study, []).front == []
+    assert Findings(study, [], [row("baseline", 1.0), row("se", 2.0)]).front == []
+    assert Findings(study, [], []).front == []
 
 
 def test_interval_of_a_mean_is_scipy_s(make_study):
-    found = find(make_study({"baseline": BASE}), [])
+    found = Findings(make_study({"baseline": BASE}), [], [])
     expected = stats.t.interval(0.95, 4, loc=np.mean(BASE), scale=stats.sem(BASE))
     assert found.models["baseline"]["test_acc_interval"] == pytest.approx(expected)
 
 
 def test_two_pairs_that_happen_to_agree_are_no_proof(make_study):
-    found = find(make_study({"baseline": [92.9, 93.1], "se": [92.93, 93.13]}), [])
+    found = Findings(make_study({"baseline": [92.9, 93.1], "se": [92.93, 93.13]}), [], [])
     assert found.against["se"].sd == pytest.approx(0.01)  # one image of 10,000
     assert found.against["se"].verdict == "not distinguishable"
 
 
 def test_a_control_is_compared_with_its_own_module(make_study):
-    found = find(make_study({"baseline": BASE, "se": MORE, "se_static": SAME}), [])
+    found = Findings(make_study({"baseline": BASE, "se": MORE, "se_static": SAME}), [], [])
     c = found.controlled["se"]
     assert c.difference == pytest.approx(np.mean(MORE) - np.mean(SAME))
     assert c.p_holm == pytest.approx(stats.ttest_rel(MORE, SAME).pvalue)
@@ -100,7 +100,7 @@ def test_costs_are_paired_by_seed(make_study):
     accuracies = {model: BASE[:3] for model in seconds}
     study = make_study(accuracies, train_seconds=seconds, peak_memory_mb=memory)
     rows = [row("baseline", 1.0), row("se", 1.5) | {"flops_aten": 9.9e8}]
-    cost = find(study, rows).relative["se"]
+    cost = Findings(study, [], rows).relative["se"]
     assert cost.ratios["training"] == pytest.approx(1.3)  # the median of 1.5, 1.1, 1.3
     assert cost.training_spread == pytest.approx((1.1, 1.5))
     assert cost.ratios["memory"] == pytest.approx(1.2)
@@ -108,7 +108,7 @@ def test_costs_are_paired_by_seed(make_study):
     assert cost.ratios["flops"] == pytest.approx(1.1)
     for run in study.runs["se"]:
         run.result["device"] = "another"
-    cost = find(study, rows).relative["se"]
+    cost = Findings(study, [], rows).relative["se"]
     assert cost.ratios["training"] is None and cost.ratios["memory"] is None
 
 
@@ -120,7 +120,7 @@ def test_class_by_class_as_counted_one_by_one(make_study):
         for run in runs:
             run.labels, run.correct = labels, generator.random(100) < 0.8
             run.result["test_images"] = 100
-    found = find(study, []).by_class
+    found = Findings(study, [], []).by_class
     p_values = []
     for i, name in enumerate(found.classes):
         accuracy = {"baseline": [], "se": []}
@@ -128,17 +128,19 @@ def test_class_by_class_as_counted_one_by_one(make_study):
             for run in runs:
                 right = [run.correct[k] for k in range(100) if labels[k] == i]
                 accuracy[model].append(100 * sum(right) / len(right))
-        assert name == study.any_run.result["classes"][i]
+        assert name == study.result["classes"][i]
         assert found.baseline[i] == pytest.approx(np.mean(accuracy["baseline"]))
-        c = found.against["se"][i]
+        c = found.against_baseline["se"][i]
         assert c.difference == pytest.approx(np.mean(accuracy["se"]) - found.baseline[i])
         p_values.append(c.p)
-    assert [c.p_holm for c in found.against["se"]] == pytest.approx(verdicts.holm(p_values))
+    assert [c.p_holm for c in found.against_baseline["se"]] == pytest.approx(
+        verdicts.holm(p_values)
+    )
 
 
 def test_without_labels_there_are_no_classes(make_study):
     study = make_study({"baseline": BASE, "se": SAME})
     study.runs["se"][0].labels = study.runs["se"][0].correct = None
-    found = find(study, [])
+    found = Findings(study, [], [])
     assert found.by_class is None and found.resampled["se"] is None
     assert json.dumps(found.models)  # plain numbers

@@ -1,7 +1,12 @@
 import csv
+import html
 import json
+import re
 import shutil
 import statistics
+import subprocess
+from collections import Counter
+from html.parser import HTMLParser
 
 import numpy as np
 import pytest
@@ -11,9 +16,9 @@ from PIL import Image
 import report
 from kit import verdicts
 from kit.figures import FIGURES
-from kit.findings import find
-from kit.sections import interval
-from kit.results import Study, read_costs, read_studies
+from kit.findings import Findings, ablation
+from kit.results import Study, read_rows, read_studies
+from kit.words import interval
 
 ROW = {
     "params": 177_890, "flops": 915_000_000, "flops_aten": 911_000_000, "batch_size": 64,
@@ -67,7 +72,7 @@ def test_published_table_with_our_figures_beside(study):
     assert row_of(text, "cbam_classifier")[1:4] == ["0", "missing", "93.18"]
     missing = next(line for line in text.splitlines() if "no run of" in line)
     assert missing.endswith("cbam_blocks seed 2, cbam_classifier seeds 0 1 2")
-    assert "quick" not in text.lower()
+    assert "smoke test" not in text.lower()
     assert "sample standard deviation (n - 1)" in text and "python train.py --model" in text
     assert text.index("What was found") < text.index("| model |")
     for figure in FIGURES:
@@ -76,6 +81,21 @@ def test_published_table_with_our_figures_beside(study):
             assert min(image.size) > 400
     order = [text.index(f"\n| {model} ") for model in report.PUBLISHED]
     assert order == sorted(order)
+
+
+def test_the_end_shows_the_first_study_in_brief(study, finished_run, tmp_path, capsys):
+    runs, out = study
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    title, *rows, written = capsys.readouterr().out.splitlines()
+    assert title == "fashion_mnist, recipe published" and written == f"written: {out}/report.md"
+    assert [row.split() for row in rows[:3]] == [
+        ["model", "seeds", "test", "accuracy", "%", "verdict", "ms/image"],
+        ["baseline", "3", "93.20", "±", "0.10", "-", "0.250"],
+        ["se", "3", "93.10", "±", "0.26", "not", "distinguishable", "0.250"],
+    ]
+    copy_run(finished_run, tmp_path / "quick", "se", 0)
+    assert report.main(["--runs", str(tmp_path / "quick"), "--out", str(tmp_path / "out2")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].startswith("smoke test: 2 epochs, 160 training")
 
 
 def test_verdicts_against_the_baseline(finished_run, tmp_path):
@@ -104,7 +124,7 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
     assert low < -1.3 and -0.7 < high < 0  # wider than the t interval: images are drawn, too
     assert row_of(section, "cbam_blocks")[4] == "not distinguishable"
     assert "**Against the baseline, over 5 seeds: worse `se`, `se_static`; not" in text
-    assert "- `se` is worse than the baseline: 92.20 % against 93.20 %, -1.00 points over 5" in text
+    assert "- `se` is worse than the baseline: 92.20% against 93.20%, -1.00 points over 5" in text
     assert "after correction), at 1.20 times its inference time." in text
     assert "`cbam_blocks` is not distinguishable from the baseline" in text
     assert "- `cbam_classifier`: no verdict, fewer than two seeds" in text
@@ -131,7 +151,7 @@ def test_beside_other_runs(study, finished_run, tmp_path, capsys):
     args = ["--runs", str(runs), "--out", str(out), "--compare"]
     assert report.main([*args, str(there)]) == 0
     text = (out / "report.md").read_text()
-    section = text[text.index(f"## Beside {there}") :]
+    section = text[text.index(f"## Compared with {there}") :]
     assert row_of(section, "baseline")[1:7] == ["3", "93.20", "2", "93.15", "2", "+0.05"]
     assert row_of(section, "se")[5:7] == ["3", "+0.90"] and row_of(section, "se")[8] == "better"
     capsys.readouterr()
@@ -204,11 +224,11 @@ def test_inference_time_in_every_mode(study):
     assert row_of(text, "baseline")[8] == "0.250"  # the published way: eager, fp32, batch 64
     lines = text[text.index("## Inference time in every mode") :].splitlines()[4:7]
     assert lines == [
-        "| 64 | 64 | fp32 | eager | 0.250 | 0.250 (1.00x) | 3.60 (60 %) |",
-        "| 64 | 64 | fp32 | compile | 0.100 | 0.150 (1.50x) | 3.60 (60 %) |",
+        "| 64 | 64 | fp32 | eager | 0.250 | 0.250 (1.00x) | 3.60 (60%) |",
+        "| 64 | 64 | fp32 | compile | 0.100 | 0.150 (1.50x) | 3.60 (60%) |",
         "| 64 | 1 | fp32 | eager | - | 0.250 / 0.300 / 0.400 | - |",
     ]
-    fastest = find(read_studies(runs)[0][0], rows).fastest
+    fastest = Findings(read_studies(runs)[0][0], [], rows).fastest
     assert {model: row["mode"] for model, row in fastest.items()} == {
         "baseline": "compile",
         "se": "compile",
@@ -253,7 +273,7 @@ def test_quick_runs_are_marked_and_kept_apart(study, finished_run):
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert row_of(text, "cbam_blocks")[1] == "2"  # the narrow run is not among the full ones
-    assert row_of(text, "cbam_blocks (quick)")[1] == "1"
+    assert row_of(text, "cbam_blocks (smoke test)")[1] == "1"
     section = text.split("## fashion_mnist, recipe published, epochs = 2")[1]
     assert "2 epochs, 160 training images, 100 test images, width 8 instead of 64" in section
     assert "No verdict" in section and "no finished run of the baseline" in section
@@ -271,8 +291,8 @@ def test_unfinished_and_damaged_runs_are_named(study):
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert row_of(text, "se")[1:3] == ["1", "92.90"]
-    assert "se/seed9 left out" in text and "result.json is that of se seed 0" in text
-    assert f"begun, not finished: {published / 'se' / 'seed1'}, 2 epochs done" in text
+    assert "se/seed9 left out, same model and seed as" in text
+    assert f"unfinished: {published / 'se' / 'seed1'}, 2 epochs done" in text
     assert "se/seed2 left out, its files are damaged" in text
 
 
@@ -370,7 +390,7 @@ def test_predictions_that_do_not_give_the_accuracy_are_not_used(study):
     shutil.copy(folder / "seed0/test_predictions.npy", folder / "seed1")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert "se/seed1: its predictions are not used, 92.90 % of them are right" in text
+    assert "se/seed1: its predictions are not used: 92.90% of them are correct" in text
     assert row_of(text, "se")[1] == "3" and "Not made: a run lacks usable" in text
 
 
@@ -386,9 +406,12 @@ def test_what_is_no_array_of_classes_is_named(study, body):
 
 def test_a_folder_of_any_name(study):
     runs, out = study
-    (runs / "fashion_mnist/published/ev\udcff\n## il|/seed0").mkdir(parents=True)
+    folder = runs / "fashion_mnist/published/ev\udcff\n## il|/seed0"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
-    assert "\n## il" not in (out / "report.md").read_text()
+    text = (out / "report.md").read_text()
+    assert "\n## il" not in text and "unfinished" in text
 
 
 def test_fields_that_only_we_write_may_be_missing(study):
@@ -420,7 +443,7 @@ def test_fields_that_only_we_write_may_be_missing(study):
 )  # fmt: skip
 def test_a_damaged_benchmark_is_named_and_left_out(tmp_path, content):
     (tmp_path / "benchmark.json").write_text(content)
-    rows, (problem,) = read_costs([tmp_path / "nowhere.json", tmp_path / "benchmark.json"])
+    rows, (problem,) = read_rows("benchmark", [tmp_path / "nowhere", tmp_path])
     assert rows == [] and is_one_line(problem) and "benchmark.json left out" in problem
 
 
@@ -456,3 +479,235 @@ def test_needs_no_torch(study, tmp_path):
     program = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import report; sys.exit("
     done = script("-c", program + f"report.main(['--runs', {str(runs)!r}, '--out', {str(out)!r}]))")
     assert done.returncode == 0, done.stderr
+
+
+# --- Where run folders lie, and what they may look like -------------------------------------------
+
+
+def test_runs_are_found_at_any_depth_by_what_they_say(study, tmp_path):
+    runs, out = study
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    expected = json.loads((out / "summary.json").read_text())["studies"]
+    deep = tmp_path / "deep"
+    (deep / "a/b").mkdir(parents=True)
+    (runs / "fashion_mnist/published/baseline").rename(deep / "a/b/renamed")
+    (runs / "fashion_mnist/published/se").rename(deep / "se")
+    (runs / "fashion_mnist").rename(deep / "a/fashion_mnist")
+    (deep / "se/seed1").rename(deep / "any name")
+    (deep / ".hidden").mkdir()
+    shutil.copytree(deep / "se/seed0", deep / ".hidden/seed0")
+    assert report.main(["--runs", str(deep), "--out", str(out)]) == 0
+    assert json.loads((out / "summary.json").read_text())["studies"] == expected
+    one = deep / "any name"
+    assert report.main(["--runs", str(one), "--out", str(out)]) == 0  # the folder of a run itself
+    assert row_of((out / "report.md").read_text(), "se")[1:3] == ["1", "93.40"]
+
+
+def test_a_copy_of_a_run_counts_once_and_is_named(study):
+    runs, out = study
+    shutil.copytree(runs / "fashion_mnist", runs / "a/backup/fashion_mnist")
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    text = (out / "report.md").read_text()
+    assert row_of(text, "se")[1] == "3"
+    named = [line for line in text.splitlines() if "left out, same model and seed as" in line]
+    assert len(named) == 8 and all(line.startswith(f"- {runs / 'a/backup'}") for line in named)
+
+
+def test_epochs_may_be_counted_from_zero(study):
+    runs, _ = study
+    path = runs / "fashion_mnist/published/se/seed0/metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    path.write_text("".join(json.dumps(row | {"epoch": row["epoch"] - 1}) + "\n" for row in rows))
+    (found,), problems = read_studies(runs)
+    assert len(found.runs["se"]) == 3 and not problems
+
+
+def test_a_setting_that_is_not_used_is_none_or_zero(study):
+    """None in the config.json of older runs; 0, False or half in that of newer ones."""
+    runs, _ = study
+    path = runs / "fashion_mnist/published/se/seed1/config.json"
+    config = json.loads(path.read_text())
+    new = {"weight_decay": 0.0, "crop": 0, "flip": False, "normalize": "half", "image_size": 0}
+    path.write_text(json.dumps(config | new))
+    (found,), problems = read_studies(runs)
+    assert len(found.runs["se"]) == 3 and not problems
+    path.write_text(json.dumps(config | {"label_smoothing": 0.1}))
+    (found,), (problem,) = read_studies(runs)
+    assert len(found.runs["se"]) == 2 and "label_smoothing 0.1 instead of None" in problem
+
+
+# --- explain.json ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def explained(finished_run, tmp_path):
+    """A folder with runs/ of two seeds and out/ with explain.json of the first."""
+    for seed in (0, 1):
+        copy_run(finished_run, tmp_path / "runs", "cbam_blocks", seed)
+    result = json.loads((finished_run / "result.json").read_text())
+    gates = {"mean": 0.25, "spread_over_channels": 0.01, "spread_over_images": 0.002}
+    row = {
+        "model": "cbam_blocks", "seed": 0, "test_images": 100, "test_acc": result["test_acc"],
+        "won": 1, "lost": 3, "test_acc_gates_fixed": result["test_acc"] - 2,
+        "gates": {"layer4": gates | {"saturated": None, "hardly_vary": 1.0}},
+        "deletion": 0.3, "deletion_random": 0.4, "insertion": 0.6, "insertion_random": 0.5,
+        "correlation_with_random_weights": {"layer3": 0.1, "layer4": None}, "cam_images": 4,
+        "picture": "explain_cbam_blocks_seed0.png",
+    }  # fmt: skip
+    row |= {key: result[key] for key in ("dataset", "recipe", "overrides")}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/explain.json").write_text(json.dumps([row]))
+    Image.new("RGB", (500, 500)).save(tmp_path / "out" / row["picture"])
+    return tmp_path
+
+
+def explained_report(folder, **changes):
+    """report.md with the row of explain.json changed."""
+    path = folder / "out/explain.json"
+    (row,) = json.loads(path.read_text())
+    path.write_text(json.dumps([row | changes]))
+    assert report.main(["--runs", str(folder / "runs"), "--out", str(folder / "out")]) == 0
+    return (folder / "out/report.md").read_text(), row | changes
+
+
+def test_what_explain_py_found_is_in_the_report(explained):
+    text, row = explained_report(explained)
+    section = text.partition("### What attention attends to")[2].partition("\n## ")[0]
+    fixed = f"{row['test_acc_gates_fixed']:.2f}"
+    assert f"| 0 | 100 | {row['test_acc']:.2f} | {fixed} | -2.00 (" in section
+    assert "| layer4 | 0.250 | 0.010 | 0.002 | - | 100% |" in section and "(smoke test)" in section
+    assert "| 4 | 0.300 (0.400) | 0.600 (0.500) | +0.10 | - |" in section
+    assert "![explain cbam blocks seed0](explain_cbam_blocks_seed0.png)" in section
+    assert (explained / "out/report.html").read_text().count("<img ") == text.count("![")
+    summary = json.loads((explained / "out/summary.json").read_text())
+    assert summary["studies"][0]["explained"] == [row]
+
+
+def test_what_explain_py_found_of_other_runs_is_left_out(explained):
+    text, row = explained_report(explained, overrides={"epochs": 7})
+    assert "What attention attends to" not in text
+    assert "explain.json: 1 of its 1 entries belong to no run here" in text
+    run = explained / "runs/fashion_mnist/published/cbam_blocks/seed0/result.json"
+    own = json.loads(run.read_text())["overrides"]
+    text, _ = explained_report(explained, overrides=own, test_acc=row["test_acc"] + 7)
+    assert "What attention attends to" not in text
+    assert "explain.json: cbam_blocks seed 0 left out" in text
+
+
+@pytest.mark.parametrize("key", ["gates", "lost", "test_acc", "deletion"])
+@pytest.mark.parametrize("value", [float("nan"), "x", None])
+def test_a_damaged_explain_json_is_named(explained, key, value):
+    text, _ = explained_report(explained, **{key: value})
+    assert "What attention attends to" not in text
+    assert "explain.json left out, it is damaged" in text
+
+
+def test_the_interval_is_that_of_paired_proportions():
+    """With 1/2 an image more of each of the four kinds: right or wrong, before and after."""
+    both, lost, won, neither = 5, 3, 1, 2
+    row = {"test_acc_gates_fixed": 6 / 11, "test_images": 11, "won": won, "lost": lost}
+    values = np.repeat([0, -1, 1, 0], np.array([both, lost, won, neither]) * 2 + 1)  # doubled
+    middle, error = values.mean(), 1.96 * values.std() / (11 + 2) ** 0.5
+    difference, bounds = ablation(row)
+    assert difference == pytest.approx(100 * (won - lost) / 11)
+    assert bounds == pytest.approx((100 * (middle - error), 100 * (middle + error)))
+    assert ablation(row | {"test_acc_gates_fixed": None}) is None
+    _, (low, high) = ablation(row | {"won": 0, "lost": 0})
+    assert low == -high < -10  # of 11 images none changed: that says little
+
+
+# --- report.html ----------------------------------------------------------------------------------
+
+
+class Elements(HTMLParser):
+    """The tags of a page, and its text in one string."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.text = Counter(), ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        assert not any(name.startswith("on") for name, _ in attributes)
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_nothing_is_loaded_from_elsewhere(study):
+    runs, out = study
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    page = (out / "report.html").read_text()
+    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
+    assert len(sources) == len(list(out.glob("*.png"))) > 3
+    assert all(source.startswith("data:image/png;base64,") for source in sources)
+    assert "url(" not in page and "@import" not in page and "<script" not in page
+    assert "default-src 'none'" in page and "script-src" not in page
+    assert {"table", "ul", "pre", "img", "strong", "h3"} < Elements(page).tags.keys()
+
+
+HOSTILE = [
+    "<script>alert(1)</script>", '[x](" onfocus="alert(1)) ![y](z.png)', "a|b `c` *d* __e__ _f_",
+    "```\n# title\n<b>", "&lt;i&gt; $\\frac{1}{2}$ ~~g~~ <!-- h",
+    "\u202e\x02wzxhzdk:0\x03\r\n\n## i",
+]  # fmt: skip
+
+
+def test_what_comes_from_outside_stays_text(study):
+    """In class names, folders, settings, machines and commands."""
+    runs, out = study
+    arguments = ["--runs", str(runs), "--out", str(out)]
+
+    def change(of):
+        for path in runs.glob("*/*/*/*/*.json"):
+            content = json.loads(path.read_text())
+            if path.name == "result.json":
+                classes = [of, "golden_retriever", *map(str, range(8))]
+                content |= {"classes": classes, "device": of, "overrides": {"lr": of}}
+                content |= {"fallback": of}
+            own = {"torch": of, "date": of, "git_commit": of, "changes": [of], "command": of}
+            path.write_text(json.dumps(content | ({} if path.name == "result.json" else own)))
+        rows = [ROW | {"model": m, "device": of, "torch": of} for m in report.PUBLISHED]
+        (out / "benchmark.json").write_text(json.dumps(rows))
+        for begun in runs.glob("begun*"):
+            shutil.rmtree(begun)
+        folder = runs / ("begun" + of.replace("/", "")) / "seed0"
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("{}")
+        assert report.main(arguments) == 0
+        return Elements((out / "report.html").read_text()), (out / "report.md").read_text()
+
+    plain, plain_text = change("plain")
+    for name in HOSTILE:
+        hostile, text = change(name)
+        assert hostile.tags == plain.tags and "golden_retriever" in text
+        assert len(text.splitlines()) == len(plain_text.splitlines())
+        shown = re.sub("[\u202e\x02\x03\\s]+", " ", name).strip()
+        assert shown in " ".join(hostile.text.split())
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_fits_the_screen(study, tmp_path, width):
+    """In headless Chromium: nothing hangs over the side, and every figure is shown."""
+    runs, out = study
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    measure = (
+        "<script>onload = () => { parent.document.body.innerText = 'measured ' + [innerWidth,"
+        "document.documentElement.scrollWidth, [...document.images].filter(i => i.width > 200"
+        " && i.naturalWidth).length].join(' ') + ' end' }</script>"
+    )
+    page = (out / "report.html").read_text().replace("</body>", measure + "</body>")
+    page = page.replace("default-src 'none'", "script-src 'unsafe-inline'")
+    # In a frame: a window of Chromium itself is never narrower than 500 pixels.
+    frame = f'<iframe width="{width}" height="900" frameborder="0" srcdoc="{html.escape(page)}">'
+    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}</iframe></body>")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
+    done = subprocess.run(
+        ["chromium", *flags, "--dump-dom", (tmp_path / "frame.html").as_uri()],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    inner, scroll, figures = map(int, re.search(r"measured (.*) end", done.stdout)[1].split())
+    assert inner == width and scroll <= width
+    assert figures == len(list(out.glob("*.png")))

@@ -1,4 +1,4 @@
-"""The committed studies: results/ and the README hold what report.py makes of their runs."""
+"""The committed studies: results/, the README and docs/ hold what report.py makes of their runs."""
 
 import json
 import re
@@ -9,25 +9,31 @@ from conftest import REPO
 
 import benchmark
 import report
-from kit.explained import ablation_table, explained_of, read_explained
 from models import MODELS
-from kit.results import read_studies
 
-README = (REPO / "README.md").read_text()
-FOLDERS = re.findall("<!-- report.py: (.*) -->", README)
+PAGES = [REPO / "README.md", *REPO.glob("docs/*.md")]
+# Each page and each folder that it has a block of, written by report.py --readme.
+BLOCKS = sorted({
+    (page, (page.parent / folder).resolve().relative_to(REPO))
+    for page in PAGES
+    for folder in re.findall("<!-- (?:report|explain).py: (.*) -->", page.read_text())
+})  # fmt: skip
 
 
-def test_the_readme_has_results():
-    assert FOLDERS
+def test_the_pages_have_results():
+    scripts = re.findall("<!-- (report|explain).py: ", "".join(p.read_text() for p in PAGES))
+    assert set(scripts) == {"report", "explain"}
 
 
 def block(script):
-    """(the folder it is of, the table) that the README has of a script."""
+    """(the folder it is of, the table) that a page has of a script."""
     marks = rf"<!-- {script}: (\S*) -->\n(.*)<!-- end of {script} -->"
-    place, table = re.search(marks, README, re.DOTALL).groups()
-    if not (REPO / place).exists():
+    found = [(page, re.search(marks, page.read_text(), re.DOTALL)) for page in PAGES]
+    ((page, match),) = [(page, match) for page, match in found if match]
+    place = (page.parent / match[1]).resolve()
+    if not place.exists():
         pytest.skip("the container does not hold the results")
-    return REPO / place, table
+    return place, match[2]
 
 
 def test_the_table_of_modules_is_what_benchmark_py_writes():
@@ -35,14 +41,6 @@ def test_the_table_of_modules_is_what_benchmark_py_writes():
     rows = json.loads((place / "benchmark.json").read_text())
     assert table == benchmark.markdown(rows) == (place / "benchmark.md").read_text()
     assert [row["model"] for row in rows if row["mode"] == "eager"] == list(MODELS)
-
-
-def test_the_table_of_gates_is_that_of_explain_json():
-    place, table = block("explain.py")
-    (study,), _ = read_studies(place / "runs")
-    rows, problems = explained_of(study, *read_explained([place / "explain.json"])[:1])
-    assert not problems and len(rows) == 5
-    assert table == "\n".join(ablation_table(study, rows)) + "\n"
 
 
 def ablation_of(place):
@@ -69,20 +67,23 @@ def test_the_table_of_the_ablation_is_that_of_its_runs():
     assert table == ablation_of(place) and table.count("\n") > 8
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
-def test_results_and_readme_are_what_report_py_writes(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "folder"), BLOCKS, ids=str)
+def test_results_and_pages_are_what_report_py_writes(page, folder, tmp_path, monkeypatch):
     if not (REPO / folder).exists():
         pytest.skip("the container does not hold the results")
-    out, readme = tmp_path / folder, tmp_path / "README.md"
+    out, copy = tmp_path / folder, tmp_path / page.relative_to(REPO)
     out.mkdir(parents=True)
+    copy.parent.mkdir(exist_ok=True)
     for kept in ["benchmark.json", *(REPO / folder).glob("explain*")]:
         shutil.copy(REPO / folder / kept, out)
-    shutil.copy(REPO / "README.md", readme)
+    shutil.copy(page, copy)
     monkeypatch.chdir(REPO)  # folders are named in the report as they are on the command line
-    args = ["--runs", f"{folder}/runs", "--out", str(out), "--readme", str(readme)]
+    args = ["--runs", f"{folder}/runs", "--out", str(out), "--readme", str(copy)]
     if (REPO / folder / "fp32").exists():
         args += ["--compare", f"{folder}/fp32"]
     assert report.main(args) == 0
-    assert readme.read_text() == README
-    for name in ("report.md", "results.csv"):
-        assert (out / name).read_text() == (REPO / folder / name).read_text()
+    assert copy.read_text() == page.read_text()
+    for name in ("report.md", "report.html", "results.csv"):
+        made, kept = ((place / name).read_text() for place in (out, REPO / folder))
+        figures = 'base64,[^"]*'  # machines may draw them differently
+        assert re.sub(figures, "", made) == re.sub(figures, "", kept)

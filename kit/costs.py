@@ -1,0 +1,84 @@
+"""What the models of a study cost: rows of benchmark.json that fit it, and training in its runs."""
+
+from dataclasses import dataclass
+from statistics import median
+
+from kit.results import Study, in_table_order
+
+
+@dataclass
+class Cost:
+    """By name: params, flops (FlopCounterMode's), eager and fast (ms an image, the published way
+    and in the fastest mode), training (seconds an epoch), memory (MB). None: not measured."""
+
+    values: dict[str, float | None]
+    ratios: dict[str, float | None]  # how many times the baseline's that is
+    training_spread: tuple[float, float] | None  # of the training ratio, over seeds
+
+
+def measured(study: Study, rows: list[dict], mode="eager", precision="fp32") -> dict[str, dict]:
+    """{model: its row} at this study's width and images, and batch 64, or else the largest."""
+    result = study.result
+    own = (result["width"], "x".join(map(str, result["image"])), len(result["classes"]))
+    rows = [
+        row for row in rows
+        if (row["mode"], row["precision"]) == (mode, precision)
+        and (row.get("width", 64), row.get("image", "1x28x28"), row.get("classes", 10)) == own
+    ]  # fmt: skip
+    first = next((row for row in rows if row["model"] == "baseline"), rows[0] if rows else {})
+    for key in ("device", "torch"):  # times are compared on one machine
+        rows = [row for row in rows if row.get(key) == first.get(key)]
+    sizes = {row["batch_size"] for row in rows}
+    size = 64 if 64 in sizes else max(sizes, default=64)
+    return {row["model"]: row for row in rows if row["batch_size"] == size}
+
+
+def measured_fastest(study: Study, rows: list[dict]) -> dict[str, dict]:
+    """As measured, in the mode and precision in which the models took the least time together."""
+    variants = sorted({(row["mode"], row["precision"]) for row in rows})
+    found = [measured(study, rows, *variant) for variant in variants]
+    return min(
+        found,
+        key=lambda costs: (-len(costs), sum(row["ms_per_image"] for row in costs.values())),
+        default={},
+    )
+
+
+def relative(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
+    """Of every model that was trained or timed, the baseline first if it is there."""
+    found, baseline = {}, study.by_seed("baseline")
+    for model in in_table_order(study.runs.keys() | costs.keys()):
+        runs, row = study.by_seed(model), costs.get(model, {})
+        results = [run.result for run in runs.values()]
+        memory = [result.get("peak_memory_mb") for result in results]
+        values = {
+            "params": results[0]["params"] if results else row["params"],
+            "flops": row.get("flops_aten"),
+            "eager": row.get("ms_per_image"),
+            "fast": fastest.get(model, {}).get("ms_per_image") if fastest != costs else None,
+            "training": median(map(seconds_per_epoch, results)) if results else None,
+            "memory": median(memory) if memory and all(memory) else None,
+        }
+        base = (
+            values
+            if model == "baseline"
+            else found["baseline"].values
+            if "baseline" in found
+            else {}
+        )
+        ratios = {k: v / base[k] if v and base.get(k) else None for k, v in values.items()}
+        pairs = [(runs[seed].result, baseline[seed].result) for seed in runs if seed in baseline]
+        by_seed = [  # on one device in one mode
+            seconds_per_epoch(own) / seconds_per_epoch(other)
+            for own, other in pairs
+            if (own["device"], own["mode"]) == (other["device"], other["mode"])
+        ]
+        ratios["training"] = median(by_seed) if by_seed else None
+        if {r["device"] for r in results} != {run.result["device"] for run in baseline.values()}:
+            ratios["memory"] = None
+        found[model] = Cost(values, ratios, (min(by_seed), max(by_seed)) if by_seed else None)
+    return found
+
+
+def seconds_per_epoch(result: dict) -> float:
+    return result["train_seconds"] / result["epochs_run"]
