@@ -7,7 +7,6 @@ dataset-fashion-mnist puts them.
 
 import gzip
 import hashlib
-import http.client
 import subprocess
 import sys
 import tempfile
@@ -15,6 +14,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +33,14 @@ class ImageData:
     test_images: torch.Tensor  # uint8 (N, C, H, W)
     test_labels: torch.Tensor  # int64 (N,)
     classes: list[str]
-    mean: tuple[float, ...]  # of the training images, per channel, pixels in [0, 1]
-    std: tuple[float, ...]
     source: str  # where the files came from, for people to read
     key: str | None = None  # of the content, where the name does not say what it is
+    mean: tuple[float, ...] = ()  # of the training images, per channel, pixels in [0, 1]
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        if not self.mean:
+            self.mean, self.std = mean_and_std_of(self.train_images)
 
     def mean_and_std(
         self, normalize: str | None, device: torch.device
@@ -85,12 +89,8 @@ def from_torchvision(name: str, data_dir: Path) -> ImageData:
         images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2)
         return images.contiguous(), torch.as_tensor(part.targets, dtype=torch.int64)
 
-    (train_images, train_labels), (test_images, test_labels) = tensors(train), tensors(test)
-    mean, std = mean_and_std_of(train_images)
     source = f"read from {data_dir} by torchvision's {name}"
-    return ImageData(
-        train_images, train_labels, test_images, test_labels, list(train.classes), mean, std, source
-    )
+    return ImageData(*tensors(train), *tensors(test), list(train.classes), source)
 
 
 # --- Fashion-MNIST --------------------------------------------------------------------------------
@@ -114,13 +114,8 @@ THREE_WAYS = (
     "idx files, packed (.gz) or not, into --data-dir"
 )
 FETCH_ERRORS = (  # what a download or an unpacking can end in
-    OSError,
-    EOFError,
-    zlib.error,
-    http.client.HTTPException,
-    subprocess.SubprocessError,
-    UserError,
-)
+    OSError, EOFError, zlib.error, HTTPException, subprocess.SubprocessError, UserError,
+)  # fmt: skip
 
 
 def load_fashion_mnist(data_dir: Path) -> ImageData:
@@ -141,16 +136,11 @@ def load_fashion_mnist(data_dir: Path) -> ImageData:
     source = f"read from {', '.join(map(str, used))}, sha256 verified"
     if fetched_from:
         source += f", just fetched from {fetched_from}"
+    train_images, train_labels, test_images, test_labels = arrays.values()
     return ImageData(
-        train_images=arrays["train-images-idx3-ubyte"].unsqueeze(1),
-        train_labels=arrays["train-labels-idx1-ubyte"].long(),
-        test_images=arrays["t10k-images-idx3-ubyte"].unsqueeze(1),
-        test_labels=arrays["t10k-labels-idx1-ubyte"].long(),
-        classes=FASHION_MNIST_CLASSES,
-        mean=(0.2860,),
-        std=(0.3530,),
-        source=source,
-    )
+        train_images.unsqueeze(1), train_labels.long(), test_images.unsqueeze(1),
+        test_labels.long(), FASHION_MNIST_CLASSES, source, mean=(0.2860,), std=(0.3530,),
+    )  # fmt: skip
 
 
 def find_file(name: str, folders: list[Path]) -> Path | None:
@@ -229,19 +219,11 @@ def download_from_debian(names: list[str]) -> Iterator[tuple[str, bytes]]:
         folder = Path(temporary)
         for needed in ("state/lists/partial", "cache/archives/partial", "unpacked"):
             (folder / needed).mkdir(parents=True)
-        apt_get = [
-            "apt-get",
-            "-qq",
-            f"-oDir::State={folder}/state",
-            f"-oDir::Cache={folder}/cache",
-            "-oDir::State::status=/var/lib/dpkg/status",
-            "-oAPT::Sandbox::User=",  # root fetches as root: _apt cannot enter this folder
-        ]
-        for command in (
-            [*apt_get, "update"],
-            [*apt_get, "download", DEBIAN_PACKAGE],
-            ["sh", "-c", "dpkg-deb -x *.deb unpacked"],
-        ):
+        apt_get = ["apt-get", "-qq", f"-oDir::State={folder}/state"]
+        apt_get += [f"-oDir::Cache={folder}/cache", "-oDir::State::status=/var/lib/dpkg/status"]
+        apt_get += ["-oAPT::Sandbox::User="]  # root fetches as root: _apt cannot enter this folder
+        unpack = ["sh", "-c", "dpkg-deb -x *.deb unpacked"]
+        for command in ([*apt_get, "update"], [*apt_get, "download", DEBIAN_PACKAGE], unpack):
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
             if done.returncode != 0:
                 words = done.stderr.split()

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from kit.command_line import UserError
-from kit.datasets import ImageData, mean_and_std_of
+from kit.datasets import ImageData
 from kit.files import write_atomically
 
 ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -126,16 +126,12 @@ def load(folder: Path, train: Labelled, test: Labelled, image_size: int | None) 
     if images is None:
         images = decode(folder, paths, image_size)
         keep(kept, images)
-    images = torch.from_numpy(images)
-    train_images, test_images = images[: len(train)], images[len(train) :]
+    train_images, test_images = torch.from_numpy(images).split([len(train), len(test)])
     train_labels, test_labels = (
         torch.tensor([classes.index(name) for _, name in part]) for part in (train, test)
     )
-    mean, std = mean_and_std_of(train_images)
     source = f"read from {folder}, key {key}"
-    return ImageData(
-        train_images, train_labels, test_images, test_labels, classes, mean, std, source, key
-    )
+    return ImageData(train_images, train_labels, test_images, test_labels, classes, source, key)
 
 
 def key_of(folder: Path, paths: list[Path], image_size: int | None) -> str:

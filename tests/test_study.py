@@ -195,8 +195,8 @@ def test_the_miniature(tmp_path):
     done = run_all("study", "--miniature", OUT=out)
     assert done.returncode == 0, done.stderr
     text, modules = (out / "report.md").read_text(), (out / "modules/report.md").read_text()
-    assert all(f"| {model} (quick) | 3 |" in text for model in study.COMPARED)
-    assert all(f"| {model} (quick) | 1 |" in modules for model in FURTHER)
+    assert all(f"| {model} (smoke test) | 3 |" in text for model in study.COMPARED)
+    assert all(f"| {model} (smoke test) | 1 |" in modules for model in FURTHER)
     assert "recipe strong, epochs = 4" in text and "![explain compare]" in text
     assert json.loads((out / "speed/plain_loop.jsonl").read_text().splitlines()[0])
 
