@@ -132,6 +132,9 @@ class Study:
     def by_seed(self, model: str) -> dict[int, Run]:
         return {run.seed: run for run in self.runs.get(model, [])}
 
+    def accuracies(self, model: str) -> dict[int, float]:
+        return {run.seed: run.result["test_acc"] for run in self.runs.get(model, [])}
+
 
 def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
     """All studies below `runs_dir`, full ones first, and the problems met on the way, in words."""
