@@ -29,16 +29,16 @@ def draw_figures(found: Findings) -> dict[str, bytes]:
     # The published models first, run or not: a model keeps its style from report to report.
     models = list(dict.fromkeys([*study.published, *summaries, *found.costs]))
     styles = {
-        model: {"color": COLORS[i % len(COLORS)], "marker": MARKS[i % len(MARKS)]}
+        model: dict(color=COLORS[i % len(COLORS)], marker=MARKS[i % len(MARKS)], ls="", capsize=4)
         for i, model in enumerate(models)
     }
-    drawn = {name: draw(found, styles) for name, draw in FIGURES.items()}
-    return {name: as_png(figure) for name, figure in drawn.items() if figure}
-
-
-def published_of(study: Study) -> dict:
-    """On one axis with a smoke test, the published figures would only mislead."""
-    return {} if study.result["quick"] else study.published
+    made = {}
+    for name, draw in FIGURES.items():
+        if figure := draw(found, styles):
+            figure.savefig(buffer := io.BytesIO(), dpi=150, metadata={"Software": None})
+            plt.close(figure)
+            made[name] = buffer.getvalue()
+    return made
 
 
 def draw_differences(found: Findings, styles: dict) -> plt.Figure | None:
@@ -50,7 +50,7 @@ def draw_differences(found: Findings, styles: dict) -> plt.Figure | None:
     baseline = found.study.accuracies("baseline")
     for y, (model, c) in enumerate(found.against.items()):
         half = c.difference - c.corrected[0]
-        axes.errorbar(c.difference, y, xerr=half, ls="none", capsize=4, **styles[model])
+        axes.errorbar(c.difference, y, xerr=half, **styles[model])
         own = found.study.accuracies(model)
         pairs = [own[seed] - baseline[seed] for seed in c.seeds]
         axes.plot(pairs, [y + 0.25] * len(pairs), ".", color="0.5")
@@ -67,7 +67,7 @@ def draw_differences(found: Findings, styles: dict) -> plt.Figure | None:
 
 def draw_accuracy(found: Findings, styles: dict) -> plt.Figure:
     """Mean with standard deviation, every seed a dot, the published figure a diamond."""
-    explained, published = "test accuracy (%)", published_of(found.study)
+    explained, published = "test accuracy (%)", found.published
     figure, axes = bars(title_of(found.study), found.models)
     if any(summary["n"] > 1 for summary in found.models.values()):
         explained += "\nmean, standard deviation, seeds as dots"
@@ -75,10 +75,8 @@ def draw_accuracy(found: Findings, styles: dict) -> plt.Figure:
         if summary["n"] > 1:
             seeds = found.study.accuracies(model).values()
             axes.plot(seeds, [y + 0.25] * len(seeds), ".", color="0.5")
-        axes.errorbar(
-            summary["test_acc_mean"], y, xerr=summary["test_acc_sd"], ls="none", capsize=4,
-            **styles[model],
-        )  # fmt: skip
+        mean, sd = summary["test_acc_mean"], summary["test_acc_sd"]
+        axes.errorbar(mean, y, xerr=sd, **styles[model])
         if model in published:
             axes.plot(published[model]["test_acc"], y, "D", mfc="none", color="black")
     axes.margins(y=0.15)
@@ -88,7 +86,7 @@ def draw_accuracy(found: Findings, styles: dict) -> plt.Figure:
 
 def draw_params(found: Findings, styles: dict) -> plt.Figure:
     params = {model: summary["params"] / 1e6 for model, summary in found.models.items()}
-    published = published_of(found.study).items()
+    published = found.published.items()
     diamonds = {model: (row["params_m"], row["test_acc"]) for model, row in published}
     return draw_against(found, styles, params, "parameters (millions)", diamonds)
 
@@ -108,10 +106,8 @@ def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -
     figure, axes = frame(title_of(found.study), 8, max(4.5, 1 + 0.25 * len(x)))
     for model in x:
         accuracy, sd = (found.models[model][f"test_acc_{key}"] for key in ("mean", "sd"))
-        axes.errorbar(
-            x[model], accuracy, yerr=sd, xerr=spread and spread[model], ls="none", capsize=4,
-            label=model, **styles[model],
-        )  # fmt: skip
+        xerr = spread and spread[model]
+        axes.errorbar(x[model], accuracy, yerr=sd, xerr=xerr, label=model, **styles[model])
         if model in rings:
             axes.plot(x[model], accuracy, "o", ms=14, mfc="none", mec="black")
     for model in (model for model in diamonds if model in x):
@@ -197,13 +193,6 @@ def add_legend(axes, **options) -> None:
 def title_of(study: Study) -> str:
     lines = [one_line(study.title), mark(study)]
     return "\n".join(textwrap.fill(line, 75) for line in lines if line)
-
-
-def as_png(figure: plt.Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
 
 
 FIGURES = {

@@ -28,6 +28,8 @@ class Findings:
 
     def __init__(self, study: Study, explained: list[dict], cost_rows: list[dict]):
         self.study, self.explained = study, explained  # rows of explain.json, of this study's runs
+        # On one table or axis with a smoke test, the published figures would only mislead.
+        self.published = {} if study.result["quick"] else study.published
         # All by model, in the order of the table: its summary, its comparison with the baseline
         # and with its control (each set corrected together), a bootstrap over seeds and images.
         self.models = {model: summarize(runs) for model, runs in study.runs.items()}
