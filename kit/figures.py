@@ -20,31 +20,29 @@ MARKS = "os^vPX<"  # seven, so that colour and mark do not come round together
 
 def draw_figures(found: Findings) -> dict[str, bytes]:
     """{file name: PNG} of one study's findings; a figure without data is not among them."""
-    study, summaries = found.study, found.models
     plt.rcdefaults()  # whatever the user's own matplotlibrc says
     plt.rcParams.update({
         "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
         "text.parse_math": False,
     })  # fmt: skip
     # The published models first, run or not: a model keeps its style from report to report.
-    models = list(dict.fromkeys([*study.published, *summaries, *found.costs]))
+    models = dict.fromkeys([*found.study.published, *found.models, *found.costs])
     styles = {
         model: dict(color=COLORS[i % len(COLORS)], marker=MARKS[i % len(MARKS)], ls="", capsize=4)
         for i, model in enumerate(models)
     }
     made = {}
-    for name, draw in FIGURES.items():
-        if figure := draw(found, styles):
-            figure.savefig(buffer := io.BytesIO(), dpi=150, metadata={"Software": None})
+    for name, (draw, has_data) in FIGURES.items():
+        if has_data(found):
+            figure, buffer = draw(found, styles), io.BytesIO()
+            figure.savefig(buffer, dpi=150, metadata={"Software": None})
             plt.close(figure)
             made[name] = buffer.getvalue()
     return made
 
 
-def draw_differences(found: Findings, styles: dict) -> plt.Figure | None:
+def draw_differences(found: Findings, styles: dict) -> plt.Figure:
     """Differences from the baseline: pairs as dots, and the interval the verdict rests on."""
-    if not found.against:
-        return None
     figure, axes = frame(title_of(found.study), 7, 1.6 + 0.6 * len(found.against))
     axes.axvline(0, color="0.6", lw=1)
     baseline = found.study.accuracies("baseline")
@@ -91,10 +89,8 @@ def draw_params(found: Findings, styles: dict) -> plt.Figure:
     return draw_against(found, styles, params, "parameters (millions)", diamonds)
 
 
-def draw_latency(found: Findings, styles: dict) -> plt.Figure | None:
+def draw_latency(found: Findings, styles: dict) -> plt.Figure:
     timed = {model: found.costs[model] for model in found.models if model in found.costs}
-    if not timed:
-        return None
     times = {model: row["ms_per_image"] for model, row in timed.items()}
     xlabel = f"inference time (ms/image), p10 to p90, {one_line(found.timed['device'])}"
     spread = {model: spread_of(row) for model, row in timed.items()}
@@ -119,17 +115,14 @@ def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -
     return figure
 
 
-def draw_time(found: Findings, styles: dict) -> plt.Figure | None:
+def draw_time(found: Findings, styles: dict) -> plt.Figure:
     """A bar a model, measured the published way, and a paler one in the fastest mode."""
-    if not found.costs:
-        return None
     models = [model for model in styles if model in found.costs]
     both = found.fastest and found.fastest != found.costs
     kinds = [found.costs, found.fastest] if both else [found.costs]
     first = found.timed
     how = "" if both else f", {first['precision']}, {first['mode']}"
-    title = f"batch {first['batch_size']}{how}\n{one_line(first['device'])}"
-    figure, axes = bars(title, models)
+    figure, axes = bars(f"batch {first['batch_size']}{how}\n{one_line(first['device'])}", models)
     thick = 0.8 / len(kinds)
     for i, rows in enumerate(kinds):
         for y, row in ((y, rows[model]) for y, model in enumerate(models) if model in rows):
@@ -161,12 +154,12 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
         left.plot(epochs, [row["val_acc"] for row in run.metrics], **style)
         style["label"] = model if run is runs[model][0] else None
         right.plot(epochs, [row["train_loss"] for row in run.metrics], **style)
-    left.set(xlabel="epoch", ylabel="validation accuracy (%)")
-    right.set(xlabel="epoch", ylabel="training loss")
+    left.set_ylabel("validation accuracy (%)")
+    right.set_ylabel("training loss")
     longest = max(len(run.metrics) for run in found.study.all_runs)
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlim(0, longest + 1)
+        axes.set(xlabel="epoch", xlim=(0, longest + 1))
     add_legend(right)
     figure.suptitle(title_of(found.study), fontsize=10)
     return figure
@@ -195,11 +188,11 @@ def title_of(study: Study) -> str:
     return "\n".join(textwrap.fill(line, 75) for line in lines if line)
 
 
-FIGURES = {
-    "test_accuracy.png": draw_accuracy,
-    "inference_time.png": draw_time,
-    "accuracy_vs_params.png": draw_params,
-    "accuracy_vs_latency.png": draw_latency,
-    "learning_curves.png": draw_curves,
-    "differences.png": draw_differences,
+FIGURES = {  # file name -> (what draws it, whether there is data for it)
+    "test_accuracy.png": (draw_accuracy, lambda found: found.models),
+    "inference_time.png": (draw_time, lambda found: found.costs),
+    "accuracy_vs_params.png": (draw_params, lambda found: found.models),
+    "accuracy_vs_latency.png": (draw_latency, lambda found: found.costs.keys() & found.models),
+    "learning_curves.png": (draw_curves, lambda found: found.models),
+    "differences.png": (draw_differences, lambda found: found.against),
 }

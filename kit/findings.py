@@ -139,10 +139,10 @@ def same_labels(runs: list[Run]) -> bool:
 
 def resample(study: Study, model: str, seeds: list[int]) -> tuple[float, float] | None:
     """The bootstrap over seeds and test images; None where a run's predictions are not there."""
-    sides = [[study.by_seed(name)[seed] for seed in seeds] for name in (model, "baseline")]
-    if not same_labels(sides[0] + sides[1]):
+    runs = [study.by_seed(name)[seed] for name in (model, "baseline") for seed in seeds]
+    if not same_labels(runs):
         return None
-    return verdicts.bootstrap(*(np.array([run.correct for run in side]) for side in sides))
+    return verdicts.bootstrap(*np.split(np.array([run.correct for run in runs]), 2))
 
 
 def compare_classes(study: Study, models: list[str]) -> ByClass | None:

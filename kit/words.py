@@ -80,11 +80,10 @@ def mark(study: Study) -> str:
     return f"smoke test: {', '.join(less)}"
 
 
-def environments(studies: list[Study]) -> list[str]:
+def environments(runs: list[Run]) -> list[str]:
     """What the runs were made with, each kind with their number, and when."""
-    runs = [run for study in studies for run in study.all_runs]
-    counted = Counter(map(environment, runs))
-    lines = [f"{n} run{'s' * (n > 1)}: {words}" for words, n in counted.items()]
+    counted = Counter(map(environment, runs)).items()
+    lines = [f"{n} run{'s' * (n > 1)}: {words}" for words, n in counted]
     if dates := sorted({str(run.env["date"]) for run in runs if "date" in run.env}):
         lines.append(f"trained on {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}")
     return lines
