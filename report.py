@@ -71,9 +71,8 @@ def make_report(runs_dir: Path, out: Path, other: Path | None, readmes: list[Pat
         out / "report.html": as_page(report, pictures),
         **{readme: with_blocks(readme, out, first) for readme in map(Path.resolve, readmes)},
     }
-    for name in FIGURES:
-        if name not in figures:
-            (out / name).unlink(missing_ok=True)  # one of an earlier report
+    for name in FIGURES.keys() - figures:
+        (out / name).unlink(missing_ok=True)  # one of an earlier report
     for path, body in files.items():  # names of folders, and so texts, may hold anything
         write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
     return first
@@ -94,8 +93,7 @@ def compare_runs(here: Findings, folder: Path, problems: list[str]) -> dict | No
     there = Findings(studies[0], [], [])  # its inference times are for a report of its own
     models = [model for model in here.models if model in there.models]
     found = compare(here.study, {model: (model, model) for model in models}, there.study)
-    rows = {m: (here.models[m], there.models[m], found.get(m)) for m in models}
-    return {"folder": folder, "found": there, "models": rows}
+    return {"folder": folder, "found": there, "models": models, "against": found}
 
 
 def explained_pictures(rows: list[dict], out: Path) -> dict[str, bytes]:
@@ -125,20 +123,19 @@ def with_blocks(readme: Path, out: Path, found: Findings) -> str:
     folder = Path(os.path.relpath(out.resolve(), readme.parent)).as_posix()
     made = words.TEMPLATES.get_template("readme_block.md").module
     blocks = {
-        ("report.py", folder): made.results(found, folder),
-        ("explain.py", "explain.py"): made.gates(found),
+        f"<!-- report.py: {folder} -->": (f"<!-- end of {folder} -->", made.results(found, folder)),
+        f"<!-- explain.py: {folder} -->": ("<!-- end of explain.py -->", made.gates(found)),
     }
     try:
         text = readme.read_bytes().decode()
     except UnicodeDecodeError as error:
         raise UserError(f"{readme} is no text: {error}") from error
-    if not any(f"<!-- {script}: {folder} -->" in text for script, _ in blocks):
+    if not any(first in text for first in blocks):
         raise UserError(
             f"{readme} has no lines '<!-- report.py: {folder} -->' and '<!-- end of {folder} -->': "
             "the results go in between"
         )
-    for (script, ended), block in blocks.items():
-        first, last = f"<!-- {script}: {folder} -->", f"<!-- end of {ended} -->"
+    for first, (last, block) in blocks.items():
         old = f"(?s)(?<={re.escape(first)}\n)(?:(?!<!--).)*(?={re.escape(last)})"  # no marker in it
         parts = re.split(old, text)
         if len(parts) != 1 + text.count(first) or len(parts) > 2:
@@ -165,10 +162,8 @@ def summary_json(found: list[Findings], costs: list[dict]) -> str:
         return vars(found) | ({"verdict": found.verdict} if isinstance(found, Comparison) else {})
 
     studies = [
-        {
-            "dataset": f.study.dataset,
-            "recipe": f.study.recipe,
-            "overrides": f.study.overrides,
+        {key: getattr(f.study, key) for key in ("dataset", "recipe", "overrides")}
+        | {
             "quick": f.study.result["quick"],
             "models": f.models,
             "against_baseline": {

@@ -36,9 +36,8 @@ def measured(study: Study, rows: list[dict], mode="eager", precision="fp32") -> 
 def measured_fastest(study: Study, rows: list[dict]) -> dict[str, dict]:
     """As measured, in the mode and precision in which the models took the least time together."""
     variants = sorted({(row["mode"], row["precision"]) for row in rows})
-    found = [measured(study, rows, *variant) for variant in variants]
     return min(
-        found,
+        (measured(study, rows, *variant) for variant in variants),
         key=lambda costs: (-len(costs), sum(row["ms_per_image"] for row in costs.values())),
         default={},
     )
@@ -46,35 +45,29 @@ def measured_fastest(study: Study, rows: list[dict]) -> dict[str, dict]:
 
 def relative(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
     """Of every model that was trained or timed, the baseline first if it is there."""
-    found, baseline = {}, study.by_seed("baseline")
+    found, base, baseline = {}, {}, {}
     for model in in_table_order(study.runs.keys() | costs.keys()):
-        runs, row = study.by_seed(model), costs.get(model, {})
-        results = [run.result for run in runs.values()]
-        memory = [result.get("peak_memory_mb") for result in results]
+        row = costs.get(model, {})
+        results = {seed: run.result for seed, run in study.by_seed(model).items()}
+        memory = [result.get("peak_memory_mb") for result in results.values()]
         values = {
-            "params": results[0]["params"] if results else row["params"],
+            "params": next(iter(results.values()), row)["params"],
             "flops": row.get("flops_aten"),
             "eager": row.get("ms_per_image"),
             "fast": fastest.get(model, {}).get("ms_per_image") if fastest != costs else None,
-            "training": median(map(seconds_per_epoch, results)) if results else None,
+            "training": median(map(seconds_per_epoch, results.values())) if results else None,
             "memory": median(memory) if memory and all(memory) else None,
         }
-        base = (
-            values
-            if model == "baseline"
-            else found["baseline"].values
-            if "baseline" in found
-            else {}
-        )
+        if model == "baseline":
+            base, baseline = values, results
         ratios = {k: v / base[k] if v and base.get(k) else None for k, v in values.items()}
-        pairs = [(runs[seed].result, baseline[seed].result) for seed in runs if seed in baseline]
         by_seed = [  # on one device in one mode
-            seconds_per_epoch(own) / seconds_per_epoch(other)
-            for own, other in pairs
-            if (own["device"], own["mode"]) == (other["device"], other["mode"])
+            seconds_per_epoch(own) / seconds_per_epoch(baseline[seed])
+            for seed, own in results.items()
+            if seed in baseline and all(own[k] == baseline[seed][k] for k in ("device", "mode"))
         ]
         ratios["training"] = median(by_seed) if by_seed else None
-        if {r["device"] for r in results} != {run.result["device"] for run in baseline.values()}:
+        if {r["device"] for r in results.values()} != {r["device"] for r in baseline.values()}:
             ratios["memory"] = None
         found[model] = Cost(values, ratios, (min(by_seed), max(by_seed)) if by_seed else None)
     return found

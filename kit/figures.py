@@ -8,18 +8,10 @@ import matplotlib
 matplotlib.use("Agg")  # the figures go to files, never to a window
 import matplotlib.pyplot as plt
 
-from kit.findings import Findings, accuracies
+from kit.findings import Findings
 from kit.results import Study
 from kit.words import mark, one_line
 
-FIGURES = (
-    "test_accuracy.png",
-    "inference_time.png",
-    "accuracy_vs_params.png",
-    "accuracy_vs_latency.png",
-    "learning_curves.png",
-    "differences.png",
-)
 # Okabe and Ito's palette (olive for its yellow, which is lost in print) and a mark each, by the
 # order of the models in the table.
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#000000"]
@@ -28,56 +20,36 @@ MARKS = "os^vPX<"  # seven, so that colour and mark do not come round together
 
 def draw_figures(found: Findings) -> dict[str, bytes]:
     """{file name: PNG} of one study's findings; a figure without data is not among them."""
-    study, summaries = found.study, found.models
     plt.rcdefaults()  # whatever the user's own matplotlibrc says
     plt.rcParams.update({
         "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
         "text.parse_math": False,
     })  # fmt: skip
     # The published models first, run or not: a model keeps its style from report to report.
-    models = list(dict.fromkeys([*study.published, *summaries, *found.costs]))
+    models = dict.fromkeys([*found.study.published, *found.models, *found.costs])
     styles = {
-        model: {"color": COLORS[i % len(COLORS)], "marker": MARKS[i % len(MARKS)]}
+        model: dict(color=COLORS[i % len(COLORS)], marker=MARKS[i % len(MARKS)], ls="", capsize=4)
         for i, model in enumerate(models)
     }
-    # On one axis with a smoke test, the published figures would only mislead.
-    published = {} if study.result["quick"] else study.published
-
-    params = {model: summary["params"] / 1e6 for model, summary in summaries.items()}
-    diamonds = {m: (row["params_m"], row["test_acc"]) for m, row in published.items()}
-    timed = {m: found.costs[m] for m in summaries if m in found.costs}
-    figures = {
-        "test_accuracy.png": draw_accuracy(found, styles, published),
-        "accuracy_vs_params.png": draw_against(
-            found, styles, params, "parameters (millions)", diamonds=diamonds
-        ),
-        "learning_curves.png": draw_curves(found, styles),
-    }
-    if found.against:
-        figures["differences.png"] = draw_differences(found, styles)
-    if found.costs:
-        figures["inference_time.png"] = draw_time(found, styles)
-    if timed:
-        figures["accuracy_vs_latency.png"] = draw_against(
-            found,
-            styles,
-            {model: row["ms_per_image"] for model, row in timed.items()},
-            f"inference time (ms/image), p10 to p90, {one_line(found.timed['device'])}",
-            spread={model: spread_of(row) for model, row in timed.items()},
-            rings=found.front,
-        )
-    return {name: as_png(figure) for name, figure in figures.items()}
+    made = {}
+    for name, (draw, has_data) in FIGURES.items():
+        if has_data(found):
+            figure, buffer = draw(found, styles), io.BytesIO()
+            figure.savefig(buffer, dpi=150, metadata={"Software": None})
+            plt.close(figure)
+            made[name] = buffer.getvalue()
+    return made
 
 
 def draw_differences(found: Findings, styles: dict) -> plt.Figure:
     """Differences from the baseline: pairs as dots, and the interval the verdict rests on."""
     figure, axes = frame(title_of(found.study), 7, 1.6 + 0.6 * len(found.against))
     axes.axvline(0, color="0.6", lw=1)
-    baseline = accuracies(found.study, "baseline")
+    baseline = found.study.accuracies("baseline")
     for y, (model, c) in enumerate(found.against.items()):
         half = c.difference - c.corrected[0]
-        axes.errorbar(c.difference, y, xerr=half, ls="none", capsize=4, **styles[model])
-        own = accuracies(found.study, model)
+        axes.errorbar(c.difference, y, xerr=half, **styles[model])
+        own = found.study.accuracies(model)
         pairs = [own[seed] - baseline[seed] for seed in c.seeds]
         axes.plot(pairs, [y + 0.25] * len(pairs), ".", color="0.5")
         axes.annotate(c.verdict, (c.difference, y), (0, 7), textcoords="offset points",
@@ -91,27 +63,38 @@ def draw_differences(found: Findings, styles: dict) -> plt.Figure:
     return figure
 
 
-def draw_accuracy(found: Findings, styles: dict, published: dict) -> plt.Figure:
+def draw_accuracy(found: Findings, styles: dict) -> plt.Figure:
     """Mean with standard deviation, every seed a dot, the published figure a diamond."""
-    figure, axes = frame(title_of(found.study), 7, max(4, 1.5 + 0.4 * len(found.models)))
-    explained = "test accuracy (%)"
+    explained, published = "test accuracy (%)", found.published
+    figure, axes = bars(title_of(found.study), found.models)
     if any(summary["n"] > 1 for summary in found.models.values()):
         explained += "\nmean, standard deviation, seeds as dots"
     for y, (model, summary) in enumerate(found.models.items()):
         if summary["n"] > 1:
-            seeds = accuracies(found.study, model).values()
+            seeds = found.study.accuracies(model).values()
             axes.plot(seeds, [y + 0.25] * len(seeds), ".", color="0.5")
-        axes.errorbar(
-            summary["test_acc_mean"], y, xerr=summary["test_acc_sd"], ls="none", capsize=4,
-            **styles[model],
-        )  # fmt: skip
+        mean, sd = summary["test_acc_mean"], summary["test_acc_sd"]
+        axes.errorbar(mean, y, xerr=sd, **styles[model])
         if model in published:
             axes.plot(published[model]["test_acc"], y, "D", mfc="none", color="black")
-    axes.set_yticks(range(len(found.models)), found.models)
-    axes.invert_yaxis()
     axes.margins(y=0.15)
     axes.set_xlabel(explained + ("\npublished: diamond" if published else ""))
     return figure
+
+
+def draw_params(found: Findings, styles: dict) -> plt.Figure:
+    params = {model: summary["params"] / 1e6 for model, summary in found.models.items()}
+    published = found.published.items()
+    diamonds = {model: (row["params_m"], row["test_acc"]) for model, row in published}
+    return draw_against(found, styles, params, "parameters (millions)", diamonds)
+
+
+def draw_latency(found: Findings, styles: dict) -> plt.Figure:
+    timed = {model: found.costs[model] for model in found.models if model in found.costs}
+    times = {model: row["ms_per_image"] for model, row in timed.items()}
+    xlabel = f"inference time (ms/image), p10 to p90, {one_line(found.timed['device'])}"
+    spread = {model: spread_of(row) for model, row in timed.items()}
+    return draw_against(found, styles, times, xlabel, spread=spread, rings=found.front)
 
 
 def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -> plt.Figure:
@@ -119,10 +102,8 @@ def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -
     figure, axes = frame(title_of(found.study), 8, max(4.5, 1 + 0.25 * len(x)))
     for model in x:
         accuracy, sd = (found.models[model][f"test_acc_{key}"] for key in ("mean", "sd"))
-        axes.errorbar(
-            x[model], accuracy, yerr=sd, xerr=spread and spread[model], ls="none", capsize=4,
-            label=model, **styles[model],
-        )  # fmt: skip
+        xerr = spread and spread[model]
+        axes.errorbar(x[model], accuracy, yerr=sd, xerr=xerr, label=model, **styles[model])
         if model in rings:
             axes.plot(x[model], accuracy, "o", ms=14, mfc="none", mec="black")
     for model in (model for model in diamonds if model in x):
@@ -141,20 +122,15 @@ def draw_time(found: Findings, styles: dict) -> plt.Figure:
     kinds = [found.costs, found.fastest] if both else [found.costs]
     first = found.timed
     how = "" if both else f", {first['precision']}, {first['mode']}"
-    title = f"batch {first['batch_size']}{how}\n{one_line(first['device'])}"
-    figure, axes = frame(title, 7, max(4, 1.5 + 0.4 * len(models)))
+    figure, axes = bars(f"batch {first['batch_size']}{how}\n{one_line(first['device'])}", models)
     thick = 0.8 / len(kinds)
     for i, rows in enumerate(kinds):
-        for y, model in enumerate(models):
-            if model in rows:
-                row = rows[model]
-                axes.barh(
-                    y + (i - (len(kinds) - 1) / 2) * thick, row["ms_per_image"], height=thick,
-                    xerr=spread_of(row), capsize=3, color=styles[model]["color"], alpha=1 - 0.5 * i,
-                    label=f"{row['mode']}, {row['precision']}" if y == 0 else None,
-                )  # fmt: skip
-    axes.set_yticks(range(len(models)), models)
-    axes.invert_yaxis()
+        for y, row in ((y, rows[model]) for y, model in enumerate(models) if model in rows):
+            axes.barh(
+                y + (i - (len(kinds) - 1) / 2) * thick, row["ms_per_image"], height=thick,
+                xerr=spread_of(row), capsize=3, color=styles[models[y]]["color"],
+                alpha=1 - 0.5 * i, label=f"{row['mode']}, {row['precision']}" if y == 0 else None,
+            )  # fmt: skip
     axes.set_xlabel("inference time (ms/image): median, p10 to p90")
     if both:
         add_legend(axes)
@@ -178,12 +154,12 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
         left.plot(epochs, [row["val_acc"] for row in run.metrics], **style)
         style["label"] = model if run is runs[model][0] else None
         right.plot(epochs, [row["train_loss"] for row in run.metrics], **style)
-    left.set(xlabel="epoch", ylabel="validation accuracy (%)")
-    right.set(xlabel="epoch", ylabel="training loss")
+    left.set_ylabel("validation accuracy (%)")
+    right.set_ylabel("training loss")
     longest = max(len(run.metrics) for run in found.study.all_runs)
     for axes in (left, right):
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlim(0, longest + 1)
+        axes.set(xlabel="epoch", xlim=(0, longest + 1))
     add_legend(right)
     figure.suptitle(title_of(found.study), fontsize=10)
     return figure
@@ -192,6 +168,14 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
 def frame(title: str, width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
     axes.set_title(title, fontsize=10)
+    return figure, axes
+
+
+def bars(title: str, models) -> tuple[plt.Figure, plt.Axes]:
+    """A frame with a line a model, the first on top."""
+    figure, axes = frame(title, 7, max(4, 1.5 + 0.4 * len(models)))
+    axes.set_yticks(range(len(models)), models)
+    axes.invert_yaxis()
     return figure, axes
 
 
@@ -204,8 +188,11 @@ def title_of(study: Study) -> str:
     return "\n".join(textwrap.fill(line, 75) for line in lines if line)
 
 
-def as_png(figure: plt.Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=150, metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()
+FIGURES = {  # file name -> (what draws it, whether there is data for it)
+    "test_accuracy.png": (draw_accuracy, lambda found: found.models),
+    "inference_time.png": (draw_time, lambda found: found.costs),
+    "accuracy_vs_params.png": (draw_params, lambda found: found.models),
+    "accuracy_vs_latency.png": (draw_latency, lambda found: found.costs.keys() & found.models),
+    "learning_curves.png": (draw_curves, lambda found: found.models),
+    "differences.png": (draw_differences, lambda found: found.against),
+}

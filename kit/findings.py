@@ -28,6 +28,8 @@ class Findings:
 
     def __init__(self, study: Study, explained: list[dict], cost_rows: list[dict]):
         self.study, self.explained = study, explained  # rows of explain.json, of this study's runs
+        # On one table or axis with a smoke test, the published figures would only mislead.
+        self.published = {} if study.result["quick"] else study.published
         # All by model, in the order of the table: its summary, its comparison with the baseline
         # and with its control (each set corrected together), a bootstrap over seeds and images.
         self.models = {model: summarize(runs) for model, runs in study.runs.items()}
@@ -45,10 +47,10 @@ class Findings:
         self.front = self.pareto_front()
         # Batch size, mode, precision and device of all of `costs`.
         self.timed = next(iter(self.costs.values()), None)
-        # Seeds of runs that would complete the table; models without a verdict.
-        wanted = in_table_order(study.published.keys() | study.runs.keys())
+        # The models of the table, seeds of runs that would complete it; models without a verdict.
+        self.wanted = in_table_order(study.published.keys() | study.runs.keys())
         seeds = sorted({run.seed for run in study.all_runs})
-        missing = {m: [s for s in seeds if s not in study.by_seed(m)] for m in wanted}
+        missing = {m: [s for s in seeds if s not in study.by_seed(m)] for m in self.wanted}
         self.missing = {model: seeds for model, seeds in missing.items() if seeds}
         self.unjudged = [m for m in others if m not in self.against and "baseline" in self.models]
 
@@ -61,13 +63,12 @@ class Findings:
         circle, so the front is built from the fastest model on, each against those already on it.
         """
         costs = self.costs
-        timed = [m for m in self.models if m in costs and (m in self.against or m == "baseline")]
+        timed = [m for m in ("baseline", *self.against) if m in self.models and m in costs]
         if len(timed) < 2 or "baseline" not in timed:
             return []
-        pairs = [pair for pair in itertools.combinations(timed, 2) if "baseline" not in pair]
-        found = {(model, "baseline"): c for model, c in self.against.items()}
-        found |= compare(self.study, {pair: pair for pair in pairs})
-        verdict = {pair: comparison.verdict for pair, comparison in found.items()}
+        pairs = compare(self.study, {pair: pair for pair in itertools.combinations(timed[1:], 2)})
+        pairs |= {(model, "baseline"): c for model, c in self.against.items()}
+        verdict = {pair: comparison.verdict for pair, comparison in pairs.items()}
 
         def more_accurate(a, b):
             return verdict.get((a, b)) == "better" or verdict.get((b, a)) == "worse"
@@ -94,9 +95,8 @@ class Findings:
 
 def summarize(runs: list[Run]) -> dict:
     """Over the seeds of one model. sd: the sample standard deviation (n - 1); None for one run."""
-    results = [run.result for run in runs]
-    accuracies = [result["test_acc"] for result in results]
-    n, middle = len(results), mean(accuracies)
+    accuracies = [run.result["test_acc"] for run in runs]
+    n, middle = len(runs), mean(accuracies)
     sd = stdev(accuracies) if n > 1 else None
     means = ("test_acc_last", "val_acc", "epochs_run", "train_seconds", "images_per_second")
     return {
@@ -107,14 +107,9 @@ def summarize(runs: list[Run]) -> dict:
         "test_acc_interval": verdicts.t_interval(middle, sd, n, verdicts.LEVEL) if n > 1 else None,
         "test_acc_min": min(accuracies),
         "test_acc_max": max(accuracies),
-        **{f"{key}_mean": mean(result[key] for result in results) for key in means},
-        "params": results[0]["params"],
+        **{f"{key}_mean": mean(run.result[key] for run in runs) for key in means},
+        "params": runs[0].result["params"],
     }
-
-
-def accuracies(study: Study, model: str) -> dict[int, float]:
-    """{seed: test accuracy}."""
-    return {seed: run.result["test_acc"] for seed, run in study.by_seed(model).items()}
 
 
 def compare(study: Study, pairs: dict, other: Study | None = None) -> dict[str, Comparison]:
@@ -123,7 +118,7 @@ def compare(study: Study, pairs: dict, other: Study | None = None) -> dict[str, 
     Those with less than two seeds in common are not among them.
     """
     values = {
-        name: (accuracies(study, model), accuracies(other or study, reference))
+        name: (study.accuracies(model), (other or study).accuracies(reference))
         for name, (model, reference) in pairs.items()
     }
     return compared(values, study.result["test_images"])
@@ -132,8 +127,7 @@ def compare(study: Study, pairs: dict, other: Study | None = None) -> dict[str, 
 def compared(values: dict[str, tuple[dict, dict]], n_images: int | None) -> dict[str, Comparison]:
     """Likewise of {name: (accuracies, those of the reference)}, on so many images."""
     step = 100 / n_images if n_images else 0.0
-    found = {name: verdicts.compare(*pair, step) for name, pair in values.items()}
-    found = {name: comparison for name, comparison in found.items() if comparison}
+    found = {name: c for name, v in values.items() if (c := verdicts.compare(*v, step))}
     verdicts.correct(list(found.values()))
     return found
 
@@ -145,10 +139,10 @@ def same_labels(runs: list[Run]) -> bool:
 
 def resample(study: Study, model: str, seeds: list[int]) -> tuple[float, float] | None:
     """The bootstrap over seeds and test images; None where a run's predictions are not there."""
-    sides = [[study.by_seed(name)[seed] for seed in seeds] for name in (model, "baseline")]
-    if not same_labels(sides[0] + sides[1]):
+    runs = [study.by_seed(name)[seed] for name in (model, "baseline") for seed in seeds]
+    if not same_labels(runs):
         return None
-    return verdicts.bootstrap(*(np.array([run.correct for run in side]) for side in sides))
+    return verdicts.bootstrap(*np.split(np.array([run.correct for run in runs]), 2))
 
 
 def compare_classes(study: Study, models: list[str]) -> ByClass | None:
@@ -169,9 +163,9 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
     )
     names = dict(enumerate(study.result["classes"]))
     return ByClass(
-        classes=[str(names.get(label, label)) for label in labels],
-        baseline=[mean(baseline[label].values()) for label in labels],
-        against_baseline={model: [found[model, label] for label in labels] for model in models},
+        [str(names.get(label, label)) for label in labels],
+        [mean(baseline[label].values()) for label in labels],
+        {model: [found[model, label] for label in labels] for model in models},
     )
 
 

@@ -8,7 +8,7 @@ and left out, never guessed at.
 import glob
 import json
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ SETTINGS = (
     "mixup", "width", "precision", "data", "image_size",
 )  # fmt: skip
 
-# --- What the files must hold: {key: predicate}; a key with a ? may be absent or null -------------
+# --- What the files must hold: {kind: keys}; a key with a ? may be absent or null ----------------
 
 
 def between(low: float, high: float):
@@ -36,57 +36,51 @@ def between(low: float, high: float):
 
 NUMBER, POSITIVE = between(-1e15, 1e15), between(1e-12, 1e15)
 SHARE, PERCENT, CORRELATION = between(0, 1), between(0, 100), between(-1.001, 1.001)
-TEXT, FLAG, LIST, OBJECT, NAME, COUNT, SIZE, SHAPE = (
-    lambda x: type(x) is str,
-    lambda x: type(x) is bool,
-    lambda x: type(x) is list,
-    lambda x: type(x) is dict,
-    lambda x: TEXT(x) and re.fullmatch(r"[\w.+-]+", x),
+NAME, COUNT, SIZE, SHAPE, GATES, CORRELATIONS = (
+    lambda x: type(x) is str and re.fullmatch(r"[\w.+-]+", x),
     lambda x: type(x) is int and 0 <= x < 1e15,
     lambda x: COUNT(x) and x > 0,
-    lambda x: LIST(x) and all(map(COUNT, x)),
+    lambda x: type(x) is list and all(map(COUNT, x)),
+    lambda x: all(check(stage, STAGE) for stage in x.values()),
+    lambda x: check(x, {CORRELATION: "layer3? layer4?"}) is x,
 )
 RESULT = {
-    "dataset": NAME, "recipe": NAME, "model": NAME, "seed": COUNT, "quick": FLAG, "width": COUNT,
-    "test_acc": PERCENT, "test_acc_last": PERCENT, "val_acc": PERCENT, "epochs_run": POSITIVE,
-    "train_seconds": POSITIVE, "images_per_second": POSITIVE, "params": POSITIVE,
-    "precision": NAME, "mode": NAME, "device": TEXT, "overrides?": OBJECT, "classes?": LIST,
-    "test_images?": SIZE, "image?": SHAPE, "peak_memory_mb?": POSITIVE, "fallback?": TEXT,
+    NAME: "dataset recipe model precision mode", COUNT: "seed width", bool: "quick",
+    PERCENT: "test_acc test_acc_last val_acc", str: "device fallback?", list: "classes?",
+    POSITIVE: "epochs_run train_seconds images_per_second params peak_memory_mb?",
+    dict: "overrides?", SIZE: "test_images?", SHAPE: "image?",
 }  # fmt: skip
 DEFAULTS = {"overrides": {}, "classes": range(10), "image": (1, 28, 28), "test_images": None}
-CONFIG = {"epochs?": COUNT, "limit_train?": COUNT, "limit_test?": COUNT}
-ENV = {"changes?": LIST}
-METRICS = {"epoch": NUMBER, "val_acc": PERCENT, "train_loss": NUMBER}
+FILES = {
+    "result": RESULT, "config": {COUNT: "epochs? limit_train? limit_test?"},
+    "env": {list: "changes?"},
+}  # fmt: skip
+METRICS = {NUMBER: "epoch train_loss", PERCENT: "val_acc"}
 COST = {
-    "model": NAME, "precision": NAME, "mode": NAME, "device": TEXT, "batch_size": COUNT,
-    "params": POSITIVE, "flops": POSITIVE, "flops_aten": POSITIVE, "ms_per_image": POSITIVE,
-    "ms_per_image_p10": POSITIVE, "ms_per_image_p90": POSITIVE, "ms_per_image_p99?": POSITIVE,
-    "width?": COUNT, "torch?": TEXT, "tflops?": POSITIVE, "share_of_ceiling?": POSITIVE,
+    NAME: "model precision mode", str: "device torch?", COUNT: "batch_size width?",
+    POSITIVE: "params flops flops_aten ms_per_image ms_per_image_p10 ms_per_image_p90 "
+    "ms_per_image_p99? tflops? share_of_ceiling?",
 }  # fmt: skip
-STAGE = {
-    "mean": NUMBER, "spread_over_channels": NUMBER, "spread_over_images": NUMBER,
-    "hardly_vary": SHARE, "saturated?": SHARE,
-}  # fmt: skip
+STAGE = {NUMBER: "mean spread_over_channels spread_over_images", SHARE: "hardly_vary saturated?"}
 EXPLAINED = {
-    "model": NAME, "dataset": NAME, "recipe": NAME, "overrides": OBJECT, "seed": COUNT,
-    "picture": NAME, "test_images": SIZE, "cam_images": COUNT, "won": COUNT, "lost": COUNT,
-    "test_acc": PERCENT, "test_acc_gates_fixed?": PERCENT, "deletion": SHARE,
-    "deletion_random": SHARE, "insertion": SHARE, "insertion_random": SHARE,
-    "gates": lambda x: all(check(stage, STAGE) for stage in x.values()),
-    "correlation_with_random_weights": lambda x: check(x, CORRELATIONS),
+    NAME: "model dataset recipe picture", dict: "overrides", COUNT: "seed cam_images won lost",
+    SIZE: "test_images", PERCENT: "test_acc test_acc_gates_fixed?", GATES: "gates",
+    SHARE: "deletion deletion_random insertion insertion_random",
+    CORRELATIONS: "correlation_with_random_weights",
 }  # fmt: skip
-CORRELATIONS = {"layer3?": CORRELATION, "layer4?": CORRELATION}
 ROWS = {"benchmark": COST, "explain": EXPLAINED}
 
 
-def check(content: dict, kinds: dict) -> bool:
-    """True, or an exception of any kind that names the first value that is missing or cannot be."""
-    for name, fits in kinds.items():
-        key = name.rstrip("?")
-        value = content[key] if key == name else content.get(key)
-        if not (fits(value) or (key != name and value is None)):
-            raise ValueError(f"{key} is {value}")
-    return True
+def check(content: dict, kinds: dict) -> dict:
+    """`content`, or an exception of any kind that names a value that is missing or cannot be."""
+    for kind, names in kinds.items():
+        for name in names.split():
+            key = name.rstrip("?")
+            value = content[key] if key == name else content.get(key)
+            fits = type(value) is kind if type(kind) is type else kind(value)
+            if not (fits or (key != name and value is None)):
+                raise ValueError(f"{key} is {value}")
+    return content
 
 
 @dataclass
@@ -98,7 +92,6 @@ class Run:
     metrics: list[dict]  # metrics.jsonl
     labels: np.ndarray | None = None  # (test images,), test_labels.npy; None: not there, not used
     correct: np.ndarray | None = None  # bool (test images,), whether best.pt is right; likewise
-    notes: list[str] = field(default_factory=list)  # what a reader has to know of it
 
     @property
     def seed(self) -> int:
@@ -139,32 +132,28 @@ class Study:
     def by_seed(self, model: str) -> dict[int, Run]:
         return {run.seed: run for run in self.runs.get(model, [])}
 
+    def accuracies(self, model: str) -> dict[int, float]:
+        return {run.seed: run.result["test_acc"] for run in self.runs.get(model, [])}
+
 
 def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
     """All studies below `runs_dir`, full ones first, and the problems met on the way, in words."""
     groups, problems = {}, []
     for folder in run_folders(runs_dir):
         try:
-            run = read_run(folder)
+            run = read_run(folder, problems)
         except Exception as error:  # whatever a damaged file leads to
             reason = f"{type(error).__name__}: {error}"
             problems.append(f"{folder} left out, its files are damaged or not readable ({reason})")
             continue
-        problems += [f"{folder}: {note}" for note in run.notes]
-        if not run.result:
-            problems.append(f"unfinished: {folder}, {len(run.metrics)} epochs done")
-            continue
-        overrides = {key: used(value) for key, value in run.result["overrides"].items()}
-        key = [run.result[key] for key in ("dataset", "recipe", "quick")]
-        groups.setdefault((*key, json.dumps(overrides, sort_keys=True)), []).append(run)
-    studies = []
-    for (dataset, recipe, *_), runs in groups.items():
-        runs, others = comparable(runs)
-        problems += others
-        by_model = {model: [] for model in in_table_order({run.result["model"] for run in runs})}
-        for run in sorted(runs, key=lambda run: run.seed):
-            by_model[run.result["model"]].append(run)
-        studies.append(Study(dataset, recipe, runs[0].result["overrides"], by_model))
+        if run:
+            overrides = {key: used(value) for key, value in run.result["overrides"].items()}
+            key = [run.result[key] for key in ("dataset", "recipe", "quick")]
+            groups.setdefault((*key, json.dumps(overrides, sort_keys=True)), []).append(run)
+    studies = [
+        Study(dataset, recipe, runs[0].result["overrides"], comparable(runs, problems))
+        for (dataset, recipe, *_), runs in groups.items()
+    ]
     return sorted(studies, key=lambda s: (s.result["quick"], len(s.overrides), s.title)), problems
 
 
@@ -179,33 +168,34 @@ def run_folders(runs_dir: Path) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.parts), path.parent, len(path.name), path.name))
 
 
-def read_run(folder: Path) -> Run:
-    """Without a result.json an unfinished run. Raises anything where files are damaged."""
+def read_run(folder: Path, problems: list[str]) -> Run | None:
+    """None for an unfinished run; adds to the problems. Raises anything where files are damaged."""
     metrics = folder / "metrics.jsonl"
     lines = metrics.read_bytes().splitlines() if metrics.exists() else []
     if not (folder / "result.json").exists():
-        return Run(folder, {}, {}, {}, lines)
-    result, config, env = (
-        json.loads((folder / f"{name}.json").read_bytes()) for name in ("result", "config", "env")
-    )
-    run = Run(folder, result, config, env, [json.loads(line) for line in lines])
-    for content, kinds in ((result, RESULT), (config, CONFIG), (env, ENV)):
-        check(content, kinds)
-    if not (lines and all(check(row, METRICS) for row in run.metrics)):
+        problems.append(f"unfinished: {folder}, {len(lines)} epochs done")
+        return None
+    if not lines:
         raise ValueError("metrics.jsonl has no epochs")
+    result, config, env = (
+        check(json.loads((folder / f"{name}.json").read_bytes()), FILES[name]) for name in FILES
+    )
     for key in ("model", "seed"):
         if config.get(key, result[key]) != result[key]:
             raise ValueError(f"config.json is that of {key} {config[key]}")
     result |= {key: value for key, value in DEFAULTS.items() if result.get(key) is None}
-    run.labels, run.correct = read_classes(folder, result)
+    metrics = [check(json.loads(line), METRICS) for line in lines]
+    run = Run(folder, result, config, env, metrics, *read_classes(folder, result))
     if run.correct is not None and abs(100 * run.correct.mean() - result["test_acc"]) > 1e-6:
-        run.notes.append(
-            f"its predictions are not used: {100 * run.correct.mean():.2f}% of them are correct, "
-            f"but result.json says {result['test_acc']:.2f}%"
+        problems.append(
+            f"{folder}: its predictions are not used: {100 * run.correct.mean():.2f}% of them are "
+            f"correct, but result.json says {result['test_acc']:.2f}%"
         )
         run.labels = run.correct = None
     if changes := "; ".join(map(str, env.get("changes") or [])):
-        run.notes.append(f"its epochs were not all trained under the same conditions ({changes})")
+        problems.append(
+            f"{folder}: its epochs were not all trained under the same conditions ({changes})"
+        )
     return run
 
 
@@ -224,19 +214,25 @@ def read_classes(folder: Path, result: dict) -> tuple[np.ndarray | None, np.ndar
     return (found[0], found[0] == found[1]) if len(found) == 2 else (None, None)
 
 
-def comparable(runs: list[Run]) -> tuple[list[Run], list[str]]:
-    """One run for each model and seed, with the settings that most have; the others, in words."""
-    settings = [{key: used(run.config.get(key)) for key in SETTINGS} for run in runs]
-    for own, run in zip(settings, runs, strict=True):
-        own["test_images"] = run.result["test_images"]
-    usual, kept, others = max(settings, key=settings.count), {}, []
+def comparable(runs: list[Run], problems: list[str]) -> dict[str, list[Run]]:
+    """{model: its runs by seed} with the settings that most have; the others are problems."""
+    settings = [
+        {key: used(run.config.get(key)) for key in SETTINGS}
+        | {"test_images": run.result["test_images"]}
+        for run in runs
+    ]
+    usual, kept = max(settings, key=settings.count), {}
     for own, run in zip(settings, runs, strict=True):
         different = [f"{k} {own[k]} instead of {usual[k]}" for k in usual if own[k] != usual[k]]
         if different:
-            others.append(f"{run.folder} left out, it has other settings: {', '.join(different)}")
+            reason = f"it has other settings: {', '.join(different)}"
         elif (first := kept.setdefault((run.result["model"], run.seed), run)) is not run:
-            others.append(f"{run.folder} left out, same model and seed as {first.folder}")
-    return list(kept.values()), others
+            reason = f"same model and seed as {first.folder}"
+        else:
+            continue
+        problems.append(f"{run.folder} left out, {reason}")
+    models = in_table_order({model for model, _ in kept})
+    return {model: [kept[key] for key in sorted(kept) if key[0] == model] for model in models}
 
 
 def used(value):
@@ -255,7 +251,7 @@ def read_rows(script: str, folders: list[Path]) -> tuple[list[dict], list[str]]:
         return [], []
     try:
         rows = json.loads(path.read_bytes())
-        if not LIST(rows):
+        if type(rows) is not list:
             raise ValueError("no list")
         for row in rows:
             check(row, ROWS[script])

@@ -59,25 +59,19 @@ def compare(
     mean, sd = float(differences.mean()), max(step, float(differences.std(ddof=1)))
     varied = a.std() > 0 and b.std() > 0
     u = stats.mannwhitneyu(a, b).statistic
+    error = sd / len(seeds) ** 0.5  # of the mean; 0 only if all differences are the same
     return Comparison(
         seeds=seeds,
         accuracy=float(a.mean()),
         reference=float(b.mean()),
         difference=mean,
         sd=sd,
-        p=paired_p(mean, sd, len(seeds)),
+        p=float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1) if error else mean == 0),
         p_welch=float(stats.ttest_ind(a, b, equal_var=False).pvalue) if varied else None,
         correlation=float(np.corrcoef(a, b)[0, 1]) if varied else None,
         prob_better=float(u) / len(seeds) ** 2,
         interval=t_interval(mean, sd, len(seeds), LEVEL),
     )
-
-
-def paired_p(mean: float, sd: float, n: int) -> float:
-    """Two-sided p of Student's t test that a mean of n differences is 0."""
-    if sd == 0:
-        return 1.0 if mean == 0 else 0.0
-    return float(2 * stats.t.sf(abs(mean) / (sd / n**0.5), n - 1))
 
 
 def t_interval(mean: float, sd: float, n: int, level: float) -> tuple[float, float]:
@@ -144,9 +138,8 @@ def seeds_needed(difference: float, sd: float, level: float = LEVEL) -> int:
     enough = 2
     while power(difference, sd, enough, level) < POWER:
         enough *= 2
-    return 2 + bisect.bisect_left(
-        range(2, enough), POWER, key=lambda n: power(difference, sd, n, level)
-    )
+    candidates = range(2, enough)
+    return 2 + bisect.bisect_left(candidates, POWER, key=lambda n: power(difference, sd, n, level))
 
 
 def seeds_in_words(difference: float, sd: float, comparisons: int) -> str:

@@ -1,7 +1,7 @@
 """How values become words: the templates' filters, and the tables whose columns vary."""
 
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import jinja2
@@ -28,17 +28,21 @@ def text(value) -> str:
     return SPECIAL.sub(lambda m: f"&#{ord(m[0])};" if m[0] in as_entity else "\\" + m[0], line)
 
 
-def number(form: str, unit: str = ""):
-    """A filter: the number in this format, - for None."""
-    return lambda value: "-" if value is None else f"{value:{form}}{unit}"
+def fmt(value: float | None, form: str = ".2f", unit: str = "") -> str:
+    return "-" if value is None else f"{value:{form}}{unit}"
+
+
+def change(ratio: float, form: str = "+.0f") -> str:
+    """In percent: 0.9 is -10."""
+    return f"{100 * (ratio - 1):{form}}"
 
 
 def interval(bounds: tuple[float, float] | None, form: str = "+.2f") -> str:
-    return "-" if bounds is None else f"{bounds[0]:{form}} to {bounds[1]:{form}}"
+    return "-" if bounds is None else " to ".join(f"{bound:{form}}" for bound in bounds)
 
 
 def mean_and_sd(summary: dict) -> str:
-    if not summary["n"]:
+    if not summary:
         return "missing"
     spread = f" ± {summary['test_acc_sd']:.2f}" if summary["n"] > 1 else ""
     return f"{summary['test_acc_mean']:.2f}{spread}"
@@ -54,29 +58,6 @@ def training_ratio(cost: Cost) -> str:
         return "-"
     low, high = cost.training_spread
     return f"{cost.ratios['training']:.2f}x" + (f" ({low:.2f} to {high:.2f})" if low < high else "")
-
-
-def price(cost: Cost) -> str:
-    """What a model costs relative to the baseline, as the end of a sentence."""
-    words = {"eager": "inference time"}
-    if cost.training_spread and not cost.training_spread[0] <= 1 <= cost.training_spread[1]:
-        words["training"] = "training time"  # otherwise the seeds do not even agree on the sign
-    ratios = cost.ratios
-    parts = [f"{ratios[key]:.2f} times its {what}" for key, what in words.items() if ratios[key]]
-    return f", at {' and '.join(parts)}" if parts else ""
-
-
-def flops_and_time(cost: Cost, f: Findings, model: str) -> str:
-    """The change in FLOPs and in measured time, in words."""
-    change = {key: 100 * (ratio - 1) for key, ratio in cost.ratios.items() if ratio}
-    times = [f"{change['eager']:+.0f}% inference time ({how(f.costs[model])})"]
-    if "fast" in change:
-        times.append(f"{change['fast']:+.0f}% ({how(f.fastest[model])})")
-    if "training" in change:
-        low, high = (100 * (bound - 1) for bound in cost.training_spread)
-        spread = f"({low:+.0f} to {high:+.0f} over seeds)"
-        times.append(f"{change['training']:+.0f}% training time {spread}")
-    return f"`{model}`: {change['flops']:+.2f}% FLOPs; measured {', '.join(times)}."
 
 
 # --- Studies --------------------------------------------------------------------------------------
@@ -99,11 +80,10 @@ def mark(study: Study) -> str:
     return f"smoke test: {', '.join(less)}"
 
 
-def environments(studies: list[Study]) -> list[str]:
+def environments(runs: list[Run]) -> list[str]:
     """What the runs were made with, each kind with their number, and when."""
-    runs = [run for study in studies for run in study.all_runs]
-    counted = Counter(map(environment, runs))
-    lines = [f"{n} run{'s' * (n > 1)}: {words}" for words, n in counted.items()]
+    counted = Counter(map(environment, runs)).items()
+    lines = [f"{n} run{'s' * (n > 1)}: {words}" for words, n in counted]
     if dates := sorted({str(run.env["date"]) for run in runs if "date" in run.env}):
         lines.append(f"trained on {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}")
     return lines
@@ -128,22 +108,19 @@ def devices(study: Study) -> str:
     return "; ".join(sorted(set(map(device, study.all_runs))))
 
 
-# --- Tables: rows of cells, the header first ------------------------------------------------------
+# --- Tables ---------------------------------------------------------------------------------------
 
 
-def table(rows: list[list[str]]) -> str:
-    lines = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+def header(columns: str) -> str:
+    """The first two lines of a table with the columns "one | another"."""
+    return f"| {columns} |\n|{' --- |' * len(columns.split(' | '))}"
 
 
-def published_rows(f: Findings) -> list[tuple]:
-    """(model, summary, row of benchmark.json, published row) each; None for what there is not."""
-    models = in_table_order(f.study.published.keys() | f.models.keys())
-    sources = (f.models, f.costs, f.study.published)
-    return [(m, *(defaultdict(lambda: None, s.get(m, {})) for s in sources)) for m in models]
+def table(columns: list[str], rows: list[list[str]]) -> str:
+    return "\n".join([header(" | ".join(columns)), *(f"| {' | '.join(row)} |" for row in rows)])
 
 
-def cost_table(f: Findings, quick: str) -> list[list[str]]:
+def cost_table(f: Findings, quick: str) -> str:
     """The baseline as measured, every other model relative to it."""
     eager, fast = (next(map(how, rows.values()), "") for rows in (f.costs, f.fastest))
     columns = {
@@ -159,32 +136,16 @@ def cost_table(f: Findings, quick: str) -> list[list[str]]:
     def cell(model: str, key: str) -> str:
         cost, ratio = f.relative[model], f.relative[model].ratios[key]
         if ratio is None or model == "baseline":
-            return number(*columns[key][1:])(cost.values[key])
+            return fmt(cost.values[key], *columns[key][1:])
         if key in ("params", "flops"):
-            return f"{100 * (ratio - 1):+.2f}%"
+            return change(ratio, "+.2f") + "%"
         return training_ratio(cost) if key == "training" else f"{ratio:.2f}x"
 
     rows = [[text(model) + quick, *(cell(model, key) for key in measured)] for model in f.relative]
-    return [["model", *(columns[key][0] for key in measured)], *rows]
+    return table(["model", *(columns[key][0] for key in measured)], rows)
 
 
-def class_table(f: Findings, quick: str) -> list[list[str]]:
-    """The baseline's accuracy and differences from it; of many classes, those that differ."""
-    found, rows = f.by_class, []
-    for i, (name, baseline) in enumerate(zip(found.classes, found.baseline, strict=True)):
-        comparisons = [of_model[i] for of_model in found.against_baseline.values()]
-        differ = [c.verdict != "not distinguishable" for c in comparisons]
-        if len(found.classes) <= 40 or any(differ):
-            marks = ["**" * bold for bold in differ]
-            cells = [f"{m}{c.difference:+.2f}{m}" for m, c in zip(marks, comparisons, strict=True)]
-            rows.append([text(name), f"{baseline:.2f}", *cells])
-    return [
-        ["class", "baseline %", *(text(model) + quick for model in found.against_baseline)],
-        *rows,
-    ]
-
-
-def mode_table(rows: list[dict]) -> list[list[str]]:
+def mode_table(rows: list[dict]) -> str:
     """Inference time of every model in every mode that was measured."""
     models = in_table_order({row["model"] for row in rows})
     variants = {}  # (width, batch size, precision, mode) -> model -> row
@@ -196,20 +157,20 @@ def mode_table(rows: list[dict]) -> list[list[str]]:
         if row is None:
             return "-"
         if row["batch_size"] == 1:
-            return " / ".join(
-                number("#.3g")(row.get(f"ms_per_image{p}")) for p in ("", "_p90", "_p99")
-            )
+            times = (row.get(f"ms_per_image{p}") for p in ("", "_p90", "_p99"))
+            return " / ".join(fmt(time, "#.3g") for time in times)
         ratio = f" ({row['ms_per_image'] / base['ms_per_image']:.2f}x)" if base else ""
         return f"{row['ms_per_image']:#.3g}" + ("" if row is base else ratio)
 
-    found = [["width", "batch", "precision", "mode", *map(text, models), "baseline's TFLOP/s"]]
+    found = []
     for variant, by_model in variants.items():
         base = by_model.get("baseline")
         share = "-"
         if base and base.get("tflops") and base.get("share_of_ceiling"):
             share = f"{base['tflops']:#.3g} ({100 * base['share_of_ceiling']:.0f}%)"
         found.append([*map(str, variant), *(cell(by_model.get(m), base) for m in models), share])
-    return found
+    columns = ["width", "batch", "precision", "mode", *map(text, models), "baseline's TFLOP/s"]
+    return table(columns, found)
 
 
 def short_table(f: Findings) -> str:
@@ -217,7 +178,7 @@ def short_table(f: Findings) -> str:
     rows = [["model", "seeds", "test accuracy %", "verdict", "ms/image"]]
     for model, summary in f.models.items():
         verdict = f.against[model].verdict if model in f.against else "-"
-        ms = number("#.3g")(f.costs.get(model, {}).get("ms_per_image"))
+        ms = fmt(f.costs.get(model, {}).get("ms_per_image"), "#.3g")
         rows.append([model, str(summary["n"]), mean_and_sd(summary), verdict, ms])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
@@ -233,21 +194,15 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.filters |= {
-    "text": text, "one_line": one_line, "interval": interval, "mean_and_sd": mean_and_sd,
-    "how": how, "price": price, "training_ratio": training_ratio, "flops_and_time": flops_and_time,
-    "ablation": ablation, "mark": mark, "environments": environments, "devices": devices,
-    "cost_table": cost_table, "class_table": class_table, "mode_table": mode_table, "table": table,
-    "published_rows": published_rows,
+FILTERS = (
+    text, one_line, fmt, change, interval, mean_and_sd, how, training_ratio, ablation, mark,
+    environments, devices, header, cost_table, mode_table,
+)  # fmt: skip
+TEMPLATES.filters |= {function.__name__: function for function in FILTERS} | {
     "names": lambda models: ", ".join(f"`{model}`" for model in models),
     "caption": lambda figure: figure[:-4].replace("_", " ").replace(" vs ", " against "),
-    "n0": number(".0f"), "n1": number(".1f"), "n2": number(".2f"), "n3": number(".3f"),
-    "g3": number("#.3g"), "plus": number("+.2f"), "percent": number(".0%"),
-    "times": number(".2f", "x"), "thousands": number(",.0f"),
-    "millions": lambda n: number(".2f")(n and n / 1e6),
-    "billions": lambda n: number(".2f")(n and n / 1e9),
-    "p": lambda p: "< 0.001" if p is not None and p < 0.001 else number(".3f")(p),
-}  # fmt: skip
+    "p": lambda p: "< 0.001" if p is not None and p < 0.001 else fmt(p, ".3f"),
+}
 
 
 def fill(template: str, **values) -> str:
