@@ -19,10 +19,10 @@ WIDTH, LABEL, LINE, GAP = 7.2, 0.9, 0.12, 0.04  # inches: page, names at its lef
 COLUMNS = 10  # images side by side
 COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="lightgrey")
 LEGEND = textwrap.fill(
-    "Images, unless chosen by hand: for each class the first that the model gets right, then "
-    "the first that it gets wrong. Above an image its class; below, the predicted class and its "
-    "probability, bold red if wrong. Dark blue: low, yellow: high; each Grad-CAM map has its own "
-    "scale. Grey: no evidence for the predicted class, or no input (the gate is inactive).",
+    "Images, unless chosen by hand: for each class the first that the (first) model gets right, "
+    "then the first that it gets wrong. Above an image its class; below, the predicted class and "
+    "its probability, bold red if wrong. Dark blue: low, yellow: high; each Grad-CAM map has its "
+    "own scale. Grey: no evidence for the predicted class, or no input (the gate is inactive).",
     width=140,
 )
 
