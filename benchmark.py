@@ -5,9 +5,8 @@
     python benchmark.py --batch-sizes 1 64 1024 --out /tmp/sweep
     python benchmark.py --image 3x32x32 --classes 100       # as for CIFAR-100
 
-Writes OUT/benchmark.json, and its gist as OUT/benchmark.md, which is printed too: after each batch
-size and precision, so that --keep resumes after a stop. Batches of 64 of all models take four
-minutes on two CPU cores.
+Writes OUT/benchmark.json, and its gist as OUT/benchmark.md, after each batch size and precision:
+--keep resumes after a stop. Batches of 64 of all models take four minutes on two CPU cores.
 
 Measured is inference on float32 images that are already on the device, in evaluation mode, with
 random weights: no data loading, no pre-processing. The modes are those of kit/fast.py: `eager` in
@@ -27,6 +26,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +48,6 @@ TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}  # of logits, relative to
 REPEATS = {"cuda": (1000, 200), "cpu": (200, 10)}  # of one image (enough for a p99), of more
 SOURCES = ("models.py", "kit/attention.py", "kit/fast.py")  # an edit makes another model or mode
 PERCENTILES = {"_p10": 10, "": 50, "_p90": 90, "_p99": 99}
-BAR = "{desc} {percentage:3.0f}%|{bar}| {elapsed}<{remaining}"
 
 
 def shape_of(image: str) -> tuple[int, int, int]:
@@ -106,16 +105,16 @@ def make_forward(model: nn.Module, mode: str, precision: str, images: torch.Tens
     return fast.Graphed(forward, images) if "graph" in mode else forward
 
 
-def prepare(name: str, mode: str, settings: dict, images: torch.Tensor) -> dict:
-    """A row of benchmark.json without its times, and the forward pass, compiled, captured and warm.
+def prepare(case: dict, images: torch.Tensor) -> tuple[dict, Callable]:
+    """(a row of benchmark.json without its times, the forward pass: compiled, captured and warm).
 
     Raises UserError if the logits are wrong, and whatever compilers and drivers raise.
     Peak memory: weights, activations and workspace of one batch, as counted by PyTorch's allocator;
     of eager mode alone, for compiling and capturing need memory of their own.
     """
-    device, precision, eager = images.device, settings["precision"], mode == "eager"
-    shape = settings["width"], settings["image"], settings["classes"]
-    model = build(name, *shape)
+    device, precision, eager = images.device, case["precision"], case["mode"] == "eager"
+    shape = case["model"], case["width"], case["image"], case["classes"]
+    model = build(*shape)
     fast.set_up_torch("fp32")
     expected = copy.deepcopy(model).to(device)(images)
     fast.set_up_torch(precision)
@@ -123,7 +122,7 @@ def prepare(name: str, mode: str, settings: dict, images: torch.Tensor) -> dict:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
-    forward = make_forward(model.to(device), mode, precision, images)
+    forward = make_forward(model.to(device), case["mode"], precision, images)
     error = (forward(images) - expected).abs().max() / expected.abs().max()
     error = error.item()  # waits for the device
     set_up_seconds = None if eager else time.perf_counter() - start
@@ -132,9 +131,8 @@ def prepare(name: str, mode: str, settings: dict, images: torch.Tensor) -> dict:
     for _ in range(10 if cuda else 2):
         forward(images)
     peak = (torch.cuda.max_memory_allocated(device) - before) / 1e6 if cuda and eager else None
-    row = {"model": name, "mode": mode} | count(name, *shape) | settings
-    row |= {"logit_error": error, "set_up_seconds": set_up_seconds, "peak_memory_mb": peak}
-    return row | {"forward": forward}
+    measured = {"logit_error": error, "set_up_seconds": set_up_seconds, "peak_memory_mb": peak}
+    return case | count(*shape) | measured, forward
 
 
 def seconds_per_call(function: Callable, argument: torch.Tensor) -> float:
@@ -155,12 +153,11 @@ def ceiling_tflops(precision: str, device: torch.device) -> float:
     (Both, because PyTorch's matrix product is slow on some CPUs.)
     """
     fast.set_up_torch(precision)
-    n, images, channels, size = (8192 if device.type == "cuda" else 2048), 16, 256, 14
-    images *= 64 if device.type == "cuda" else 1
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    matrix = torch.randn(n, n, dtype=dtype, device=device)
-    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, dtype=dtype, device=device)
-    maps = torch.randn(images, channels, size, size, dtype=dtype, device=device)
+    n, images = (8192, 1024) if device.type == "cuda" else (2048, 16)
+    channels, size = 256, 14
+    kind = {"dtype": torch.bfloat16 if precision == "bf16" else torch.float32, "device": device}
+    matrix, maps = torch.randn(n, n, **kind), torch.randn(images, channels, size, size, **kind)
+    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **kind)
     layer, maps = (x.to(memory_format=torch.channels_last) for x in (layer, maps))
     product = min(seconds_per_call(lambda m: m @ m, matrix) for _ in range(13))
     convolution = min(seconds_per_call(layer, maps) for _ in range(13))
@@ -169,92 +166,51 @@ def ceiling_tflops(precision: str, device: torch.device) -> float:
 
 
 @torch.no_grad()
-def measure(variants: list[tuple[str, str]], settings: dict, repeats: int, device, bar):
-    """(rows, whether any logits were wrong) of all (model, mode) in `variants`, at one batch size.
+def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bool]:
+    """(rows, whether anything failed) of cases of one batch size and precision.
 
-    A mode that does not run here, or gives wrong logits, is left out and named on stderr.
+    What does not run here, has no memory or gives wrong logits is left out and named on stderr.
     """
-    size, precision = settings["batch_size"], settings["precision"]
-    images = torch.rand(size, *shape_of(settings["image"]), device=device)
-    rows, failed = [], False
-    for name, mode in variants:
-        bar.set_description(f"batch {size}, {precision}: {name}, {mode}")
-        bar.update()
+    size, precision, failed = cases[0]["batch_size"], cases[0]["precision"], False
+    about, bar = f"{precision}, batch {size}", functools.partial(tqdm, disable=None, leave=False)
+    ceiling = ceiling_tflops(precision, args.device)  # now, before compilers are at work
+    images = torch.rand(size, *shape_of(args.image), device=args.device)
+    repeats = args.repeats or REPEATS[args.device.type][size > 1]
+    ready = []
+    for case in bar(cases, f"{about}: setting up"):
         try:
-            rows.append(prepare(name, mode, settings, images))
-        except UserError as error:
-            complain(f"error: {name}, mode {mode}, {precision}, batch {size} left out: {error}")
-            failed = True
+            ready.append((*prepare(case, images), []))
         except Exception as error:  # compilers and drivers raise what they like
-            if mode == "eager" or (isinstance(error, RuntimeError) and is_out_of_memory(error)):
+            wrong = isinstance(error, UserError) or is_out_of_memory(error)
+            if case["mode"] == "eager" and not wrong:
                 raise  # eager mode has neither: it would be a bug
-            complain(f"note: {name}, mode {mode} left out: {fast.first_line(error)}")
-    bar.set_description(f"batch {size}, {precision}: timing")
-    seconds = [[] for _ in rows]
-    for _ in range(repeats):
-        for row, of_row in zip(rows, seconds, strict=True):
-            of_row.append(seconds_per_call(row["forward"], images))
-        bar.update(len(variants) / repeats)
-    for row, of_row in zip(rows, seconds, strict=True):
-        del row["forward"]
-        ms = 1e3 / size * np.array(of_row)
+            line = f"{case['model']}, mode {case['mode']}, {about} left out: "
+            line = ("error: " if wrong else "note: ") + line + fast.first_line(error)
+            tqdm.write(line, file=sys.stderr)  # above the progress bar
+            failed |= wrong
+    for _ in bar(range(repeats), f"{about}: timing"):
+        for _, forward, seconds in ready:
+            seconds.append(seconds_per_call(forward, images))
+    for row, _, seconds in ready:
+        ms = 1e3 / size * np.array(seconds)
         row |= {f"ms_per_image{p}": float(np.percentile(ms, q)) for p, q in PERCENTILES.items()}
         row["images_per_second"] = 1e3 / row["ms_per_image"]
         row["tflops"] = row["flops_aten"] * row["images_per_second"] / 1e12
-        row["share_of_ceiling"] = row["tflops"] / ceiling_tflops(precision, device)
-        row["repeats"] = repeats
-    return rows, failed
+        row |= {"share_of_ceiling": row["tflops"] / ceiling, "repeats": repeats}
+    return [row for row, *_ in ready], failed
 
 
-def measure_all(args: argparse.Namespace, common: dict, rows: dict[tuple, dict]) -> bool:
-    """Measures what `rows` lacks and adds it; whether anything failed.
-
-    Writes benchmark.json after each precision and batch size. Raises OSError.
-    """
-    variants, device = list(itertools.product(args.models, args.modes)), args.device
-    missing = [
-        (precision, size, lacking)
-        for precision, size in itertools.product(args.precisions, args.batch_sizes)
-        if (lacking := [v for v in variants if place(size, precision, *v) not in rows])
-    ]
-    for precision, *_ in missing:
-        ceiling_tflops(precision, device)  # now, before compilers are at work
-    steps = 2 * sum(len(lacking) for *_, lacking in missing)  # each is prepared, then timed
-    failed = False
-    with tqdm(total=steps, disable=None, leave=False, bar_format=BAR) as bar:
-        for precision, size, lacking in missing:
-            settings = common | {"batch_size": size, "precision": precision}
-            repeats = args.repeats or REPEATS[device.type][size > 1]
-            try:
-                found, wrong = measure(lacking, settings, repeats, device, bar)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                what = f"--batch-sizes {size} and --width {args.width}, {precision}"
-                complain(f"error: out of memory with {what}: try a smaller one")
-                failed = True
-                continue
-            rows |= {place(size, precision, row["model"], row["mode"]): row for row in found}
-            failed |= wrong
-            write(args.out, rows)
-    return failed
-
-
-def complain(line: str) -> None:
-    tqdm.write(line, file=sys.stderr)  # above the progress bar
-
-
-def place(batch_size: int, precision: str, model: str, mode: str) -> tuple[int, int, int, int]:
-    """Which row it is, and where it stands in the file. Raises ValueError."""
-    numbers = fast.PRECISIONS.index(precision), list(MODELS).index(model), fast.MODES.index(mode)
-    return batch_size, *numbers
+def place(row: dict) -> tuple[int, ...]:
+    """Which row it is, and where it stands in the file. Raises ValueError, LookupError."""
+    orders = {"precision": fast.PRECISIONS, "model": list(MODELS), "mode": fast.MODES}
+    return row["batch_size"], *(order.index(row[key]) for key, order in orders.items())
 
 
 def read_rows(path: Path, common: dict) -> dict[tuple, dict]:
     """{place: row} of the rows in `path` that were measured with these settings and sources."""
     try:
-        rows = [row for row in json.loads(path.read_text()) if common.items() <= row.items()]
-        return {place(r["batch_size"], r["precision"], r["model"], r["mode"]): r for r in rows}
+        rows = json.loads(path.read_text())
+        return {place(row): row for row in rows if common.items() <= row.items()}
     except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return {}  # nothing there that could be kept: everything is measured
 
@@ -269,29 +225,25 @@ def write(out: Path, rows: dict[tuple, dict]) -> str:
 
 def markdown(rows: list[dict]) -> str:
     """benchmark.md: for each batch size and precision a table with a line for each model."""
-    lines = [
-        f"{rows[0]['device']}, torch {rows[0]['torch']}, width {rows[0]['width']}, images "
-        f"{rows[0]['image']}, {rows[0]['classes']} classes."
-    ]
-    for key in dict.fromkeys((row["batch_size"], row["precision"]) for row in rows):
-        table = {}  # model -> mode -> row
-        for row in rows:
-            if (row["batch_size"], row["precision"]) == key:
-                table.setdefault(row["model"], {})[row["mode"]] = row
-        base = table.get("baseline", {})
+    about = "{device}, torch {torch}, width {width}, images {image}, {classes} classes."
+    lines = [about.format(**row) for row in rows[:1]]
+    costs = itemgetter("model", "params", "flops_aten", "flops")
+    for key, group in itertools.groupby(rows, itemgetter("batch_size", "precision")):
+        table = {}  # what a mode does not change -> mode -> milliseconds
+        for row in group:
+            table.setdefault(costs(row), {})[row["mode"]] = row["ms_per_image"]
+        base = next((times for (name, *_), times in table.items() if name == "baseline"), {})
         modes = [mode for mode in fast.MODES if any(mode in times for times in table.values())]
         header = ["model", "parameters", "MFLOPs", "GFLOPs as published"]
         header += [f"{mode}, ms/image" for mode in modes]
         lines += ["", f"Batches of {key[0]}, {key[1]}; in brackets relative to the baseline:", ""]
         lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        for model, times in table.items():
-            row = next(iter(times.values()))
-            line = f"| `{model}` | {row['params']:,} | {row['flops_aten'] / 1e6:,.1f} "
-            line += f"| {row['flops'] / 1e9:.2f} |"
+        for (name, params, exact, published), times in table.items():
+            line = f"| `{name}` | {params:,} | {exact / 1e6:,.1f} | {published / 1e9:.2f} |"
             for mode in modes:
-                ms, baseline_ms = (row.get(mode, {}).get("ms_per_image") for row in (times, base))
-                ratio = f" ({ms / baseline_ms:.2f})" if ms and baseline_ms else ""
-                line += f" {ms:#.3g}{ratio} |" if ms else " - |"
+                ms, ratio = times.get(mode), times.get(mode, 0) / base.get(mode, float("inf"))
+                line += f" {ms:#.3g}" if ms else " -"
+                line += f" ({ratio:.2f}) |" if ratio else " |"
             lines.append(line)
     return "\n".join(lines) + "\n"
 
@@ -306,15 +258,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help=f"of {', '.join(fast.MODES)}; default: all that the device can run")  # fmt: skip
     add("--precisions", nargs="+", choices=fast.PRECISIONS, metavar="PRECISION",
         help=f"of {', '.join(fast.PRECISIONS)}; default: fp32, and bf16 on a GPU")  # fmt: skip
-    add("--repeats", type=int, help="timed batches per row; default: 200, or 1000 of one "
-        "image, on a GPU; 10, or 200 of one image, on a CPU")  # fmt: skip
+    add(
+        "--repeats", type=int, help="timed batches; default: 10 (GPU: 200), of one image 200 (1000)"
+    )
     add("--width", type=int, default=64, help=f"channels of the first stage; {default}")
     add("--image", default=IMAGE, help=f"channels x height x width; {default}")
     add("--classes", type=int, default=CLASSES, help=default)
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help=f"folder; {default}")
-    add("--keep", action="store_true", help="keep the rows of benchmark.json with the same device, "
-        "torch, width, images and source files; measure the others")  # fmt: skip
+    add("--keep", action="store_true", help="keep rows with this device, torch, size and code")
     args = parser.parse_args(argv)
     try:
         args.device, _ = choose_device(args.device), shape_of(args.image)
@@ -324,8 +276,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     numbers += [] if args.repeats is None else [args.repeats]
     if not 1 <= min(numbers) <= max(numbers) <= 10**9:
         parser.error("--batch-sizes, --repeats, --width and --classes must be from 1 to 10^9")
-    runs_here = [mode for mode in fast.MODES if not fast.why_not(mode, "fp32", args.device)]
-    args.modes = args.modes or runs_here
+    args.modes = args.modes or [m for m in fast.MODES if not fast.why_not(m, "fp32", args.device)]
     args.precisions = args.precisions or ["fp32", "bf16"][: 1 + (args.device.type == "cuda")]
     for mode, precision in itertools.product(args.modes, args.precisions):
         if impossible := fast.why_not(mode, precision, args.device):
@@ -338,21 +289,23 @@ def main(argv: list[str] | None = None) -> int:
     """The script, with `argv` in place of the command line; the exit code."""
     args = parse(argv)
     check_writable(args.out)
-    common = {
-        "device": device_name(args.device),
-        "torch": torch.__version__,
-        "width": args.width,
-        "image": args.image,
-        "classes": args.classes,
-        "sha256": {name: source_hashes()[name] for name in SOURCES},
-    }
+    common = {"device": device_name(args.device), "torch": torch.__version__}
+    common |= {"width": args.width, "image": args.image, "classes": args.classes}
+    common["sha256"] = {name: source_hashes()[name] for name in SOURCES}
     rows = read_rows(args.out / "benchmark.json", common) if args.keep else {}
-    kept = len(rows)
-    failed = measure_all(args, common, rows)
-    if rows:
-        print(write(args.out, rows))
-        print("MFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs.")
-        print(f"Written to {args.out / 'benchmark.json'}, {kept} of {len(rows)} rows kept.")
+    keys = "precision", "batch_size", "model", "mode"
+    asked = itertools.product(args.precisions, args.batch_sizes, args.models, args.modes)
+    cases = [dict(zip(keys, values, strict=True)) | common for values in asked]
+    missing = [case for case in cases if place(case) not in rows]
+    kept, failed = len(rows), False
+    for _, group in itertools.groupby(missing, itemgetter(*keys[:2])):
+        found, wrong = measure(list(group), args)
+        failed |= wrong
+        rows |= {place(row): row for row in found}
+        write(args.out, rows)  # now already, for --keep after a stop
+    print(write(args.out, rows))
+    print("MFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs.")
+    print(f"Written to {args.out / 'benchmark.json'}, {kept} of {len(rows)} rows kept.")
     return 1 if failed or not rows else 0
 
 

@@ -4,23 +4,20 @@
     python explain.py --checkpoint PATH/best.pt --images 3 17 42 --out results
     python explain.py --compare RUN RUN RUN           # models side by side on the same images
 
-Writes OUT/explain_<model>_seed<k>.png for each run, OUT/explain_compare.png for several, and
-OUT/explain.json, which becomes a section of the report. Half a minute for a model of full width on
-two CPU cores.
+Writes OUT/explain.json, which becomes a section of the report, and pictures: Grad-CAM of the
+predicted class, gates that depend on the position, and each channel's mean gate by class. They show
+--images, by default for each class the first that the (first) model gets right, and wrong. Half a
+minute for a model of full width on two CPU cores.
 
-Pictures, of test images that the (first) model gets right and wrong, by default the first of each
-class: Grad-CAM of the predicted class, gates that depend on the position, and each channel's mean
-gate by class. Numbers, over --limit-test images: mean, spread and saturation of the gates, and the
-accuracy with every gate replaced by its mean over the images (gate ablation); over --limit-cam:
-deletion and insertion scores of Grad-CAM compared with random maps of the same resolution, and how
-similar the maps are when the weights are random.
+Numbers, over --limit-test images: mean, spread and saturation of the gates, and the accuracy with
+every gate replaced by its mean over the images (gate ablation); over --limit-cam: deletion and
+insertion scores of Grad-CAM compared with random maps of the same resolution, and how similar the
+maps are when the weights are random.
 """
 
 import argparse
-import dataclasses
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -40,20 +37,17 @@ from models import build_model
 LIMIT_TEST = 2000
 CLASSES_SHOWN = 10
 OTHER_SEED = 10**6  # of the random weights
-STEPS = 4  # of the progress bar, for each run
-# What is used of a config.json.
+# What is used of a config.json, and what older ones lack.
 KINDS = {"model": str, "dataset": str, "data_dir": str, "width": int, "seed": int}
 KINDS |= {"base_model": str, "limit_test": int | None}
-
-
-# --- Runs -----------------------------------------------------------------------------------------
+DEFAULTS = {"limit_test": None, "recipe": None, "overrides": {}, "quick": False}
 
 
 def read_config(path: Path) -> dict:
     """The settings of the run that the checkpoint `path` belongs to. Raises UserError."""
     try:
         config = json.loads((path.parent / "config.json").read_text())
-        config = {"base_model": config["model"], "limit_test": None} | config
+        config = DEFAULTS | {"base_model": config["model"]} | config
         for key, kind in KINDS.items():
             if not isinstance(config[key], kind):
                 raise TypeError(f"{key} is {config[key]}")
@@ -77,32 +71,25 @@ def load_dataset(configs: list[dict], args) -> data.ImageData:
     n = min(args.limit_test or min(LIMIT_TEST, *limits), len(dataset.test_images))
     if args.images and not 0 <= min(args.images) <= max(args.images) < n:
         raise UserError(f"--images must be from 0 to {n - 1}, or --limit-test higher")
-    images, labels = dataset.test_images[:n], dataset.test_labels[:n]
-    return dataclasses.replace(dataset, test_images=images, test_labels=labels)
+    dataset.test_images, dataset.test_labels = dataset.test_images[:n], dataset.test_labels[:n]
+    return dataset
 
 
 def names_of(configs: list[dict]) -> list[str]:
     """For each run "se_seed0", say, with more where two would have the same name."""
     names = [f"{config['model']}_seed{config['seed']}" for config in configs]
-    for more in (lambda i: configs[i].get("recipe"), lambda i: i + 1):
-        names = [
-            f"{name}_{more(i)}" if names.count(name) > 1 else name for i, name in enumerate(names)
-        ]
+    for more in ([config.get("recipe") for config in configs], range(1, len(configs) + 1)):
+        pairs = zip(names, more, strict=True)
+        names = [f"{name}_{m}" if names.count(name) > 1 else name for name, m in pairs]
     return names
 
 
 def load_model(path: Path, config: dict, dataset: data.ImageData, seed=None) -> nn.Module:
     """The model with the weights in `path`, or with random ones of a seed. Raises UserError."""
     try:
-        model = build_model(
-            config["base_model"],
-            num_classes=len(dataset.classes),
-            in_channels=dataset.test_images.shape[1],
-            width=config["width"],
-            seed=seed,
-            position=config.get("position") or config.get("place"),  # as older runs call it
-            reduction=config.get("reduction"),
-        )
+        position = config.get("position") or config.get("place")  # as older runs call it
+        shape = len(dataset.classes), dataset.test_images.shape[1], config["width"]
+        model = build_model(config["base_model"], *shape, seed, position, config.get("reduction"))
         if seed is None:
             model.load_state_dict(load_weights(path))
     except Exception as error:  # damaged files raise what they like
@@ -113,89 +100,72 @@ def load_model(path: Path, config: dict, dataset: data.ImageData, seed=None) -> 
     return model.to(memory_format=torch.channels_last).eval()
 
 
-# --- Explanations ---------------------------------------------------------------------------------
-
-
-def explain(
-    name: str, path: Path, dataset: data.ImageData, config: dict, args, step: Callable = str
-) -> tuple[dict, Explained]:
+def explain(name: str, path: Path, config: dict, dataset: data.ImageData, args):
     """(an entry of explain.json, what is drawn). Fills in args.images where it is None.
 
-    step(words) is called before each part of the work. Raises UserError.
+    Raises UserError.
     """
-    device = args.device
-    model = load_model(path, config, dataset).to(device)
-    labels = dataset.test_labels.to(device)
-    mean_and_std = dataset.mean_and_std(config.get("normalize"), device)
-    images = data.normalize(dataset.test_images.to(device), *mean_and_std)
+    model, random_model = (
+        load_model(path, config, dataset, seed).to(args.device) for seed in (None, OTHER_SEED)
+    )
+    labels = dataset.test_labels.to(args.device)
+    mean_and_std = dataset.mean_and_std(config.get("normalize"), args.device)
+    images = data.normalize(dataset.test_images.to(args.device), *mean_and_std)
     images = images.contiguous(memory_format=torch.channels_last)
-    step("gates")
     probabilities, gates, means = attribution.gates_of(model, images)
     if not probabilities.isfinite().all():
         raise UserError(f"{path}: its outputs are not all finite, there is nothing to explain")
     predictions = probabilities.argmax(1)
-    if args.images is None:
-        args.images = chosen(labels, predictions)  # other models are then shown the same
-        args.choice = (
-            f"Images: for each class the first that {config['model']} gets right, then the first "
-            "that it gets wrong."
-        )
-    step("gates replaced by their mean")
+    args.images = args.images or chosen(labels, predictions)  # other models are shown the same
+    few = images[: args.limit_cam], predictions[: args.limit_cam]
     numbers = {
         "model": config["model"],
         "dataset": data.resolve(config["dataset"], config.get("image_size"))[1],
-        "recipe": config.get("recipe"),
-        "overrides": config.get("overrides", {}),
-        "quick": config.get("quick", False),
-        "seed": config["seed"],
+        **{key: config[key] for key in ("recipe", "overrides", "quick", "seed")},
         "test_images": len(labels),
         **ablation(model, images, labels, predictions, means),
         "gates": attribution.gate_numbers(gates),
+        **attribution.faithfulness(model, random_model, *few),
+        "images": args.images,
+        "picture": f"explain_{name}.png",
+        "asked": asked(config, args),
     }
-    step("Grad-CAM")
-    random_model = load_model(path, config, dataset, seed=OTHER_SEED).to(device)
-    few = images[: args.limit_cam], predictions[: args.limit_cam]
-    numbers |= attribution.faithfulness(model, random_model, *few)
-    numbers |= {"images": args.images, "picture": f"explain_{name}.png"}
-    numbers |= {"asked": asked(config, args)}
-    step("picture")
-    at = torch.tensor(args.images, device=device)
-    size, cams = tuple(images.shape[2:]), attribution.grad_cam(model, images[at], predictions[at])
-    gate_maps = attribution.gate_maps_of(model, images[at])
+    at, size = torch.tensor(args.images, device=args.device), images.shape[2:]
+    cams = attribution.grad_cam(model, images[at], predictions[at])
+    words = f"{config['model']}, {name.removeprefix(config['model'] + '_').replace('_', ', ')}"
     return numbers, Explained(
-        name=f"{config['model']}, {name.removeprefix(config['model'] + '_').replace('_', ', ')}",
-        choice=args.choice,
-        quick=bool(numbers["quick"]),
+        name=words + ", smoke test" * bool(numbers["quick"]),
         classes=dataset.classes,
         pixels=dataset.test_images[args.images],
         labels=labels[at].tolist(),
         predictions=predictions[at].tolist(),
         probabilities=probabilities[at].amax(1).tolist(),
         cams={k: attribution.enlarged(attribution.scaled(m), size).cpu() for k, m in cams.items()},
-        gate_maps={stage: maps.cpu() for stage, maps in gate_maps.items()},
+        gate_maps=attribution.gate_maps_of(model, images[at]),
         gates_by_class=attribution.gates_by_class(gates, dataset.test_labels, len(dataset.classes)),
     )
 
 
 def chosen(labels: torch.Tensor, predictions: torch.Tensor) -> list[int]:
     """For each of the first classes the first image that is right, then the first that is wrong."""
-    picked = []
-    for right in (True, False):
-        for label in labels.unique().tolist()[:CLASSES_SHOWN]:
-            found = ((labels == label) & ((predictions == labels) == right)).nonzero().flatten()
-            picked += found[:1].tolist()
-    return picked
+    right = predictions == labels
+    found = [
+        (labels == label) & (right == wanted)
+        for wanted in (True, False)
+        for label in labels.unique()[:CLASSES_SHOWN]
+    ]
+    return [i for images in found for i in images.nonzero().flatten()[:1].tolist()]
 
 
 def ablation(model, images, labels, predictions, means: dict[str, nn.Module]) -> dict:
     """Do the gates carry accuracy? Each is replaced by its mean; `lost` and `won` count images."""
-    with attribution.replaced(model, means):
-        replaced = attribution.predict(model, images).argmax(1) if means else predictions
-    right, still_right = predictions == labels, replaced == labels
-    accuracy, accuracy_replaced = (100 * r.double().mean().item() for r in (right, still_right))
+    right = still_right = predictions == labels
+    if means:
+        replaced = attribution.replaced(model, means)
+        still_right = attribution.predict(replaced, images).argmax(1) == labels
     return {
-        "test_acc": accuracy,
-        "test_acc_gates_fixed": accuracy_replaced if means else None,
+        "test_acc": 100 * right.double().mean().item(),
+        "test_acc_gates_fixed": 100 * still_right.double().mean().item() if means else None,
         "lost": (right & ~still_right).sum().item(),
         "won": (~right & still_right).sum().item(),
     }
@@ -209,13 +179,13 @@ def asked(config: dict, args) -> dict:
 
 
 def is_kept(paths: list[Path], configs: list[dict], args) -> bool:
-    """Whether explain.json has these runs, in this order, and is newer than their weights.
+    """Whether explain.json has these runs in this order and is newer than their weights, if any.
 
-    Weights may be gone: results that were committed and cloned have none.
+    (Results that were committed and cloned have none.)
     """
+    path = args.out / "explain.json"
     try:
-        written = (args.out / "explain.json").stat().st_mtime
-        rows = json.loads((args.out / "explain.json").read_text())
+        rows, written = json.loads(path.read_text()), path.stat().st_mtime
         return (
             [row["asked"] for row in rows] == [asked(config, args) for config in configs]
             and args.images in (None, rows[0]["images"])
@@ -226,17 +196,15 @@ def is_kept(paths: list[Path], configs: list[dict], args) -> bool:
         return False
 
 
-# --- Command line ---------------------------------------------------------------------------------
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The settings, the device resolved. Exits with 2 on wrong usage."""
     parser = make_parser(__doc__)
     add, default = parser.add_argument, "default: %(default)s"
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", type=Path, help="a run's folder")
+    which.add_argument("--run", type=Path, nargs=1, dest="runs", help="a run's folder")
     which.add_argument("--checkpoint", type=Path, help="a best.pt, in its run's folder")
-    which.add_argument("--compare", type=Path, nargs="+", metavar="RUN", help="runs' folders")
+    which.add_argument("--compare", type=Path, nargs="+", dest="runs", metavar="RUN",
+        help="runs' folders")  # fmt: skip
     add("--images", type=int, nargs="+", metavar="I", help="to show: of the test set, from 0")
     add("--limit-test", type=int, help=f"test images; default: the run's, up to {LIMIT_TEST:,}")
     add("--limit-cam", type=int, default=100, help=f"of these, images for Grad-CAM; {default}")
@@ -244,7 +212,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help=f"folder; {default}")
     add("--keep", action="store_true", help="do nothing if OUT/explain.json has these runs")
-    parser.set_defaults(choice="")  # how --images were chosen, unless by the user
     args = parser.parse_args(argv)
     if min(args.limit_cam, 1 if args.limit_test is None else args.limit_test) < 1:
         parser.error("--limit-test and --limit-cam must be at least 1")
@@ -260,50 +227,26 @@ def main(argv: list[str] | None = None) -> None:
     """The script, with `argv` in place of the command line."""
     args = parse(argv)
     set_up_torch("fp32")
-    folders = args.compare or ([args.run] if args.run else [])
-    paths = [folder / "best.pt" for folder in folders] or [args.checkpoint]
+    paths = [folder / "best.pt" for folder in args.runs or []] or [args.checkpoint]
     configs = [read_config(path) for path in paths]
     if args.keep and is_kept(paths, configs, args):
         print(f"kept: {args.out / 'explain.json'}")
         return
     dataset = load_dataset(configs, args)
     check_writable(args.out)
-    rows, drawn = [], []
-    with tqdm(total=STEPS * len(paths), disable=None, leave=False) as bar:
-        for name, path, config in zip(names_of(configs), paths, configs, strict=True):
-
-            def step(words, name=name):
-                bar.set_description(f"{name}: {words}")
-                bar.update()
-
-            numbers, explained = explain(name, path, dataset, config, args, step)
-            draw_model(explained, args.out / numbers["picture"])
-            rows.append(numbers)
-            drawn.append(explained)
-            tqdm.write(in_words(numbers) + f"\nwritten: {args.out / numbers['picture']}")
-    if len(drawn) > 1:
+    runs = list(zip(names_of(configs), paths, configs, strict=True))
+    found = [explain(*run, dataset, args) for run in tqdm(runs, disable=None, leave=False)]
+    rows, drawn = zip(*found, strict=True)
+    for row, explained in found:
+        draw_model(explained, args.out / row["picture"])
+        print(
+            f"{explained.name}: {row['test_acc']:.2f}% of {row['test_images']:,} images; "
+            f"gates replaced by their mean: {row['lost']} lost, {row['won']} won"
+        )
+    if len(runs) > 1:
         draw_comparison(drawn, args.out / "explain_compare.png")
-        print(f"written: {args.out / 'explain_compare.png'}")
-    body = json.dumps(rows, indent=2, allow_nan=False)
-    write_atomically(args.out / "explain.json", body + "\n")
-    print(f"written: {args.out / 'explain.json'}")
-
-
-def in_words(row: dict) -> str:
-    """The gist of one entry of explain.json."""
-    text = f"{row['model']}, seed {row['seed']}: {row['test_acc']:.2f}% of {row['test_images']:,}"
-    if row["test_acc_gates_fixed"] is not None:
-        text += f"; with gates replaced by their mean: {row['test_acc_gates_fixed']:.2f}%"
-    for stage, gates in row["gates"].items():
-        numbers = ("mean", "spread_over_channels", "spread_over_images")
-        mean, channels, images = (f"{gates[key]:.3f}" for key in numbers)
-        text += f"\n  gates, {stage}: mean {mean}, spread over channels {channels}, images {images}"
-    deletion, deletion_random = row["deletion"], row["deletion_random"]
-    insertion, insertion_random = row["insertion"], row["insertion_random"]
-    return (
-        f"{text}\n  Grad-CAM (random maps): deletion {deletion:.3f} ({deletion_random:.3f}), "
-        f"insertion {insertion:.3f} ({insertion_random:.3f})"
-    )
+    write_atomically(args.out / "explain.json", json.dumps(rows, indent=2, allow_nan=False) + "\n")
+    print(f"written: {args.out / 'explain.json'} and its pictures")
 
 
 if __name__ == "__main__":

@@ -10,66 +10,59 @@ something and has no gate; `sk` and `bot` replace a convolution and have none.
 """
 
 import contextlib
+import copy
+import re
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-STAGES = ("layer1", "layer2", "layer3", "layer4", "classifier")
 LAYERS = ("layer3", "layer4")
 BATCH = 250
 STEPS = 7  # of deletion and insertion
 
 
 @contextlib.contextmanager
-def captured(modules: dict[str, nn.Module]):
-    """Within the block every forward pass leaves (input, output) of each module in a dict."""
-    seen = {}
-    with contextlib.ExitStack() as hooks:
+def captured(model: nn.Module, modules: dict[str, nn.Module]):
+    """Within the block `model` is in evaluation mode; afterwards in the mode it was in.
+
+    Every forward pass leaves (input, output) of each of the modules in the dict that is yielded.
+    """
+    seen, was_training = {}, model.training
+    with contextlib.ExitStack() as stack:
         for name, module in modules.items():
             hook = module.register_forward_hook(
                 lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
             )
-            hooks.callback(hook.remove)
+            stack.callback(hook.remove)
+        stack.callback(model.train, was_training)
+        model.eval()
         yield seen
-
-
-@contextlib.contextmanager
-def evaluation(model: nn.Module):
-    """Within the block the model is in evaluation mode; afterwards in the mode it was in."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Probabilities (N, num_classes) of normalised images."""
-    with evaluation(model):
+    with captured(model, {}):
         return torch.cat([model(batch).softmax(1) for batch in images.split(BATCH)])
 
 
-def grad_cam(
-    model: nn.Module, images: torch.Tensor, classes: torch.Tensor, layers: tuple[str, ...] = LAYERS
-) -> dict[str, torch.Tensor]:
+def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> dict:
     """{layer: maps (N, h, w)} of the evidence for `classes` (N,) in normalised images (N, C, H, W).
 
     relu(sum_k a_k A_k), a_k the mean of d score / d A_k over positions, the score a logit (eq. 1
     and 2). A map of zeros is empty: no evidence for the class. The model keeps its mode, without
     hooks and gradients.
     """
-    maps = {layer: [] for layer in layers}
+    maps = {layer: [] for layer in LAYERS}
     for batch, of_batch in zip(images.split(BATCH), classes.split(BATCH), strict=True):
-        with evaluation(model), torch.enable_grad():
-            with captured({layer: getattr(model, layer) for layer in layers}) as seen:
-                # The weights may need no gradient: those of an EMA, for example.
-                score = model(batch.clone().requires_grad_()).gather(1, of_batch[:, None]).sum()
-            activations = [seen[layer][1] for layer in layers]
+        modules = {layer: getattr(model, layer) for layer in LAYERS}
+        with captured(model, modules) as seen, torch.enable_grad():
+            # The weights may need no gradient: those of an EMA, for example.
+            score = model(batch.clone().requires_grad_()).gather(1, of_batch[:, None]).sum()
+            activations = [seen[layer][1] for layer in LAYERS]
             gradients = torch.autograd.grad(score, activations)
-        for layer, activation, gradient in zip(layers, activations, gradients, strict=True):
+        for layer, activation, gradient in zip(LAYERS, activations, gradients, strict=True):
             weights = gradient.mean((2, 3), keepdim=True)
             maps[layer].append(F.relu((weights * activation).sum(1)).detach())
     return {layer: torch.cat(parts) for layer, parts in maps.items()}
@@ -86,9 +79,6 @@ def enlarged(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
-# --- Is Grad-CAM faithful? ------------------------------------------------------------------------
-
-
 def deletion_and_insertion(
     model: nn.Module, images: torch.Tensor, classes: torch.Tensor, maps: torch.Tensor
 ) -> tuple[float, float]:
@@ -101,15 +91,13 @@ def deletion_and_insertion(
     noise = torch.rand(maps.shape, generator=torch.Generator().manual_seed(1)).to(maps.device)
     most_important_first = (scaled(maps) + 1e-6 * noise).flatten(1).argsort(1, descending=True)
     rank = most_important_first.argsort(dim=1).view(n, 1, height, width)
-    scores = []
-    for keep_first in (False, True):
-        total = 0.0
-        for step in range(STEPS + 1):
-            first = rank < step * height * width / STEPS
-            shown = images * (first if keep_first else ~first)
-            total += predict(model, shown).gather(1, classes[:, None]).mean().item()
-        scores.append(total / (STEPS + 1))
-    return scores[0], scores[1]
+
+    def probability(kept):
+        return predict(model, images * kept).gather(1, classes[:, None]).mean().item()
+
+    first = [rank < step * height * width / STEPS for step in range(STEPS + 1)]
+    deletion, insertion = (map(probability, kept) for kept in ([~f for f in first], first))
+    return sum(deletion) / len(first), sum(insertion) / len(first)
 
 
 def correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:
@@ -123,32 +111,26 @@ def correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:
 def faithfulness(model, random_model, images: torch.Tensor, classes: torch.Tensor) -> dict:
     """Grad-CAM compared with random maps of its resolution, and with that of random weights."""
     maps, other_maps = (grad_cam(m, images, classes) for m in (model, random_model))
-    generator, size = torch.Generator().manual_seed(0), tuple(images.shape[2:])
-    random_maps = torch.rand(maps["layer4"].shape, generator=generator).to(images.device)
-    large, large_random = enlarged(maps["layer4"], size), enlarged(random_maps, size)
-    scores = deletion_and_insertion(model, images, classes, large)
-    random_scores = deletion_and_insertion(model, images, classes, large_random)
+    random_maps = torch.rand(maps["layer4"].shape, generator=torch.Generator().manual_seed(0))
+    scores = {}
+    for key, found in (("", maps["layer4"]), ("_random", random_maps.to(images.device))):
+        large = enlarged(found, images.shape[2:])
+        deletion, insertion = deletion_and_insertion(model, images, classes, large)
+        scores |= {f"deletion{key}": deletion, f"insertion{key}": insertion}
     return {
         "cam_images": len(images),
         "empty_maps": {k: (m.amax((1, 2)) <= 0).double().mean().item() for k, m in maps.items()},
-        "deletion": scores[0],
-        "insertion": scores[1],
-        "deletion_random": random_scores[0],
-        "insertion_random": random_scores[1],
+        **scores,
         "correlation_with_random_weights": {k: correlation(maps[k], other_maps[k]) for k in maps},
     }
 
 
-# --- Gates ----------------------------------------------------------------------------------------
-
-
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     """The modules that gate: {"layer1.0.attention": module, ...}, without nn.Identity."""
-    names = ("attention", "attention_before_bn2")
     return {
         name: module
         for name, module in model.named_modules()
-        if name.split(".")[-1] in names and not isinstance(module, nn.Identity)
+        if re.search(r"\battention(_before_bn2)?$", name) and not isinstance(module, nn.Identity)
     }
 
 
@@ -156,14 +138,11 @@ def stage_of(name: str) -> str:
     return name.split(".")[0] if name.startswith("layer") else "classifier"
 
 
-def ratio(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-    """output / input; NaN where the input is 0 or nearly so: the gate is inactive there."""
+def gate_of(module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor | None:
+    """output / input, NaN where the input is (nearly) 0: inactive. None if the module adds."""
+    if module.forward(torch.zeros_like(inputs[:1])).abs().max() > 1e-6:
+        return None
     return torch.where(inputs.abs() > 1e-6, outputs / inputs, torch.nan)
-
-
-def adds(module: nn.Module, inputs: torch.Tensor) -> bool:
-    """Whether the output is not 0 for an input of 0."""
-    return bool(module.forward(torch.zeros_like(inputs[:1])).abs().max() > 1e-6)
 
 
 class MeanGate(nn.Module):
@@ -184,39 +163,37 @@ def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict
     images: normalised (N, C, H, W). A gate is NaN where its channel has no input: it is inactive.
     Modules that add have no gates.
     """
-    modules = attention_modules(model)
-    probabilities, gates, sums, counts = [], {}, {}, {}
-    with evaluation(model), captured(modules) as seen:
+    modules, probabilities, gates, means = attention_modules(model), [], {}, {}
+    sums, counts = dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
+    with captured(model, modules) as seen:
         for batch in images.split(BATCH):
             probabilities.append(model(batch).softmax(1))
             for name, (inputs, outputs) in seen.items():
-                if adds(modules[name], inputs):
-                    of_batch = outputs - inputs
-                else:
-                    of_batch = ratio(inputs, outputs)
-                    gates.setdefault(name, []).append(of_batch.nanmean((2, 3)).cpu())
-                sums[name] = sums.get(name, 0) + of_batch.nansum(0)
-                counts[name] = counts.get(name, 0) + (~of_batch.isnan()).sum(0)
-    means = {}
-    for name in modules:
-        mean = sums[name] / counts[name].clamp(min=1)
-        gate = torch.where(counts[name] > 0, mean, 1.0)
-        means[name] = MeanGate(gate, 0.0) if name in gates else MeanGate(1.0, mean)
+                gate = gate_of(modules[name], inputs, outputs)
+                if gate is not None:
+                    gates.setdefault(name, []).append(gate.nanmean((2, 3)).cpu())
+                of_batch = outputs - inputs if gate is None else gate
+                sums[name] += of_batch.nansum(0)
+                counts[name] += (~of_batch.isnan()).sum(0)
+    for name, count in counts.items():
+        mean = sums[name] / count.clamp(min=1)
+        one_if_inactive = torch.where(count > 0, mean, 1.0)
+        means[name] = MeanGate(one_if_inactive, 0.0) if name in gates else MeanGate(1.0, mean)
     return torch.cat(probabilities), {name: torch.cat(g) for name, g in gates.items()}, means
 
 
 @torch.no_grad()
 def gate_maps_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{stage: maps (N, h, w)} of the last module of each stage, if it gates positions."""
+    """{stage: maps (N, h, w), on the CPU} of each stage's last module, if it gates positions."""
     modules = {stage_of(name): module for name, module in attention_modules(model).items()}
     maps = {}
-    with evaluation(model), captured(modules) as seen:
+    with captured(model, modules) as seen:
         model(images)
-        for stage, (inputs, outputs) in seen.items():
-            found = ratio(inputs, outputs).nanmean(1)
-            differs = (found - found.nanmean((1, 2), keepdim=True)).abs().nan_to_num().max() > 1e-3
-            if differs and not adds(modules[stage], inputs):
-                maps[stage] = found
+        for stage, of_stage in seen.items():
+            if (gate := gate_of(modules[stage], *of_stage)) is not None:
+                found = gate.nanmean(1)
+                spread = (found - found.nanmean((1, 2), keepdim=True)).abs().nan_to_num().max()
+                maps |= {stage: found.cpu()} if spread > 1e-3 else {}
     return maps
 
 
@@ -227,9 +204,8 @@ def gate_numbers(gates: dict[str, torch.Tensor]) -> dict[str, dict]:
     not between 0 and 1, such as BAM's. hardly_vary: share of near-constant channels.
     """
     numbers = {}
-    for stage in STAGES:
-        of_stage = [g for name, g in gates.items() if stage_of(name) == stage]
-        every = torch.cat(of_stage, dim=1) if of_stage else torch.empty(0, 0)
+    for stage in dict.fromkeys(map(stage_of, gates)):
+        every = torch.cat([g for name, g in gates.items() if stage_of(name) == stage], dim=1)
         every = every[:, ~every.isnan().all(0)]
         if every.numel():
             of_channel = every.nanmean(0)
@@ -257,14 +233,9 @@ def gates_by_class(gates: dict[str, torch.Tensor], labels: torch.Tensor, n_class
     }
 
 
-@contextlib.contextmanager
-def replaced(model: nn.Module, others: dict[str, nn.Module]):
-    """Within the block the modules of these names are replaced by others."""
-    own = {name: model.get_submodule(name) for name in others}
-    try:
-        for name, module in others.items():
-            model.set_submodule(name, module)
-        yield
-    finally:
-        for name, module in own.items():
-            model.set_submodule(name, module)
+def replaced(model: nn.Module, others: dict[str, nn.Module]) -> nn.Module:
+    """A copy of the model with others in place of the modules of these names."""
+    model = copy.deepcopy(model)
+    for name, module in others.items():
+        model.set_submodule(name, module)
+    return model

@@ -18,10 +18,12 @@ import matplotlib.pyplot as plt
 WIDTH, LABEL, LINE, GAP = 7.2, 0.9, 0.12, 0.04  # inches: page, names at its left, text, tiles
 COLUMNS = 10  # images side by side
 COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="lightgrey")
-LEGEND = (
-    "Above an image its class; below, the predicted class and its probability, bold red if wrong. "
-    "Dark blue: low, yellow: high; each Grad-CAM map has its own scale. Grey: no evidence for the "
-    "predicted class (Grad-CAM), or no input (the gate is inactive)."
+LEGEND = textwrap.fill(
+    "Images, unless chosen by hand: for each class the first that the (first) model gets right, "
+    "then the first that it gets wrong. Above an image its class; below, the predicted class and "
+    "its probability, bold red if wrong. Dark blue: low, yellow: high; each Grad-CAM map has its "
+    "own scale. Grey: no evidence for the predicted class, or no input (the gate is inactive).",
+    width=140,
 )
 
 
@@ -29,9 +31,7 @@ LEGEND = (
 class Explained:
     """What is drawn of one model. Everything is on the CPU."""
 
-    name: str  # of the picture
-    choice: str  # how the images were chosen, a sentence
-    quick: bool
+    name: str  # in words
     classes: list[str]
     pixels: torch.Tensor  # uint8 (n, C, H, W), the images shown
     labels: list[int]
@@ -48,20 +48,23 @@ def draw_model(e: Explained, path: Path) -> None:
     rows += [(f"Grad-CAM\n{k}", over_image(e.pixels, maps), None) for k, maps in e.cams.items()]
     for stage, maps in e.gate_maps.items():
         low, high = np.nanmin(maps), np.nanmax(maps)
-        tiles = torch.from_numpy(COLOURS(((maps - low) / (high - low)).numpy())[..., :3])
-        rows.append((f"gate, {stage}\n{low:.2f} to {high:.2f}", tiles.permute(0, 3, 1, 2), None))
-    draw(e.name + ", smoke test" * e.quick, e, rows, e.gates_by_class, path)
+        tiles = coloured((maps - low) / (high - low))
+        rows.append((f"gate, {stage}\n{low:.2f} to {high:.2f}", tiles, None))
+    draw(e.name, e, rows, e.gates_by_class, path)
 
 
 def draw_comparison(models: list[Explained], path: Path) -> None:
     """Every image, and where each model finds evidence for the class that it predicts."""
-    first = models[0]
-    rows = [("image", first.pixels.expand(-1, 3, -1, -1) / 255, None)]
+    rows = [("image", models[0].pixels.expand(-1, 3, -1, -1) / 255, None)]
     for e in models:
         heat = over_image(e.pixels, e.cams["layer4"])
         rows.append((e.name.replace(", ", "\n"), heat, predicted(e)))
-    title = "Grad-CAM at layer4" + ", smoke tests" * any(e.quick for e in models)
-    draw(title, first, rows, {}, path)
+    draw("Grad-CAM at layer4", models[0], rows, {}, path)
+
+
+def coloured(maps: torch.Tensor) -> torch.Tensor:
+    """(n, 3, h, w) of maps (n, h, w) from 0 to 1."""
+    return torch.from_numpy(COLOURS(maps.numpy())[..., :3]).permute(0, 3, 1, 2)
 
 
 def over_image(pixels: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
@@ -69,25 +72,26 @@ def over_image(pixels: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
 
     Over an empty map the image is pale, without colours.
     """
-    colours = torch.from_numpy(COLOURS(heat.numpy())[..., :3]).permute(0, 3, 1, 2)
     empty = (heat.amax((1, 2)) <= 0)[:, None, None, None]
     grey = pixels.float().mean(1, keepdim=True) / 255
-    return 0.35 * grey + 0.65 * torch.where(empty, 0.83, colours)
+    return 0.35 * grey + 0.65 * torch.where(empty, 0.83, coloured(heat))
 
 
 def short(name: str) -> str:
     return name if len(name) <= 11 else f"{name[:5]}…{name[-5:]}"
 
 
-def wrapped(name: str) -> list[str]:
+def wrapped(name: str) -> str:
     """Lines as long as fit to the left of the tiles; a long model's name breaks after a "_"."""
-    return [line.replace("_ ", "_") for line in textwrap.wrap(name.replace("_", "_ "), 15)]
+    lines = name.replace("_", "_ ").split("\n")
+    return "\n".join(textwrap.fill(line, 15) for line in lines).replace("_ ", "_")
 
 
-def predicted(e: Explained) -> list[tuple[str, bool]]:
-    """For each image (the predicted class and its probability, whether it is wrong)."""
+def predicted(e: Explained) -> list[tuple[str, dict]]:
+    """For each image the predicted class and its probability, and the style of a wrong one."""
+    wrong = {"weight": "bold", "color": "firebrick"}
     shown = zip(e.predictions, e.probabilities, e.labels, strict=True)
-    return [(f"{short(e.classes[k])}\n{p:.0%}", k != label) for k, p, label in shown]
+    return [(f"{short(e.classes[k])}\n{p:.0%}", wrong if k != i else {}) for k, p, i in shown]
 
 
 def draw(title: str, e: Explained, rows: list[tuple], gates_by_class: dict, path: Path) -> None:
@@ -99,10 +103,9 @@ def draw(title: str, e: Explained, rows: list[tuple], gates_by_class: dict, path
     figure = plt.figure()
     axes = figure.add_axes((0, 0, 1, 1))
     text = functools.partial(axes.text, fontsize=7, va="top", ha="center", parse_math=False)
-    notes = "\n".join(textwrap.fill(note, 140) for note in (e.choice, LEGEND) if note)
     text(WIDTH / 2, 0.08, title, fontsize=10)
-    text(WIDTH / 2, 0.3, notes)
-    y = 0.4 + LINE * (notes.count("\n") + 1)
+    text(WIDTH / 2, 0.3, LEGEND)
+    y = 0.4 + LINE * (LEGEND.count("\n") + 1)
     n, _, height, width = e.pixels.shape
     step = (WIDTH - LABEL) / COLUMNS
     tile_width, tile_height = step - GAP, (step - GAP) * height / width
@@ -112,13 +115,11 @@ def draw(title: str, e: Explained, rows: list[tuple], gates_by_class: dict, path
         for i, x in columns.items():
             text(x + tile_width / 2, y - 0.03, short(e.classes[e.labels[i]]), va="bottom")
         for name, tiles, captions in rows:
-            lines = [line for part in name.split("\n") for line in wrapped(part)]
-            text(LABEL - 0.08, y + tile_height / 2, "\n".join(lines), ha="right", va="center")
+            text(LABEL - 0.08, y + tile_height / 2, wrapped(name), ha="right", va="center")
             for i, x in columns.items():
                 extent = (x, x + tile_width, y + tile_height, y)
                 axes.imshow(tiles[i].permute(1, 2, 0).numpy(), extent=extent)
-                caption, wrong = captions[i] if captions else ("", False)
-                style = {"weight": "bold", "color": "firebrick"} if wrong else {}
+                caption, style = captions[i] if captions else ("", {})
                 text(x + tile_width / 2, y + tile_height + 0.02, caption, **style)
             y += tile_height + (2.5 * LINE if captions else GAP)
     if gates_by_class:

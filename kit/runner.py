@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from kit.command_line import Stopped
+from kit.command_line import Stopped, handle_signals
 
 DAMAGED = (OSError, ValueError, LookupError, TypeError)  # a file of a run, or it is not there yet
 
@@ -58,17 +58,17 @@ class Runner:
         self.running, self.failed = {}, []  # process -> (job, slot); jobs
         self.code = self.signal = 0
         self.over = False  # nothing more is started
-        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(signum) != signal.SIG_IGN:  # as below nohup
-                signal.signal(signum, self.pass_on)
+        handle_signals(self.pass_on, contextlib.ExitStack())
 
     def pass_on(self, signum: int, frame) -> None:
         self.signal, self.over = signum, True
         for process in list(self.running):
             process.terminate()
 
-    def run(self, stage: list[Job]) -> None:
+    def run(self, stage: list[Job] | str) -> None:
         """What is not done of it. After a signal: until everything that was running has ended."""
+        if isinstance(stage, str):
+            return print(f"# {stage}", flush=True)
         waiting = [(i, job) for i, job in enumerate(stage, 1) if not job.is_done]
         slots = list(range(min(self.jobs, len(stage))))
         shared = len(slots) > 1
@@ -83,7 +83,14 @@ class Runner:
                 for process in [p for p in self.running if p.poll() is not None]:
                     job, slot = self.running.pop(process)
                     slots.append(slot)
-                    self.settle(job, process.returncode, shared)
+                    if self.signal:
+                        continue
+                    if code := process.returncode:
+                        self.failed += [] if job.needed else [job]  # that one has said so itself
+                        self.code = 2 if code == 2 else self.code or 1
+                        self.over = self.over or job.needed or code == 2
+                    if shared:
+                        print(f"{'failed' if code else 'done'}: {job.name}", flush=True)
         finally:  # also when the terminal or the disk is gone
             for process in self.running:
                 process.terminate()
@@ -110,14 +117,6 @@ class Runner:
         self.running[process] = job, slot
         if self.signal:  # it arrived in between
             process.terminate()
-
-    def settle(self, job: Job, code: int, shared: bool) -> None:
-        if code and not self.signal:
-            self.failed += [] if job.needed else [job]  # that one has said so itself
-            self.code = 2 if code == 2 else self.code or 1
-            self.over = self.over or job.needed or code == 2
-        if shared and not self.signal:
-            print(f"{'failed' if code else 'done'}: {job.name}", flush=True)
 
     def end(self) -> int:
         """The exit code, after a line for each failed command. After a signal: raises Stopped."""

@@ -7,6 +7,7 @@ stage begins when all of them have ended. A command that fails is noted, and the
 """
 
 import contextlib
+import itertools
 import os
 import re
 import sys
@@ -22,15 +23,15 @@ from kit.runner import DAMAGED, Job, Runner, read
 
 MODELS = {}  # before PyTorch is installed, a plan is printed without knowing them
 if find_spec("torch"):
+    import torch
+
+    from kit.environment import device_name, why_no_gpu
     from models import MODELS
 
 PUBLISHED = ["baseline", "se", "cbam_blocks", "cbam_classifier"]
 COMPARED = ["baseline", "cbam_classifier", "se", "cbam_blocks", "se_static"]  # by the study
 CANDIDATES = ["cbam_classifier", "se", "cbam_blocks"]  # the two best also train with `strong`
 FIXED = ["MODELS", "SEEDS", "RECIPE", "DATASET", "RUNS", "SHARD"]  # by the study
-
-
-# --- Studies: stages of commands, and lines of comment --------------------------------------------
 
 
 def one(*command) -> list[Job]:
@@ -41,7 +42,7 @@ def one(*command) -> list[Job]:
 def train(runs, models, seeds, recipe="published", dataset="fashion_mnist", flags=()) -> list[Job]:
     """A stage of training runs."""
     jobs = []
-    for seed, model in ((seed, model) for seed in seeds for model in models):
+    for seed, model in itertools.product(seeds, models):
         parts = Path(dataset).resolve().name, recipe, model, f"seed{seed}"
         command = ["train.py", "--model", model, "--dataset", dataset, "--recipe", recipe]
         command += ["--seed", seed, "--runs", runs, *flags]
@@ -78,8 +79,11 @@ def study(out: Path, miniature: bool, on_gpu: bool, planning: bool) -> Iterator[
     if miniature:
         first, more, few, once = range(2), [2], range(2), [0]
         width, short = ["--width", 16], ["--epochs", 4, "--limit-train", 256]
-        small, limit = [*width, *short, "--limit-test", 500], []
-        one_case = ["-k", "se-compile-fp32"]
+        small, limit, one_case = (
+            [*width, *short, "--limit-test", 500],
+            [],
+            ["-k", "se-compile-fp32"],
+        )
     modes = ["eager", "compile", *(["graph", "compile+graph"] if on_gpu else [])]
     costs = ["--modes", "eager", *(["compile+graph"] if on_gpu else []), *width, "--batch-sizes"]
     write = ["report.py", "--runs", runs, "--out", out]
@@ -133,52 +137,39 @@ def best_two(runs: Path, seeds) -> list[str]:
     return []
 
 
-# --- What is asked for ----------------------------------------------------------------------------
-
-
 def settings_of(what: str, fail) -> SimpleNamespace:
     """The environment, checked before hours of work. Calls fail(one line) if something is wrong."""
-
-    def value(name, default=""):
-        return os.environ.get(name) or default
-
-    def check(right, message):
-        return right or fail(message)
-
-    fixed, quick = what == "study" and any(map(value, FIXED)), what == "quick"
-    check(not fixed, f"the study has its own {', '.join(FIXED[:-1])}, and no SHARD: unset them")
-    recipe = value("RECIPE", "quick" if quick else "published")
-    check(recipe == "quick" or not quick, "quick is a recipe of its own: unset RECIPE")
-    models = list(dict.fromkeys(value("MODELS", " ".join(PUBLISHED)).split()))
-    seeds = list(dict.fromkeys(value("SEEDS", "0" if quick else "0 1 2 3 4").split()))
-    check(models and seeds, "MODELS and SEEDS must name at least one each")
-    for model in models:
-        known = model in MODELS or not MODELS
-        check(known, f"MODELS: unknown model '{model}': choose from {' '.join(MODELS)}")
-    for seed in seeds:
-        right = re.fullmatch("0|[1-9][0-9]{0,8}", seed)
-        check(right, f"SEEDS: '{seed}' is not a whole number below 10^9, without leading zeros")
-    jobs, shard = value("JOBS"), value("SHARD", "0/1")
-    check(re.fullmatch("|[1-9][0-9]{0,2}", jobs), f"JOBS: '{jobs}' is not a number from 1 to 999")
-    ij = re.fullmatch("([0-9]{1,4})/([0-9]{1,4})", shard)
-    check(ij and int(ij[1]) < int(ij[2]), f"SHARD: '{shard}' is not i/n with i from 0 to n-1")
-    return SimpleNamespace(
-        models=models, seeds=seeds, recipe=recipe, dataset=value("DATASET", "fashion_mnist"),
-        runs=Path(value("RUNS", "runs")), out=Path(value("OUT", "results")),
-        jobs=int(jobs or 0), shard=int(ij[1]), shards=int(ij[2]),
-    )  # fmt: skip
+    if what.startswith("study") and any(map(os.environ.get, FIXED)):
+        fail(f"the study has its own {', '.join(FIXED[:-1])}, and no SHARD: unset them")
+    quick, found, list_of = what == "quick", {}, r"(\s*\b({})\b)+\s*".format
+    recipe, seeds = ("quick", "0") if quick else ("published", "0 1 2 3 4")
+    for name, default, form, advice in (
+        ("MODELS", " ".join(PUBLISHED), list_of("|".join(MODELS) or r"\w+"),
+         f"choose from {' '.join(MODELS)}"),
+        ("SEEDS", seeds, list_of("0|[1-9][0-9]{0,8}"),
+         "give whole numbers below 10^9, without leading zeros"),
+        ("RECIPE", recipe, "quick" if quick else ".+", "quick is a recipe of its own: unset it"),
+        ("DATASET", "fashion_mnist", ".+", ""),
+        ("RUNS", "runs", ".+", ""),
+        ("OUT", "results", ".+", ""),
+        ("JOBS", "", "|[1-9][0-9]{0,2}", "give a number from 1 to 999"),
+        ("SHARD", "0/1", "([0-9]{1,4})/([0-9]{1,4})", "give i/n with i from 0 to n-1"),
+    ):  # fmt: skip
+        value = found[name.lower()] = os.environ.get(name) or default
+        match = re.fullmatch(form, value)
+        if not match or (name == "SHARD" and int(match[1]) >= int(match[2])):
+            fail(f"{name}: '{value}': {advice}")
+    s = SimpleNamespace(**found)
+    s.models, s.seeds = (list(dict.fromkeys(names.split())) for names in (s.models, s.seeds))
+    s.runs, s.out, s.jobs = Path(s.runs), Path(s.out), int(s.jobs or 0)
+    s.shard, s.shards = map(int, s.shard.split("/"))
+    return s
 
 
 def visible_gpus() -> tuple[list[str], str]:
     """(numbers or UUIDs, for CUDA_VISIBLE_DEVICES; the name of the first, or why there is none)."""
-    if not MODELS:
-        return [], "PyTorch is not installed yet"
-    import torch
-
-    from kit.environment import device_name, why_no_gpu
-
-    if not torch.cuda.is_available():
-        return [], why_no_gpu()
+    if not MODELS or not torch.cuda.is_available():
+        return [], why_no_gpu() if MODELS else "PyTorch is not installed yet"
     count = torch.cuda.device_count()
     names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
     return names.replace(" ", "").split(",")[:count], device_name(torch.device("cuda"))
@@ -192,12 +183,10 @@ def prepare(folders: list[Path], locked: bool):
         except OSError:
             advice = 'choose another RUNS or OUT (docker run: --user "$(id -u):$(id -g)")'
             raise UserError(f"{folder} cannot be written: {advice}") from None
-    if not locked:
-        return contextlib.nullcontext()
     from filelock import FileLock, Timeout  # here, for a plan can be printed before it is installed
 
     try:
-        return FileLock(folder / ".lock").acquire(timeout=0)
+        return FileLock(folder / ".lock").acquire(timeout=0) if locked else contextlib.nullcontext()
     except Timeout:
         raise UserError(f"another study is running in {folder}: wait for its end") from None
 
@@ -207,22 +196,19 @@ def main(argv: list[str] | None = None) -> int:
     """The runner, with `argv` in place of the command line."""
     parser = make_parser(__doc__)
     parser.prog = "run_all.sh"
-    parser.add_argument("words", nargs="*", metavar="[plan] quick | full | study")
-    parser.add_argument("--miniature", action="store_true", help="the study, small")
-    args = parser.parse_args(argv)
-    planning = args.words[:1] == ["plan"]
-    what, *rest = args.words[planning:] or [""]
-    small = args.miniature or rest == ["miniature"]
-    known = what in ("", "quick", "full", "study") and rest in ([], ["miniature"])
-    if not known or (small and what != "study"):
-        words = " ".join(args.words)
+    parser.add_argument("words", nargs="*", metavar="[plan] quick | full | study [--miniature]")
+    args, flags = parser.parse_known_args(argv)
+    planning, words = args.words[:1] == ["plan"], " ".join([*args.words, *flags])
+    what = words.removeprefix("plan").strip().replace(" --", " ")
+    if what not in ("", "quick", "full", "study", "study miniature"):
         parser.error(f"'{words}': use quick, full, study [--miniature] or none, or plan and these")
     gpus, gpu = visible_gpus()
     if not (what or gpus):
         print(f"{gpu}: a quick run on the CPU", file=sys.stderr)
     what = what or ("full" if gpus else "quick")
     s = settings_of(what, parser.error)
-    if what == "study":
+    whole, small = what.startswith("study"), what == "study miniature"
+    if whole:
         if planning and not MODELS:
             raise UserError("the plan of the study needs PyTorch: ./run_all.sh test installs it")
         if not (planning or gpus or small):
@@ -241,14 +227,9 @@ def main(argv: list[str] | None = None) -> int:
     runner = Runner(s.jobs or len(gpus) or 1, gpus)
     runner.run([data])
     if not runner.over:
-        with prepare([s.out] if what == "study" else [s.out, s.runs], locked=what == "study"):
-            for stage in stages:
-                if isinstance(stage, str):
-                    print(f"# {stage}", flush=True)
-                else:
-                    runner.run(stage)
-                if runner.over:
-                    break
+        with prepare([s.out] if whole else [s.out, s.runs], locked=whole):
+            for stage in itertools.takewhile(lambda _: not runner.over, stages):
+                runner.run(stage)
     return runner.end()
 
 

@@ -37,7 +37,7 @@ def opened(name, **more):
 def test_the_last_map_has_a_closed_form(name):
     """Global pooling and a linear layer: relu(sum_k W[c, k] A_k) / (HW)."""
     model = opened(name)
-    with attribution.captured({"layer4": model.layer4}) as seen, torch.no_grad():
+    with attribution.captured(model, {"layer4": model.layer4}) as seen, torch.no_grad():
         model(IMAGES)
     activation = seen["layer4"][1]
     weights = model.fc.weight[CLASSES][:, :, None, None]
@@ -158,10 +158,9 @@ def test_mean_gates_of_a_control_change_nothing_and_of_a_module_do():
             nn.init.normal_(module.fc2.weight, std=3)
         before, gates, means = gates_of(model, IMAGES)
         assert torch.equal(attribution.predict(model, IMAGES), before)
-        with replaced(model, means):
-            after = attribution.predict(model, IMAGES)
+        after = attribution.predict(replaced(model, means), IMAGES)
         assert torch.allclose(before, after, atol=1e-5) == same
-        assert torch.equal(attribution.predict(model, IMAGES), before)  # restored
+        assert torch.equal(attribution.predict(model, IMAGES), before)  # unchanged
         vary = gate_numbers(gates)["layer1"]["spread_over_images"]
         assert (vary < 1e-5) == same
 
@@ -217,8 +216,7 @@ def test_every_model_and_colour(name):
     _, gates, means = gates_of(model, images)
     gated = name not in ("baseline", "sk", "bot")
     assert bool(gates) == bool(means) == gated and not any(g.isinf().any() for g in gates.values())
-    with replaced(model, means):
-        assert attribution.predict(model, images).isfinite().all()
+    assert attribution.predict(replaced(model, means), images).isfinite().all()
 
 
 def test_the_script_on_runs_side_by_side(finished_run, tmp_path, capsys):
@@ -344,9 +342,7 @@ def test_runs_with_other_data_are_not_compared(fashion_mnist):
 def test_texts_of_the_pictures_do_not_touch(fashion_mnist, tmp_path, monkeypatch):
     n, figures = 10, []
     shown = pictures.Explained(
-        name="cbam_blocks_static, seed 0, published",
-        choice="Images: of a test.",
-        quick=True,
+        name="cbam_blocks_static, seed 0, published, smoke test",
         classes=fashion_mnist.classes,
         pixels=fashion_mnist.test_images[:n],
         labels=[0] * n,
@@ -385,7 +381,7 @@ def test_rows_of_gates_are_those_of_their_classes(finished_run, tmp_path, fashio
     asked = dict(device=torch.device("cpu"), limit_test=6, limit_cam=1, images=None)
     args = argparse.Namespace(**asked, data_dir=REPO / "data")
     dataset = explain.load_dataset([config], args)
-    _, drawn = explain.explain("x", finished_run / "best.pt", dataset, config, args)
+    _, drawn = explain.explain("x", finished_run / "best.pt", config, dataset, args)
     there = set(fashion_mnist.test_labels[:6].tolist())
     for gates in drawn.gates_by_class.values():
         rows = {row for row in range(10) if not gates[row].isnan().all()}
