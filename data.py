@@ -1,12 +1,12 @@
-"""Data sets as uint8 tensors: found or fetched, split, shuffled, augmented, normalised.
+"""Data sets as uint8 tensors: loaded or downloaded, split, shuffled, augmented, normalised.
 
     python data.py                                # get Fashion-MNIST into data/ and verify it
     python data.py --data-dir /datasets           # ... or find it there
     python data.py --dataset cifar10
     python data.py --dataset path/to/folder       # any folder of images: see kit/image_folder.py
 
-A second at most once the files are on disk; 30 MB to download before. There is no DataLoader: a
-data set this size stays on the device as bytes, and a batch is an index into it.
+Loads in a second at most; the first time it downloads 30 MB. There is no DataLoader: a data set
+this size stays on the device as uint8, and a batch is an index into it.
 
 To add a data set: write a function `data_dir -> ImageData`, add one line to DATASETS.
 """

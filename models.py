@@ -208,7 +208,7 @@ class ResNet18(nn.Module):
         self.fc = nn.Linear(8 * width, num_classes)
         # As in torchvision. The stem keeps PyTorch's own start, as when it is swapped into
         # torchvision's model: scaled by fan-out, its outputs are so small beside BatchNorm's first
-        # running variance of 1 that after 30 steps validation accuracy was 16 % instead of 72 %.
+        # running variance of 1 that after 30 steps validation accuracy was 16% instead of 72%.
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module is not self.conv1:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -2,7 +2,7 @@
 
     python train.py --model se                    # the published recipe: 50 epochs
     python train.py --model se --recipe quick     # smoke test: 1 epoch on 1,920 images
-    python train.py --model se --dry-run          # one batch of each kind; keeps nothing
+    python train.py --model se --dry-run          # a batch of each; saves nothing
     python train.py --model se --target-acc 92    # exit 1 below 92% test accuracy
     tensorboard --logdir runs
 
@@ -38,20 +38,20 @@ SETTINGS = {
     "batch_size": (64, "the last partial batch is kept"),
     "lr": (1e-3, "learning rate of Adam"),
     "patience": (10, "stop when validation accuracy has not improved for so many epochs"),
-    "limit_train": (0, "use so many images of the training split, and a ninth of that to validate"),
-    "limit_test": (0, "use so many images of the test set"),
+    "limit_train": (0, "images of the training split, a ninth as many to validate; 0: all"),
+    "limit_test": (0, "images of the test set; 0: all"),
     # The published recipe has none of these.
     "weight_decay": (0.0, "of AdamW, for all but biases and BatchNorm"),
     "warmup": (0, "epochs in which the learning rate rises to lr"),
     "label_smoothing": (0.0, "share of each label that is spread over all classes"),
-    "ema": (0.0, "decay of the moving average of the weights, which is then tested"),
+    "ema": (0.0, "EMA decay; the EMA weights are validated and tested"),
     "normalize": ("half", "half: pixels scaled to [-1, 1]; data: by mean and std of the data"),
     "crop": (0, "pixels of random-crop padding"),
     "flip": (False, "mirror images with probability 1/2"),
     "randaugment": (0, "operations per image"),
-    "erase": (0.0, "share of images in which a random rectangle is erased"),
-    "cutmix": (0.0, "alpha of the Beta distribution of label weights"),
-    "mixup": (0.0, "likewise; with both, each image gets one of the two"),
+    "erase": (0.0, "probability of random erasing, per image"),
+    "cutmix": (0.0, "alpha of Beta(alpha, alpha), the mixing weight"),
+    "mixup": (0.0, "alpha, as for cutmix; with both, each image gets one of them"),
 }
 PUBLISHED = {name: value for name, (value, _) in SETTINGS.items()}
 RECIPES = {
@@ -76,7 +76,7 @@ def train(settings, run: Run) -> dict:
     loader = data.Loader(dataset, settings, device)  # splits, shuffles, augments, normalises
 
     # Model, optimizer, schedule. channels_last is the layout that convolutions are fastest in.
-    torch.manual_seed(settings.seed)
+    torch.manual_seed(settings.seed)  # for modules that draw random numbers, such as dropout
     model = build_model(
         settings.base_model, len(dataset.classes), loader.channels, settings.width, settings.seed,
         settings.position, settings.reduction,
@@ -93,7 +93,7 @@ def train(settings, run: Run) -> dict:
         loss = cross_entropy(logits, labels, label_weight, settings.label_smoothing)
         return loss, (logits.argmax(1) == labels).sum()
 
-    def step(idx, aug_params, forward=forward):
+    def step(idx, aug_params, forward=forward):  # kit/fast.py passes the compiled forward
         optimizer.zero_grad()
         loss, correct = forward(idx, aug_params)
         loss.backward()
@@ -102,8 +102,8 @@ def train(settings, run: Run) -> dict:
             ema.update()
         return loss.detach(), correct
 
-    # What the run's folder holds is loaded. Then the step is compiled, or captured as one CUDA
-    # graph, where that pays (kit/fast.py): the same arithmetic.
+    # Resume from the run's folder, if it holds a checkpoint. Then compile the step or capture it as
+    # one CUDA graph, where that pays (kit/fast.py): the same computation, up to rounding.
     progress = run.restore(loader, model, optimizer, scheduler, ema)
     step = run.speed_up(step, forward)
 
@@ -122,7 +122,7 @@ def train(settings, run: Run) -> dict:
                 progress.losses[i], correct = step(*batches[i])  # forward, loss, backward, Adam
                 progress.correct += correct
                 progress.step = i + 1
-            losses = progress.losses.double().cpu()  # read once an epoch: reading waits
+            losses = progress.losses.double().cpu()  # one synchronisation per epoch
         finally:
             progress.seconds = time.perf_counter() - start
 
@@ -145,26 +145,29 @@ def train(settings, run: Run) -> dict:
     # The test set is used only here: with the last weights, and with the best.
     best_model = copy.deepcopy(eval_model)
     best_model.load_state_dict(progress.best)
-    _, of_last = evaluate(eval_model, loader, *loader.test, run)
-    _, of_best = evaluate(best_model, loader, *loader.test, run)
-    run.test(best_model, of_best)  # writes the predictions; in TensorBoard confusions, Grad-CAM
+    _, last_predictions = evaluate(eval_model, loader, *loader.test, run)
+    _, best_predictions = evaluate(best_model, loader, *loader.test, run)
+    run.test(best_model, best_predictions)  # writes them; in TensorBoard confusions, Grad-CAM
     labels = loader.test[1]
-    return {"test_acc": accuracy(of_best, labels), "test_acc_last": accuracy(of_last, labels)}
+    return {
+        "test_acc": accuracy(best_predictions, labels),
+        "test_acc_last": accuracy(last_predictions, labels),
+    }
 
 
 def adam(model, lr: float, weight_decay: float = 0.0) -> torch.optim.Adam:
-    """Adam as one kernel; with a weight decay AdamW, which spares biases and BatchNorm.
+    """Fused Adam; with a weight decay AdamW, without decay on biases and BatchNorm.
 
-    On a GPU the learning rate is a tensor, filled in place: a number would be baked into a graph.
+    On a GPU the learning rate is a tensor: a CUDA graph would freeze a Python number.
     """
     device = next(model.parameters()).device
     cuda = device.type == "cuda"
     lr = torch.tensor(lr, device=device) if cuda else lr
     if not weight_decay:
         return torch.optim.Adam(model.parameters(), lr, fused=True, capturable=cuda)
-    decayed = [p for p in model.parameters() if p.dim() > 1]
-    spared = [p for p in model.parameters() if p.dim() <= 1]
-    groups = [{"params": decayed}, {"params": spared, "weight_decay": 0.0}]
+    decay = [p for p in model.parameters() if p.dim() > 1]
+    no_decay = [p for p in model.parameters() if p.dim() <= 1]
+    groups = [{"params": decay}, {"params": no_decay, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr, weight_decay=weight_decay, fused=True, capturable=cuda)
 
 
@@ -198,7 +201,7 @@ def evaluate(model, loader, images, labels, run):
     """(mean cross-entropy, predicted classes (N,)) of uint8 images, in evaluation mode."""
     model.eval()
     loss, predictions = 0.0, []
-    size = max(1, 784_000 // images[0, 0].numel())  # a matter of speed and memory, not of figures
+    size = max(1, 784_000 // images[0, 0].numel())  # 1,000 images of 28x28; changes no figure
     for batch, targets in zip(images.split(size), labels.split(size), strict=True):
         run.leave_if_stopped()
         with autocast(run.settings.precision, images.device):
@@ -231,7 +234,7 @@ def main(argv: list[str] | None = None) -> int:
     settings = parse_settings(argv, __doc__, SETTINGS, RECIPES, models, data)
     with Run(settings) as run:
         result = run.result or run.complete(train(settings, run))
-    return run.verdict(result)
+    return run.finish(result)
 
 
 if __name__ == "__main__":

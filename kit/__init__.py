@@ -16,11 +16,11 @@ A run
 
 The report and the pictures
     results         run folders, benchmark.json, explain.json: read and checked
-    verdicts        is a difference real?  findings: what a study shows, in numbers
+    verdicts        is a difference real?  findings, costs: what a study shows, in numbers
     report.md, readme_block.md, page.html       Jinja templates;  words: their sentences and cells
     figures         the report's figures
     attribution     Grad-CAM and gates, measured;  pictures: drawn
 
 All of it
-    study           quick, full, study: lists of commands, run JOBS at a time
+    study           quick, full, study: lists of commands;  runner: runs them, JOBS at a time
 """

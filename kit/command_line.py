@@ -52,6 +52,8 @@ def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., i
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="replace")  # a terminal may know no more than ASCII
         try:
             code = main(argv) or 0
             sys.stdout.flush()

@@ -152,14 +152,14 @@ def fast(step: Callable, forward: Callable, mode: str, example: tuple, restore: 
         try:
             run = compiled(forward) if "compile" in mode else forward
 
-            def quick(*batch, run=run):
+            def fast_step(*batch, run=run):
                 return step(*batch, forward=run)
 
-            quick = Graphed(quick, *example) if "graph" in mode else quick
-            quick(*example)  # torch.compile compiles when it is first called
+            fast_step = Graphed(fast_step, *example) if "graph" in mode else fast_step
+            fast_step(*example)  # torch.compile compiles when it is first called
 
-            def fast_where_it_fits(*batch, quick=quick):
-                return (quick if len(batch[0]) == size else step)(*batch)
+            def fast_where_it_fits(*batch, fast_step=fast_step):
+                return (fast_step if len(batch[0]) == size else step)(*batch)
 
             return fast_where_it_fits, mode, failures
         except Exception as error:  # compilers, drivers and out of memory raise what they like

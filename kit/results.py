@@ -24,7 +24,7 @@ PUBLISHED = {
 SETTINGS = (
     "epochs", "batch_size", "lr", "patience", "limit_train", "limit_test", "weight_decay", "warmup",
     "label_smoothing", "ema", "normalize", "crop", "flip", "randaugment", "erase", "cutmix",
-    "mixup", "width", "precision", "data", "image_size",
+    "mixup", "width", "precision", "data", "image_size", "optimizer",
 )  # fmt: skip
 
 # --- What the files must hold: {kind: keys}; a key with a ? may be absent or null ----------------
@@ -183,6 +183,8 @@ def read_run(folder: Path, problems: list[str]) -> Run | None:
     for key in ("model", "seed"):
         if config.get(key, result[key]) != result[key]:
             raise ValueError(f"config.json is that of {key} {config[key]}")
+    older = "AdamW" if config.get("weight_decay") else "Adam"  # runs that do not say
+    config.setdefault("optimizer", older)
     result |= {key: value for key, value in DEFAULTS.items() if result.get(key) is None}
     metrics = [check(json.loads(line), METRICS) for line in lines]
     run = Run(folder, result, config, env, metrics, *read_classes(folder, result))

@@ -258,10 +258,10 @@ class Run:
         write_json(self.folder / "result.json", result)  # last: it means that all is there
         return result
 
-    def verdict(self, result: dict) -> int:
+    def finish(self, result: dict) -> int:
         """Prints the result; the exit code, 1 if --target-acc is missed."""
         if self.settings.dry_run:
-            print("dry run: one batch of each kind went through; nothing was kept")
+            print("dry run: one batch each was trained, validated and tested; nothing was saved")
             return 0
         run_folder.print_result(result)
         accuracy, target = result["test_acc"], self.settings.target_acc

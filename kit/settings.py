@@ -39,15 +39,19 @@ def folder(text: str) -> Path:
     return Path(text)
 
 
-def train_parser(description: str, table: dict, recipes: dict, models):
-    """All flags of train.py. table: {setting: (published value, what it is)}; models: models.py."""
+def train_parser(description: str, table: dict, recipes: dict, models, data):
+    """All flags of train.py. table: {setting: (published value, what it is)}."""
     parser = make_parser(description)
     add, default = parser.add_argument, "default: %(default)s"
     count = number(int, 1, 1e9)
     add("--model", required=True, choices=models.MODELS)
     add("--position", choices=models.POSITIONS, help="put the model's attention there instead")
     add("--reduction", type=count, help="of the module's hidden width; default: the module's own")
-    add("--dataset", default="fashion_mnist", help=f"a name, or a folder of images; {default}")
+    add(
+        "--dataset",
+        default="fashion_mnist",
+        help=f"{', '.join(data.DATASETS)}, or a folder of images; {default}",
+    )
     add("--image-size", type=int, help="pixels that the images of a folder are resized to")
     add("--data-dir", type=folder, default=Path("data"), help=default)
     add("--recipe", default="published", choices=recipes, help=default)
@@ -57,21 +61,25 @@ def train_parser(description: str, table: dict, recipes: dict, models):
         text = f"{what}; default: {value}{others}"
         if isinstance(value, bool):
             kind = {"action": argparse.BooleanOptionalAction}
-        elif name in CHOICES:
-            kind = {"choices": CHOICES[name]}
+        elif isinstance(value, str):
+            kind = {"choices": CHOICES.get(name)}
         else:
             kind = {"type": number(type(value), *BOUNDS.get(name, (0, 1e9)))}
         add(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **kind)
-    add("--seed", type=number(int, 0, 1e9), default=0, help=f"of split, order, weights; {default}")
+    add("--seed", type=number(int, 0, 1e9), default=0, help=f"random seed; {default}")
     add("--width", type=count, default=WIDTH, help=f"channels of stage 1; {default}")
-    add("--precision", default="auto", choices=["auto", *PRECISIONS], help="see kit/fast.py")
-    add("--mode", default="auto", choices=["auto", *MODES], help="see kit/fast.py")
+    add("--precision", default="auto", choices=["auto", *PRECISIONS], help="see docs/speed.md")
+    add("--mode", default="auto", choices=["auto", *MODES], help="see docs/speed.md")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--runs", type=folder, default=Path("runs"), help=f"folder of all runs; {default}")
     add("--target-acc", type=number(float, 0, 100), help="exit 1 if test accuracy (%%) is below")
     add("--overwrite", action="store_true", help="discard what the run's folder holds")
     add("--keep-last", action="store_true", help="keep last.pt when the run is complete")
-    add("--dry-run", action="store_true", help="one batch of each kind; keeps nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="one batch each to train, validate and test; saves nothing",
+    )
     return parser
 
 
@@ -80,7 +88,7 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
 
     models, data: the scripts of these names, which nothing in kit imports.
     """
-    parser = train_parser(description, table, recipes, models)
+    parser = train_parser(description, table, recipes, models, data)
     settings = parser.parse_args(argv)
     recipe, published = recipes[settings.recipe], recipes["published"]
     for name, value in recipe.items():

@@ -71,7 +71,7 @@ def table(s: SimpleNamespace, quick: bool, planning: bool) -> Iterator[list[Job]
 
 
 def study(out: Path, miniature: bool, on_gpu: bool, planning: bool) -> Iterator[list[Job] | str]:
-    """Everything behind the README's figures, what matters most first: docs/reference-study.md."""
+    """Everything a claim needs, what matters most first: docs/reference-study.md."""
     further = ["baseline", *(model for model in MODELS if model not in COMPARED)]
     runs, fp32, modules, speed = out / "runs", out / "fp32", out / "modules", out / "speed"
     first, more, few, once = range(5), range(5, 10), range(3), range(3)

@@ -48,7 +48,7 @@ def ablation_of(place):
     runs = {path.parent.name: json.loads(path.read_text()) for path in place.glob("*/result.json")}
     first = ["published", "strong"]
     rest = sorted(runs.keys() - set(first), key=lambda name: -runs[name]["val_acc"])
-    lines = ["| flags | validation % (quick) | test % (quick) |", "| --- | --- | --- |"]
+    lines = ["| flags | validation % (smoke test) | test % (smoke test) |", "| --- | --- | --- |"]
     for name in first + rest:
         config = json.loads((place / name / "config.json").read_text())
         common = "--width 16 --limit-train 27000 --epochs 16 --mode eager --runs"
