@@ -121,7 +121,7 @@ docker rm -f "$name" >/dev/null
 
 # --- As in the README ------------------------------------------------------------------------------
 
-docker run -d --name "$name" "${mounts[@]}" "$image" tensorboard --logdir runs --bind_all >/dev/null
+docker run -d --name "$name" "${mounts[@]}" "$image" tensorboard --logdir runs --host 0.0.0.0 >/dev/null
 holds "TensorBoard serves the runs" docker exec "$name" python -c '
 import json, time, urllib.request
 for _ in range(60):
