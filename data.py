@@ -86,6 +86,18 @@ def split_indices(
     return order[n_val:], order[:n_val]
 
 
+def stratified(labels: torch.Tensor, n: int) -> torch.Tensor:
+    """A sample of n images, sorted indices into `labels` (N,): every class, as often as in all.
+
+    Drawn once, so it is the same for every model and seed; a smaller sample is a part of a larger.
+    """
+    order = np.random.default_rng(0).permutation(len(labels))
+    drawn, share = labels.numpy()[order], np.empty(len(labels))
+    for label, size in zip(*np.unique(drawn, return_counts=True), strict=True):
+        share[drawn == label] = np.arange(size) / size  # of its class that is drawn before it
+    return torch.from_numpy(np.sort(order[np.argsort(share, kind="stable")[:n]]))
+
+
 def shuffled(indices: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
     """`indices` in the order of one epoch, fixed by (seed, epoch) alone: there is no state to save.
 
@@ -127,8 +139,10 @@ class Loader:
         self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)
         self.channels = self.images.shape[1]
         self.validation = self.images[val_idx], self.labels[val_idx]
-        n_test = settings.limit_test or len(dataset.test_images)
-        self.test = dataset.test_images[:n_test].to(device), dataset.test_labels[:n_test].to(device)
+        test_idx = stratified(dataset.test_labels, settings.limit_test or len(dataset.test_labels))
+        self.test = tuple(
+            part[test_idx].to(device) for part in (dataset.test_images, dataset.test_labels)
+        )
         self.mean, self.std = dataset.mean_and_std(settings.normalize, device)
         self.augmentation = Augmentation.of(settings)
 

@@ -39,7 +39,7 @@ SETTINGS = {
     "lr": (1e-3, "learning rate of Adam"),
     "patience": (10, "stop when validation accuracy has not improved for so many epochs"),
     "limit_train": (0, "images of the training split, a ninth as many to validate; 0: all"),
-    "limit_test": (0, "images of the test set; 0: all"),
+    "limit_test": (0, "test images, a stratified sample; 0: all"),
     # The published recipe has none of these.
     "weight_decay": (0.0, "of AdamW, for all but biases and BatchNorm"),
     "warmup": (0, "epochs in which the learning rate rises to lr"),

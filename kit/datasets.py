@@ -5,6 +5,7 @@ Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): the four idx files may lie, 
 dataset-fashion-mnist puts them.
 """
 
+import functools
 import gzip
 import hashlib
 import subprocess
@@ -34,13 +35,21 @@ class ImageData:
     test_labels: torch.Tensor  # int64 (N,)
     classes: list[str]
     source: str  # where the files came from, for people to read
-    key: str | None = None  # of the content, where the name does not say what it is
     mean: tuple[float, ...] = ()  # of the training images, per channel, pixels in [0, 1]
     std: tuple[float, ...] = ()
 
     def __post_init__(self):
         if not self.mean:
             self.mean, self.std = mean_and_std_of(self.train_images)
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Of all images and labels, whatever files they came from: 16 hexadecimal digits."""
+        digest = hashlib.sha256()
+        for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+            digest.update(part.contiguous().numpy())
+        return digest.hexdigest()[:16]
 
     def mean_and_std(
         self, normalize: str | None, device: torch.device

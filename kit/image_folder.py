@@ -131,7 +131,7 @@ def load(folder: Path, train: Labelled, test: Labelled, image_size: int | None) 
         torch.tensor([classes.index(name) for _, name in part]) for part in (train, test)
     )
     source = f"read from {folder}, key {key}"
-    return ImageData(train_images, train_labels, test_images, test_labels, classes, source, key)
+    return ImageData(train_images, train_labels, test_images, test_labels, classes, source)
 
 
 def key_of(folder: Path, paths: list[Path], image_size: int | None) -> str:

@@ -113,7 +113,7 @@ class Run:
         steps = s.epochs * loader.n_train // s.batch_size
         full_batches = loader.n_train >= s.batch_size  # the other modes are for these
         self.mode = choose_mode(s.mode, s.device, steps) if full_batches else "eager"
-        self.config = as_config(s) | {"mode": self.mode, "data": loader.dataset.key}
+        self.config = as_config(s) | {"mode": self.mode, "data": loader.dataset.digest}
         self.config["optimizer"] = type(optimizer).__name__
         env = describe_environment(s.device)
         if s.overwrite:

@@ -57,6 +57,33 @@ def test_same_images_and_classes_as_torchvision(fashion_mnist, raw_files):
     assert fashion_mnist.classes == theirs.classes
 
 
+@pytest.mark.parametrize("sizes", [[50] * 10, [1, 2, 300, 40], [700, 5]])
+def test_a_sample_has_every_class_in_proportion_and_holds_the_smaller_ones(sizes):
+    labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    labels = labels[torch.randperm(len(labels))]
+    smaller = set()
+    for n in range(len(sizes), len(labels) + 1):
+        sample = data.stratified(labels, n)
+        assert sample.tolist() == sorted(set(sample.tolist())) and smaller <= set(sample.tolist())
+        smaller = set(sample.tolist())
+        counts = labels[sample].bincount(minlength=len(sizes)).tolist()
+        fair = [n * size / len(labels) for size in sizes]
+        assert sum(counts) == n and min(counts) >= 1
+        assert all(abs(a - b) <= len(sizes) for a, b in zip(counts, fair, strict=True))
+
+
+def test_the_digest_is_that_of_all_images_and_labels_alone(tmp_path):
+    def images(change=None):
+        made = [torch.arange(96, dtype=torch.uint8).reshape(6, 1, 4, 4), torch.arange(6) % 2]
+        parts = [part.clone() for part in made * 2]
+        if change is not None:
+            parts[change].flatten()[-1] += 1
+        return datasets.ImageData(*parts, ["a", "b"], str(change)).digest
+
+    assert images() == images()
+    assert len({images(change) for change in (None, 0, 1, 2, 3)}) == 5
+
+
 def test_finds_packed_and_unpacked_files_and_says_where(raw_files, tmp_path):
     shutil.move(raw_files / LABELS, tmp_path / LABELS)  # straight in the data folder
     images = raw_files / "t10k-images-idx3-ubyte"

@@ -87,14 +87,16 @@ def test_run_folder_holds_what_it_should(finished_run):
 def test_best_weights_give_the_predictions_and_the_accuracy(finished_run, fashion_mnist):
     model = build_model("cbam_blocks", width=8).to(memory_format=torch.channels_last)
     model.load_state_dict(torch.load(finished_run / "best.pt", weights_only=True))
-    images = (fashion_mnist.test_images[:100] / 255 - 0.5) / 0.5
+    tested = data.stratified(fashion_mnist.test_labels, 100)
+    images = (fashion_mnist.test_images[tested] / 255 - 0.5) / 0.5
     with torch.no_grad():
         expected = model.eval()(images).argmax(1)
     predictions = np.load(finished_run / "test_predictions.npy")
     assert predictions.dtype == np.uint8 and predictions.tolist() == expected.tolist()
     labels = np.load(finished_run / "test_labels.npy")
-    assert labels.tolist() == fashion_mnist.test_labels[:100].tolist()
-    correct = (expected == fashion_mnist.test_labels[:100]).sum().item()
+    assert np.bincount(labels).tolist() == [10] * 10
+    assert labels.tolist() == fashion_mnist.test_labels[tested].tolist()
+    correct = (expected.numpy() == labels).sum()
     assert result_of(finished_run)["test_acc"] == pytest.approx(correct)
 
 
