@@ -6,7 +6,8 @@
     python benchmark.py --image 3x32x32 --classes 100       # as for CIFAR-100
 
 Writes OUT/benchmark.json, and its gist as OUT/benchmark.md, after each batch size and precision:
---keep resumes after a stop. Batches of 64 of all models take four minutes on two CPU cores.
+--keep resumes after a stop. Other rows that are there stay. Batches of 64 of all models take four
+minutes on two CPU cores.
 
 Measured is inference on float32 images that are already on the device, in evaluation mode, with
 random weights: no data loading, no pre-processing. The modes are those of kit/fast.py: `eager` in
@@ -39,7 +40,8 @@ from tqdm import tqdm
 from kit import fast
 from kit.command_line import UserError, exit_code, is_out_of_memory, make_parser
 from kit.environment import choose_device, device_name, source_hashes
-from kit.files import check_writable, write_atomically
+from kit.files import check_writable, locked, write_atomically
+from kit.results import read_rows
 from models import MODELS, build_model, count_parameters
 
 IMAGE = "1x28x28"  # channels, height, width: as published
@@ -47,6 +49,8 @@ CLASSES = 10
 TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}  # of logits, relative to the largest one
 REPEATS = {"cuda": (1000, 200), "cpu": (200, 10)}  # of one image (enough for a p99), of more
 SOURCES = ("models.py", "kit/attention.py", "kit/fast.py")  # an edit makes another model or mode
+SETTING = ("device", "torch", "width", "image", "classes")  # what rows of one table share
+CASE = ("batch_size", "precision", "model", "mode")
 PERCENTILES = {"_p10": 10, "": 50, "_p90": 90, "_p99": 99}
 
 
@@ -200,24 +204,20 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
     return [row for row, *_ in ready], failed
 
 
-def place(row: dict) -> tuple[int, ...]:
-    """Which row it is, and where it stands in the file. Raises ValueError, LookupError."""
-    orders = {"precision": fast.PRECISIONS, "model": list(MODELS), "mode": fast.MODES}
-    return row["batch_size"], *(order.index(row[key]) for key, order in orders.items())
-
-
-def read_rows(path: Path, common: dict) -> dict[tuple, dict]:
-    """{place: row} of the rows in `path` that were measured with these settings and sources."""
-    try:
-        rows = json.loads(path.read_text())
-        return {place(row): row for row in rows if common.items() <= row.items()}
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
-        return {}  # nothing there that could be kept: everything is measured
+def place(row: dict) -> tuple:
+    """Which row it is: a new one takes the place of the one that is there."""
+    return *(row.get(key) for key in SETTING), *(row[key] for key in CASE)
 
 
 def write(out: Path, rows: dict[tuple, dict]) -> str:
     """Writes benchmark.json and benchmark.md; returns the latter. Raises OSError."""
-    ordered = [row for _, row in sorted(rows.items())]
+    orders = {"precision": fast.PRECISIONS, "model": list(MODELS), "mode": fast.MODES}
+
+    def order(row):
+        known = [o.index(row[key]) if row[key] in o else len(o) for key, o in orders.items()]
+        return [str(row.get(key)) for key in SETTING], row["batch_size"], known, row["model"]
+
+    ordered = sorted(rows.values(), key=order)
     write_atomically(out / "benchmark.json", json.dumps(ordered, indent=2) + "\n")
     write_atomically(out / "benchmark.md", markdown(ordered))
     return markdown(ordered)
@@ -226,9 +226,14 @@ def write(out: Path, rows: dict[tuple, dict]) -> str:
 def markdown(rows: list[dict]) -> str:
     """benchmark.md: for each batch size and precision a table with a line for each model."""
     about = "{device}, torch {torch}, width {width}, images {image}, {classes} classes."
-    lines = [about.format(**row) for row in rows[:1]]
-    costs = itemgetter("model", "params", "flops_aten", "flops")
-    for key, group in itertools.groupby(rows, itemgetter("batch_size", "precision")):
+    costs, lines, setting = itemgetter("model", "params", "flops_aten", "flops"), [], None
+    keys = [*SETTING, "batch_size", "precision"]
+    for key, group in itertools.groupby(rows, lambda row: [row.get(name) for name in keys]):
+        *here, size, precision = key
+        if here != setting:
+            lines += ["", ""] if lines else []
+            lines.append(about.format(**dict(zip(SETTING, here, strict=True))))
+            setting = here
         table = {}  # what a mode does not change -> mode -> milliseconds
         for row in group:
             table.setdefault(costs(row), {})[row["mode"]] = row["ms_per_image"]
@@ -236,7 +241,7 @@ def markdown(rows: list[dict]) -> str:
         modes = [mode for mode in fast.MODES if any(mode in times for times in table.values())]
         header = ["model", "parameters", "MFLOPs", "GFLOPs as published"]
         header += [f"{mode}, ms/image" for mode in modes]
-        lines += ["", f"Batches of {key[0]}, {key[1]}; in brackets relative to the baseline:", ""]
+        lines += ["", f"Batches of {size}, {precision}; in brackets relative to the baseline:", ""]
         lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
         for (name, params, exact, published), times in table.items():
             line = f"| `{name}` | {params:,} | {exact / 1e6:,.1f} | {published / 1e9:.2f} |"
@@ -266,7 +271,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--classes", type=int, default=CLASSES, help=default)
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help=f"folder; {default}")
-    add("--keep", action="store_true", help="keep rows with this device, torch, size and code")
+    add("--keep", action="store_true", help="do not measure again what this code has measured here")
+    add("--overwrite", action="store_true", help="discard the rows that are there")
     args = parser.parse_args(argv)
     try:
         args.device, _ = choose_device(args.device), shape_of(args.image)
@@ -292,20 +298,27 @@ def main(argv: list[str] | None = None) -> int:
     common = {"device": device_name(args.device), "torch": torch.__version__}
     common |= {"width": args.width, "image": args.image, "classes": args.classes}
     common["sha256"] = {name: source_hashes()[name] for name in SOURCES}
-    rows = read_rows(args.out / "benchmark.json", common) if args.keep else {}
     keys = "precision", "batch_size", "model", "mode"
     asked = itertools.product(args.precisions, args.batch_sizes, args.models, args.modes)
     cases = [dict(zip(keys, values, strict=True)) | common for values in asked]
-    missing = [case for case in cases if place(case) not in rows]
-    kept, failed = len(rows), False
-    for _, group in itertools.groupby(missing, itemgetter(*keys[:2])):
-        found, wrong = measure(list(group), args)
-        failed |= wrong
-        rows |= {place(row): row for row in found}
-        write(args.out, rows)  # now already, for --keep after a stop
-    print(write(args.out, rows))
+    with locked(args.out):
+        there, damaged = read_rows(args.out / "benchmark.json")
+        for line in damaged:
+            print(f"note: {line}", file=sys.stderr)
+        rows = {place(row): row for row in there if not args.overwrite}
+        kept = {at for at, row in rows.items() if args.keep and common.items() <= row.items()}
+        missing, failed = [case for case in cases if place(case) not in kept], False
+        for _, group in itertools.groupby(missing, itemgetter(*keys[:2])):
+            group = list(group)
+            found, wrong = measure(group, args)
+            failed |= wrong
+            for case in group:
+                rows.pop(place(case), None)  # what cannot be measured now is not shown either
+            rows |= {place(row): row for row in found}
+            write(args.out, rows)  # now already, for --keep after a stop
+        print(write(args.out, rows))
     print("MFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs.")
-    print(f"Written to {args.out / 'benchmark.json'}, {kept} of {len(rows)} rows kept.")
+    print(f"Written to {args.out / 'benchmark.json'}: {len(missing)} of {len(rows)} rows are new.")
     return 1 if failed or not rows else 0
 
 

@@ -4,10 +4,13 @@
     python explain.py --checkpoint PATH/best.pt --images 3 17 42 --out results
     python explain.py --compare RUN RUN RUN           # models side by side on the same images
 
-Writes OUT/explain.json, which becomes a section of the report, and pictures: Grad-CAM of the
-predicted class, gates that depend on the position, and each channel's mean gate by class. They show
---images, by default for each class the first that the (first) model gets right, and wrong. Half a
-minute for a model of full width on two CPU cores.
+Writes OUT/explain.json, which becomes a section of the report (rows of other runs stay in it), and
+pictures: Grad-CAM of the predicted class, gates that depend on the position, and each channel's
+mean gate by class. They show --images, by default for each class the first that the (first) model
+gets right, and wrong. Half a minute for a model of full width on two CPU cores.
+
+A run is explained with its own weights and images: if too many predictions are not those that it
+left in test_predictions.npy, it is refused.
 
 Numbers, over --limit-test images: mean, spread and saturation of the gates, and the accuracy with
 every gate replaced by its mean over the images (gate ablation); over --limit-cam: deletion and
@@ -16,10 +19,13 @@ maps are when the weights are random.
 """
 
 import argparse
+import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
@@ -30,8 +36,11 @@ from kit.checkpoint import load_weights
 from kit.command_line import UserError, exit_code, make_parser
 from kit.environment import choose_device
 from kit.fast import set_up_torch
-from kit.files import check_writable, write_atomically
+from kit.files import check_writable, locked, write_atomically
+from kit.finished import digest_of, in_one_line, read_classes
+from kit.identity import settings_of
 from kit.pictures import Explained, draw_comparison, draw_model
+from kit.results import read_rows
 from models import build_model
 
 LIMIT_TEST = 2000
@@ -39,88 +48,133 @@ CLASSES_SHOWN = 10
 OTHER_SEED = 10**6  # of the random weights
 # What is used of a config.json, and what older ones lack.
 KINDS = {"model": str, "dataset": str, "data_dir": str, "width": int, "seed": int}
-KINDS |= {"base_model": str, "limit_test": int | None}
-DEFAULTS = {"limit_test": None, "recipe": None, "overrides": {}, "quick": False}
+KINDS |= {"base_model": str, "limit_test": int | None, "image_size": int | None}
+KINDS |= {"position": str | None, "reduction": int | None, "recipe": str | None, "overrides": dict}
+DEFAULTS = dict.fromkeys(key for key, kind in KINDS.items() if kind not in (str, int))
+DEFAULTS |= {"overrides": {}, "quick": False}
+TOLERANCE = 0.01  # share of predictions that rounding may change: a run may have been in bfloat16
 
 
 def read_config(path: Path) -> dict:
     """The settings of the run that the checkpoint `path` belongs to. Raises UserError."""
     try:
         config = json.loads((path.parent / "config.json").read_text())
-        config = DEFAULTS | {"base_model": config["model"]} | config
+        place = config.get("place")  # as older runs call the position
+        config = DEFAULTS | {"base_model": config["model"], "position": place} | config
         for key, kind in KINDS.items():
             if not isinstance(config[key], kind):
                 raise TypeError(f"{key} is {config[key]}")
         if config["width"] < 1 or not config["model"].isidentifier():  # it names the pictures
             raise ValueError(f"no model {config['model']} has width {config['width']}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not re.fullmatch(r"[\w.+-]+", config["recipe"] or "none"):  # likewise
+            raise ValueError(f"recipe is {config['recipe']}")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{path.parent} is not the folder of a run: config.json: {error}") from None
     return config
 
 
-def load_dataset(configs: list[dict], args) -> data.ImageData:
-    """What all the runs were trained on, with the test images that are used. Raises UserError."""
-    first = configs[0]
-    names = {(config["dataset"], config.get("image_size")) for config in configs}
-    digests = {config.get("data") for config in configs} - {None}  # some older runs have none
-    if len(names) > 1 or len(digests) > 1:
-        raise UserError("the runs were trained on different data: compare like with like")
-    folder = args.data_dir or Path(first["data_dir"])
-    dataset = data.load_dataset(first["dataset"], folder, first.get("image_size"))
-    limits = [config["limit_test"] or LIMIT_TEST for config in configs]
-    n = min(args.limit_test or min(LIMIT_TEST, *limits), len(dataset.test_images))
-    if args.images and not 0 <= min(args.images) <= max(args.images) < n:
-        raise UserError(f"--images must be from 0 to {n - 1}, or --limit-test higher")
-    dataset.test_images, dataset.test_labels = dataset.test_images[:n], dataset.test_labels[:n]
-    return dataset
+def load_dataset(configs: list[dict], args) -> tuple[data.ImageData, torch.Tensor]:
+    """(what all the runs were trained on, indices of the test images used). Raises UserError."""
+    first, n_test = configs[0], [config["limit_test"] for config in configs if config["limit_test"]]
+    name, folder = args.dataset or first["dataset"], args.data_dir or Path(first["data_dir"])
+    try:
+        dataset = data.load_dataset(name, folder, first["image_size"])
+    except UserError as error:
+        raise UserError(f"{error}; --dataset and --data-dir say where the images are now") from None
+    for path, config in zip(args.paths, configs, strict=True):
+        if settings_of(config).get("data") not in (None, dataset.digest):
+            raise UserError(f"{path.parent} was trained on other images or labels than {name}")
+    n = min(args.limit_test or LIMIT_TEST, *n_test, len(dataset.test_labels))
+    return dataset, data.stratified(dataset.test_labels, n)
 
 
-def names_of(configs: list[dict]) -> list[str]:
-    """For each run "se_seed0", say, with more where two would have the same name."""
+def key_of(row: dict) -> str:
+    """Which run a row of explain.json, or a config, is of: two rows of one run are the same row."""
+    dataset = settings_of(row)["dataset_name"]
+    return json.dumps([dataset, *(row.get(k) for k in ("recipe", "overrides", "model", "seed"))])
+
+
+def names_of(configs: list[dict], taken: set[str] = frozenset()) -> list[str]:
+    """For each run "se_seed0", say, with more where two would have the same name, or where it is
+    taken by a picture of another run."""
     names = [f"{config['model']}_seed{config['seed']}" for config in configs]
     for more in ([config.get("recipe") for config in configs], range(1, len(configs) + 1)):
         pairs = zip(names, more, strict=True)
         names = [f"{name}_{m}" if names.count(name) > 1 else name for name, m in pairs]
-    return names
+    digests = [hashlib.sha256(key_of(config).encode()).hexdigest()[:6] for config in configs]
+    return [
+        f"{name}_{digest}" if f"explain_{name}.png" in taken else name
+        for name, digest in zip(names, digests, strict=True)
+    ]
 
 
 def load_model(path: Path, config: dict, dataset: data.ImageData, seed=None) -> nn.Module:
     """The model with the weights in `path`, or with random ones of a seed. Raises UserError."""
+    shape = len(dataset.classes), dataset.test_images.shape[1], config["width"]
     try:
-        position = config.get("position") or config.get("place")  # as older runs call it
-        shape = len(dataset.classes), dataset.test_images.shape[1], config["width"]
-        model = build_model(config["base_model"], *shape, seed, position, config.get("reduction"))
+        model = build_model(
+            config["base_model"], *shape, seed, config["position"], config["reduction"]
+        )
+    except ValueError as error:
+        raise UserError(f"{path.parent / 'config.json'}: {error}") from None
+    try:
         if seed is None:
             model.load_state_dict(load_weights(path))
     except Exception as error:  # damaged files raise what they like
-        reason = " ".join(str(error).split())[:150] or type(error).__name__
         raise UserError(
-            f"{path} does not load as {config['model']} ({reason}): train it (Git keeps no weights)"
+            f"{path} does not load as {config['model']} ({in_one_line(error)}): train it (Git "
+            "keeps no weights)"
         ) from None
     return model.to(memory_format=torch.channels_last).eval()
 
 
-def explain(name: str, path: Path, config: dict, dataset: data.ImageData, args):
-    """(an entry of explain.json, what is drawn). Fills in args.images where it is None.
+def check_predictions(path: Path, config: dict, dataset, idx, predictions) -> str | None:
+    """Raises UserError if `predictions` of the test images `idx` are not those that the run has
+    left; the digest of these, None where there are none."""
+    own = data.stratified(dataset.test_labels, config["limit_test"] or len(dataset.test_labels))
+    try:
+        left = read_classes(path.parent / "test_predictions.npy", {"test_images": len(own)})
+    except ValueError as error:
+        raise UserError(f"{path.parent} is damaged ({error}): train it again") from None
+    if left is None:
+        print(f"note: {path.parent} has no test_predictions.npy to compare with", file=sys.stderr)
+        return None
+    differ = (left[torch.searchsorted(own, idx).numpy()] != predictions.cpu().numpy()).sum()
+    if differ > max(1, TOLERANCE * len(idx)):
+        raise UserError(
+            f"{path}: {differ:,} of {len(idx):,} predictions are not those of the run: it was "
+            "trained with other weights, code or images than there are now"
+        )
+    return digest_of(left)
+
+
+def explain(name: str, path: Path, config: dict, dataset: data.ImageData, idx, args):
+    """(a row of explain.json, what is drawn), over the test images idx. Fills in args.images, also
+    indices of test images, where it is None.
 
     Raises UserError.
     """
     model, random_model = (
         load_model(path, config, dataset, seed).to(args.device) for seed in (None, OTHER_SEED)
     )
-    labels = dataset.test_labels.to(args.device)
     mean_and_std = dataset.mean_and_std(config.get("normalize"), args.device)
-    images = data.normalize(dataset.test_images.to(args.device), *mean_and_std)
-    images = images.contiguous(memory_format=torch.channels_last)
+
+    def normalized(idx):
+        images = data.normalize(dataset.test_images[idx].to(args.device), *mean_and_std)
+        return images.contiguous(memory_format=torch.channels_last)
+
+    labels, images = dataset.test_labels[idx].to(args.device), normalized(idx)
     probabilities, gates, means = attribution.gates_of(model, images)
     if not probabilities.isfinite().all():
         raise UserError(f"{path}: its outputs are not all finite, there is nothing to explain")
     predictions = probabilities.argmax(1)
-    args.images = args.images or chosen(labels, predictions)  # other models are shown the same
+    predicted = check_predictions(path, config, dataset, idx, predictions)
+    if args.images is None:  # other models are shown the same
+        args.images = idx[chosen(labels, predictions)].tolist()
     few = images[: args.limit_cam], predictions[: args.limit_cam]
     numbers = {
         "model": config["model"],
-        "dataset": data.resolve(config["dataset"], config.get("image_size"))[1],
+        "dataset": settings_of(config)["dataset_name"],
         **{key: config[key] for key in ("recipe", "overrides", "quick", "seed")},
         "test_images": len(labels),
         **ablation(model, images, labels, predictions, means),
@@ -128,21 +182,24 @@ def explain(name: str, path: Path, config: dict, dataset: data.ImageData, args):
         **attribution.faithfulness(model, random_model, *few),
         "images": args.images,
         "picture": f"explain_{name}.png",
-        "asked": asked(config, args),
+        "predictions": predicted,
+        "asked": asked(path, config, args),
     }
-    at, size = torch.tensor(args.images, device=args.device), images.shape[2:]
-    cams = attribution.grad_cam(model, images[at], predictions[at])
+    shown, size = normalized(args.images), images.shape[2:]
+    probabilities = attribution.predict(model, shown)
+    predictions = probabilities.argmax(1)
+    cams = attribution.grad_cam(model, shown, predictions)
     words = f"{config['model']}, {name.removeprefix(config['model'] + '_').replace('_', ', ')}"
     return numbers, Explained(
         name=words + ", smoke test" * bool(numbers["quick"]),
         classes=dataset.classes,
         pixels=dataset.test_images[args.images],
-        labels=labels[at].tolist(),
-        predictions=predictions[at].tolist(),
-        probabilities=probabilities[at].amax(1).tolist(),
+        labels=dataset.test_labels[args.images].tolist(),
+        predictions=predictions.tolist(),
+        probabilities=probabilities.amax(1).tolist(),
         cams={k: attribution.enlarged(attribution.scaled(m), size).cpu() for k, m in cams.items()},
-        gate_maps=attribution.gate_maps_of(model, images[at]),
-        gates_by_class=attribution.gates_by_class(gates, dataset.test_labels, len(dataset.classes)),
+        gate_maps=attribution.gate_maps_of(model, shown),
+        gates_by_class=attribution.gates_by_class(gates, labels.cpu(), len(dataset.classes)),
     )
 
 
@@ -171,27 +228,33 @@ def ablation(model, images, labels, predictions, means: dict[str, nn.Module]) ->
     }
 
 
-def asked(config: dict, args) -> dict:
-    """What an entry of explain.json was asked for."""
-    keys = ("model", "dataset", "data", "recipe", "overrides", "seed")
+def asked(path: Path, config: dict, args) -> dict:
+    """What a row of explain.json was asked for; `path`, the weights, by content."""
+    weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    data_key = settings_of(config).get("data")
     own = {"limit_test": args.limit_test, "limit_cam": args.limit_cam}
-    return {key: config.get(key) for key in keys} | own
+    return {"run": key_of(config), "data": data_key, "weights": weights} | own
 
 
-def is_kept(paths: list[Path], configs: list[dict], args) -> bool:
-    """Whether explain.json has these runs in this order and is newer than their weights, if any.
+def is_kept(rows: list[dict], configs: list[dict], args) -> bool:
+    """Whether these runs are among the rows, with the same data, weights and predictions.
 
-    (Results that were committed and cloned have none.)
+    (Results that were committed and cloned have no weights.)
     """
-    path = args.out / "explain.json"
+    by_key = {key_of(row): row for row in rows}
     try:
-        rows, written = json.loads(path.read_text()), path.stat().st_mtime
-        return (
-            [row["asked"] for row in rows] == [asked(config, args) for config in configs]
-            and args.images in (None, rows[0]["images"])
-            and all((args.out / row["picture"]).is_file() for row in rows)
-            and all(path.stat().st_mtime < written for path in paths if path.exists())
-        )
+        for path, config in zip(args.paths, configs, strict=True):
+            row, wanted = by_key[key_of(config)], asked(path, config, args)
+            wanted["weights"] = wanted["weights"] or row["asked"]["weights"]
+            predictions = path.parent / "test_predictions.npy"
+            if (
+                row["asked"] != wanted
+                or args.images not in (None, row["images"])
+                or not (args.out / row["picture"]).is_file()
+                or (predictions.exists() and digest_of(np.load(predictions)) != row["predictions"])
+            ):
+                return False
+        return True
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
@@ -208,10 +271,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--images", type=int, nargs="+", metavar="I", help="to show: of the test set, from 0")
     add("--limit-test", type=int, help=f"test images; default: the run's, up to {LIMIT_TEST:,}")
     add("--limit-cam", type=int, default=100, help=f"of these, images for Grad-CAM; {default}")
+    add("--dataset", help="a name or the images' folder; default: the run's")
     add("--data-dir", type=Path, help="default: the run's")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help=f"folder; {default}")
     add("--keep", action="store_true", help="do nothing if OUT/explain.json has these runs")
+    add("--overwrite", action="store_true", help="discard its rows of other runs")
     args = parser.parse_args(argv)
     if min(args.limit_cam, 1 if args.limit_test is None else args.limit_test) < 1:
         parser.error("--limit-test and --limit-cam must be at least 1")
@@ -227,26 +292,36 @@ def main(argv: list[str] | None = None) -> None:
     """The script, with `argv` in place of the command line."""
     args = parse(argv)
     set_up_torch("fp32")
-    paths = [folder / "best.pt" for folder in args.runs or []] or [args.checkpoint]
-    configs = [read_config(path) for path in paths]
-    if args.keep and is_kept(paths, configs, args):
-        print(f"kept: {args.out / 'explain.json'}")
-        return
-    dataset = load_dataset(configs, args)
+    args.paths = [folder / "best.pt" for folder in args.runs or []] or [args.checkpoint]
+    configs = [read_config(path) for path in args.paths]
     check_writable(args.out)
-    runs = list(zip(names_of(configs), paths, configs, strict=True))
-    found = [explain(*run, dataset, args) for run in tqdm(runs, disable=None, leave=False)]
-    rows, drawn = zip(*found, strict=True)
-    for row, explained in found:
-        draw_model(explained, args.out / row["picture"])
-        print(
-            f"{explained.name}: {row['test_acc']:.2f}% of {row['test_images']:,} images; "
-            f"gates replaced by their mean: {row['lost']} lost, {row['won']} won"
-        )
-    if len(runs) > 1:
-        draw_comparison(drawn, args.out / "explain_compare.png")
-    write_atomically(args.out / "explain.json", json.dumps(rows, indent=2, allow_nan=False) + "\n")
-    print(f"written: {args.out / 'explain.json'} and its pictures")
+    with locked(args.out):
+        rows, damaged = read_rows(args.out / "explain.json")
+        for line in damaged:
+            print(f"note: {line}", file=sys.stderr)
+        if args.keep and is_kept(rows, configs, args):
+            print(f"kept: {args.out / 'explain.json'}")
+            return
+        keys = list(map(key_of, configs))
+        others = [row for row in rows if key_of(row) not in keys and not args.overwrite]
+        names = names_of(configs, {row["picture"] for row in others})
+        dataset, idx = load_dataset(configs, args)
+        if args.images and not 0 <= min(args.images) <= max(args.images) < len(dataset.test_labels):
+            raise UserError(f"--images must be from 0 to {len(dataset.test_labels) - 1}")
+        runs = list(zip(names, args.paths, configs, strict=True))
+        found = [explain(*run, dataset, idx, args) for run in tqdm(runs, disable=None, leave=False)]
+        new, drawn = zip(*found, strict=True)
+        for row, explained in found:
+            draw_model(explained, args.out / row["picture"])
+            print(
+                f"{explained.name}: {row['test_acc']:.2f}% of {row['test_images']:,} images; "
+                f"gates replaced by their mean: {row['lost']} lost, {row['won']} won"
+            )
+        if len(runs) > 1:
+            draw_comparison(drawn, args.out / "explain_compare.png")
+        body = json.dumps([*others, *new], indent=2, allow_nan=False) + "\n"
+        write_atomically(args.out / "explain.json", body)
+        print(f"written: {args.out / 'explain.json'} and its pictures")
 
 
 if __name__ == "__main__":

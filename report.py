@@ -51,8 +51,8 @@ def make_report(runs_dir: Path, out: Path, other: Path | None, readmes: list[Pat
     if not studies:
         reasons = "; ".join(problems) or "run `python train.py --model baseline` first"
         raise UserError(f"no finished run below {runs_dir}: {words.one_line(reasons)}")
-    costs, damaged = read_rows("benchmark", [out, runs_dir])
-    seen, of_seen = read_rows("explain", [out, runs_dir])
+    costs, damaged = read_rows(first_of(out, runs_dir, "benchmark.json"))
+    seen, of_seen = read_rows(first_of(out, runs_dir, "explain.json"))
     problems += damaged + of_seen
     explained = explained_of(studies, seen, problems)
     found = [Findings(*each, costs) for each in zip(studies, explained, strict=True)]
@@ -76,6 +76,11 @@ def make_report(runs_dir: Path, out: Path, other: Path | None, readmes: list[Pat
     for path, body in files.items():  # names of folders, and so texts, may hold anything
         write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
     return first
+
+
+def first_of(out: Path, runs_dir: Path, name: str) -> Path:
+    """Where a file lies that either folder may hold."""
+    return out / name if (out / name).exists() else runs_dir / name
 
 
 def compare_runs(here: Findings, folder: Path, problems: list[str]) -> dict | None:

@@ -66,13 +66,12 @@ RECIPES = {
 # --- Training -------------------------------------------------------------------------------------
 
 
-def train(settings, run: Run) -> dict:
+def train(settings, dataset, run: Run) -> dict:
     """Data -> loss -> backward -> step -> validate -> save, then test; returns the accuracies."""
     device = settings.device
     set_up_torch(settings.precision)
 
     # Data: all of it stays on the device as bytes, and a batch is an index into it.
-    dataset = data.load_dataset(settings.dataset, settings.data_dir, settings.image_size)
     loader = data.Loader(dataset, settings, device)  # splits, shuffles, augments, normalises
 
     # Model, optimizer, schedule. channels_last is the layout that convolutions are fastest in.
@@ -228,12 +227,18 @@ def stop_if_not_finite(losses, val_loss: float, epoch: int, lr: float) -> None:
         )
 
 
+def parse(argv: list[str] | None):
+    """All settings of a run, from its flags and recipe. Exits with 2 on wrong usage."""
+    return parse_settings(argv, __doc__, SETTINGS, RECIPES, models, data)
+
+
 @exit_code
 def main(argv: list[str] | None = None) -> int:
     """The script, with `argv` in place of the command line; the exit code."""
-    settings = parse_settings(argv, __doc__, SETTINGS, RECIPES, models, data)
-    with Run(settings) as run:
-        result = run.result or run.complete(train(settings, run))
+    settings = parse(argv)
+    dataset = data.load_dataset(settings.dataset, settings.data_dir, settings.image_size)
+    with Run(settings, dataset.digest) as run:
+        result = run.result or run.complete(train(settings, dataset, run))
     return run.finish(result)
 
 

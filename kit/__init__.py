@@ -11,11 +11,12 @@ What figures depend on
 A run
     settings        the flags of train.py, made from its tables
     run             resume, signals, saving, logging, result.json;  run_folder: its files
+    identity        is it the same run, may runs be compared?  finished: one that is complete, read
     checkpoint      last.pt: states saved, verified, loaded in place
     tensorboard_log, environment (env.json), command_line (errors, exit codes), files
 
 The report and the pictures
-    results         run folders, benchmark.json, explain.json: read and checked
+    results         studies of comparable runs; rows of benchmark.json and explain.json
     verdicts        is a difference real?  findings, costs: what a study shows, in numbers
     report.md, readme_block.md, page.html       Jinja templates;  words: their sentences and cells
     figures         the report's figures

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from kit.command_line import is_out_of_memory
-from kit.run_folder import differing_setting
+from kit.identity import different_settings, settings_of
 
 LENGTH = (64).to_bytes(2, "little")  # of the sha256 at the end of a file
 
@@ -129,8 +129,8 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
             continue
         try:
             state = load(path)
-            if different := differing_setting(state["config"], config):
-                raise ValueError(f"it is of a run with {different}")
+            if different := different_settings(settings_of(state["config"]), settings_of(config)):
+                raise ValueError(f"it is of a run with {'; '.join(different)}")
             progress = Progress(**state["progress"])
             if [row["epoch"] for row in progress.history] != list(range(1, progress.epochs + 1)):
                 raise ValueError("its epochs are not in order")

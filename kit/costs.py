@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from statistics import median
 
+from kit.identity import edited
 from kit.results import Study, in_table_order
 
 
@@ -25,9 +26,11 @@ def measured(study: Study, rows: list[dict], mode="eager", precision="fp32") -> 
         if (row["mode"], row["precision"]) == (mode, precision)
         and (row.get("width", 64), row.get("image", "1x28x28"), row.get("classes", 10)) == own
     ]  # fmt: skip
-    first = next((row for row in rows if row["model"] == "baseline"), rows[0] if rows else {})
-    for key in ("device", "torch"):  # times are compared on one machine
-        rows = [row for row in rows if row.get(key) == first.get(key)]
+    # Times are compared on one machine: that of the runs, or else that of most rows.
+    machines = [(row["device"], row.get("torch")) for row in rows]
+    of_runs = {(run.result["device"], run.env.get("torch")) for run in study.all_runs}
+    machine = max(machines, key=lambda m: (m in of_runs, machines.count(m)), default=None)
+    rows = [row for row, its in zip(rows, machines, strict=True) if its == machine]
     sizes = {row["batch_size"] for row in rows}
     size = 64 if 64 in sizes else max(sizes, default=64)
     return {row["model"]: row for row in rows if row["batch_size"] == size}
@@ -41,6 +44,19 @@ def measured_fastest(study: Study, rows: list[dict]) -> dict[str, dict]:
         key=lambda costs: (-len(costs), sum(row["ms_per_image"] for row in costs.values())),
         default={},
     )
+
+
+def by_other_code(study: Study, costs: dict[str, dict]) -> dict[str, list[str]]:
+    """{model: scripts that were edited between its runs and its row}, as far as that is known."""
+    found = {}
+    for model, row in costs.items():
+        of_row = row.get("sha256") or {}
+        codes = [run.circumstances["code"] for run in study.runs.get(model, [])]
+        scripts = {
+            name for code in codes if code for name in edited(of_row, code) if name in of_row
+        }
+        found |= {model: sorted(scripts)} if scripts else {}
+    return found
 
 
 def relative(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 
 from kit.findings import Findings
 from kit.results import Study
-from kit.words import mark, one_line
+from kit.words import flag, mark, one_line
 
 # Okabe and Ito's palette (olive for its yellow, which is lost in print) and a mark each, by the
 # order of the models in the table.
@@ -52,8 +52,8 @@ def draw_differences(found: Findings, styles: dict) -> plt.Figure:
         own = found.study.accuracies(model)
         pairs = [own[seed] - baseline[seed] for seed in c.seeds]
         axes.plot(pairs, [y + 0.25] * len(pairs), ".", color="0.5")
-        axes.annotate(c.verdict, (c.difference, y), (0, 7), textcoords="offset points",
-                      ha="center", fontsize=9)  # fmt: skip
+        axes.annotate(c.verdict + flag(c.unlike), (c.difference, y), (0, 7),
+                      textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
     axes.set_yticks(range(len(found.against)), found.against)
     axes.set_ylim(len(found.against) - 0.4, -0.6)
     axes.set_xlabel(
@@ -103,7 +103,8 @@ def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -
     for model in x:
         accuracy, sd = (found.models[model][f"test_acc_{key}"] for key in ("mean", "sd"))
         xerr = spread and spread[model]
-        axes.errorbar(x[model], accuracy, yerr=sd, xerr=xerr, label=model, **styles[model])
+        label = model + flag(xerr and found.stale.get(model))
+        axes.errorbar(x[model], accuracy, yerr=sd, xerr=xerr, label=label, **styles[model])
         if model in rings:
             axes.plot(x[model], accuracy, "o", ms=14, mfc="none", mec="black")
     for model in (model for model in diamonds if model in x):

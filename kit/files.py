@@ -5,7 +5,11 @@ is killed or the disk is full. Everything this project writes, TensorBoard's eve
 through `write_atomically`.
 """
 
+import fcntl
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -42,3 +46,21 @@ def check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK):
         raise PermissionError(f"{folder} cannot be written: choose another --out")
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Until its end no other process is in one of these for the folder; waits for one that is.
+
+    It is the folder itself that is locked, so nothing is left in it, whatever ends the process.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting: another process is at work on {folder}", file=sys.stderr, flush=True)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)

@@ -10,7 +10,9 @@ from statistics import mean, stdev
 import numpy as np
 
 from kit import costs, verdicts
-from kit.results import Run, Study, in_table_order
+from kit.finished import Run
+from kit.identity import unlike
+from kit.results import Study, in_table_order
 from kit.verdicts import Comparison
 
 CONTROL = "_static"  # se_static is the control of se: same parameters, gates that ignore the input
@@ -43,6 +45,7 @@ class Findings:
         # follows; the models that no other beats in accuracy and inference time, ties as ties.
         self.costs = costs.measured(study, cost_rows)
         self.fastest = costs.measured_fastest(study, cost_rows)
+        self.stale = costs.by_other_code(study, self.costs)
         self.relative = costs.relative(study, self.costs, self.fastest)
         self.front = self.pareto_front()
         # Batch size, mode, precision and device of all of `costs`.
@@ -52,7 +55,9 @@ class Findings:
         seeds = sorted({run.seed for run in study.all_runs})
         missing = {m: [s for s in seeds if s not in study.by_seed(m)] for m in self.wanted}
         self.missing = {model: seeds for model, seeds in missing.items() if seeds}
-        self.unjudged = [m for m in others if m not in self.against and "baseline" in self.models]
+        unjudged = [m for m in others if m not in self.against and "baseline" in self.models]
+        pairs = {model: study.runs[model] + study.runs["baseline"] for model in unjudged}
+        self.unjudged = {model: unlike(runs) for model, runs in pairs.items()}
 
     def pareto_front(self) -> list[str]:
         """The models that no other on the front beats: better in one thing, worse in none.
@@ -121,7 +126,12 @@ def compare(study: Study, pairs: dict, other: Study | None = None) -> dict[str, 
         name: (study.accuracies(model), (other or study).accuracies(reference))
         for name, (model, reference) in pairs.items()
     }
-    return compared(values, study.result["test_images"])
+    found = compared(values, study.result["test_images"])
+    for name, comparison in found.items():
+        both = zip((study, other or study), pairs[name], strict=True)
+        runs = [where.by_seed(model)[seed] for where, model in both for seed in comparison.seeds]
+        comparison.unlike = unlike(runs)
+    return found
 
 
 def compared(values: dict[str, tuple[dict, dict]], n_images: int | None) -> dict[str, Comparison]:
@@ -181,16 +191,17 @@ def explained_of(studies: list[Study], rows: list[dict], problems: list[str]) ->
         if run is None or not wanted.items() <= row.items():
             continue
         strangers -= 1
-        accuracy = run.result["test_acc"] if n == run.result["test_images"] else row["test_acc"]
-        if run.correct is not None:
-            accuracy = 100 * run.correct[:n].mean()
-        if abs(accuracy - row["test_acc"]) <= 0.5:  # precisions may differ by so much, not by more
+        if row.get("predictions"):
+            fits = row["predictions"] == run.predicted
+        else:  # an older one; precisions may differ by so much, not by more
+            same_images = n == run.result["test_images"]
+            fits = not same_images or abs(run.result["test_acc"] - row["test_acc"]) <= 0.5
+        if fits:
             own.setdefault(row["model"], []).append(row)
         else:
             problems.append(
-                f"explain.json: {row['model']} seed {row['seed']} left out, its accuracy is "
-                f"{row['test_acc']:.2f}% but that of the run {accuracy:.2f}%: run python "
-                "explain.py again"
+                f"explain.json: {row['model']} seed {row['seed']} left out, it is not of the run "
+                "that is here now: run python explain.py again"
             )
     if strangers:
         problems.append(

@@ -1,6 +1,6 @@
 """A run while it is trained: resumed where it was stopped, saved, logged, complete at its end.
 
-    with Run(settings) as run:                          # its folder (kit/run_folder.py) is locked
+    with Run(settings, digest of the data) as run:      # its folder (kit/run_folder.py) is locked
         run.result                                      # there if the run is complete already
         progress = run.restore(loader, model, optimizer, scheduler, ema)
         step = run.speed_up(step, forward)              # compiled, or one CUDA graph
@@ -30,18 +30,17 @@ from kit.command_line import Stopped, UserError, handle_signals
 from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
 from kit.fast import choose_mode, fast
 from kit.files import write_atomically
+from kit.finished import completed
+from kit.identity import refuse_another_run
 from kit.run_folder import in_brackets, read_json, write_array, write_json
 from kit.settings import as_config
 from kit.tensorboard_log import log_epoch, log_test, open_writer
 
-# What is printed of result.json.
-SUMMARY = dict.fromkeys(("test_acc", "test_acc_last", "val_acc", "train_seconds"), float)
-SUMMARY |= {"best_epoch": int, "epochs_run": int, "quick": bool}
-
 
 class Run:
-    def __init__(self, settings):
+    def __init__(self, settings, digest: str):
         self.settings, self.device = settings, settings.device
+        self.config = as_config(settings) | {"data": digest}
         self.stack = ExitStack()
         self.result: dict | None = None
         self.stopped_by: int | None = None  # a signal
@@ -57,8 +56,13 @@ class Run:
                 runs = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="runs-")))
             self.folder = runs / s.dataset_name / s.recipe / s.model / f"seed{s.seed}"
             run_folder.lock(self.folder, self.stack)
-            if not s.overwrite and (self.folder / "result.json").exists():
-                self.result = self.read_result()
+            if not s.overwrite and (there := completed(self.folder, self.config)):
+                # It may have been killed after its result was written, before these went.
+                run_folder.discard_states(self.folder, there.config.get("keep_last", True))
+                env = {"sha256": source_hashes()}
+                changes = in_brackets(run_folder.changes_since(self.folder, env))
+                print(f"already complete: {self.folder}{changes}")
+                self.result = there.result
             self.stack = self.stack.pop_all()  # nothing failed: all of it stays until __exit__
         return self
 
@@ -72,18 +76,6 @@ class Run:
                     "command (without --overwrite) resumes the run",
                     file=sys.stderr,
                 )
-
-    def read_result(self) -> dict:
-        there = read_json(self.folder / "config.json", model=str)
-        # It is done, in whatever mode, and the data are not read again.
-        config = as_config(self.settings)
-        run_folder.refuse_another_run(self.folder, there, config, ignore={"mode", "data"})
-        result = read_json(self.folder / "result.json", **SUMMARY)
-        # It may have been killed after its result was written, before these went.
-        run_folder.discard_states(self.folder, there.get("keep_last", True))
-        changes = run_folder.changes_since(self.folder, {"sha256": source_hashes()})
-        print(f"already complete: {self.folder}{in_brackets(changes)}")
-        return result
 
     # --- Signals ----------------------------------------------------------------------------------
 
@@ -113,15 +105,14 @@ class Run:
         steps = s.epochs * loader.n_train // s.batch_size
         full_batches = loader.n_train >= s.batch_size  # the other modes are for these
         self.mode = choose_mode(s.mode, s.device, steps) if full_batches else "eager"
-        self.config = as_config(s) | {"mode": self.mode, "data": loader.dataset.digest}
-        self.config["optimizer"] = type(optimizer).__name__
+        self.config |= {"mode": self.mode, "optimizer": type(optimizer).__name__}
         env = describe_environment(s.device)
         if s.overwrite:
             run_folder.clear(folder)  # only now that data and model are there
         elif (folder / "config.json").exists():
             advice = "delete it to resume from last.pt, or use --overwrite to start from scratch"
             there = read_json(folder / "config.json", advice, model=str)
-            run_folder.refuse_another_run(folder, there, self.config)
+            refuse_another_run(folder, there, self.config)
         run_folder.remove_strays(folder)
         self.progress = checkpoint.resume(folder, self.parts, self.device, self.config)
         if self.progress.epochs or self.progress.step:
@@ -263,7 +254,14 @@ class Run:
         if self.settings.dry_run:
             print("dry run: one batch each was trained, validated and tested; nothing was saved")
             return 0
-        run_folder.print_result(result)
+        print(
+            f"test accuracy {result['test_acc']:.2f}% with the best weights (epoch "
+            f"{result['best_epoch']}, validation {result['val_acc']:.2f}%), "
+            f"{result['test_acc_last']:.2f}% with the last; epochs: {result['epochs_run']}, "
+            f"training: {result['train_seconds']:.0f} s"
+            + "; a smoke test, not a result"
+            * result["quick"]
+        )
         accuracy, target = result["test_acc"], self.settings.target_acc
         if target is not None and accuracy < target:
             raise UserError(f"test accuracy {accuracy:.2f}% misses the target of {target:g}%")

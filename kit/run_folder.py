@@ -10,6 +10,7 @@ run is complete.
 
 import io
 import json
+import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
@@ -18,20 +19,14 @@ from filelock import FileLock, Timeout
 
 from kit.command_line import UserError
 from kit.files import write_atomically
-
-# These settings may differ when a run is resumed; any other makes it another run.
-MAY_DIFFER = {
-    "command", "data_dir", "runs", "device", "target_acc", "overwrite", "keep_last", "dry_run",
-    "overrides", "quick", "base_model", "dataset_name",  # these follow from others
-}  # fmt: skip
-NOT_USED = (None, 0, False, "half")  # how config.json says so
+from kit.identity import edited
 
 
 def lock(folder: Path, stack: ExitStack) -> None:
     """Until `stack` is closed no other process trains in `folder`, which is made if need be.
 
     The lock ends with the process, whatever ends that. Folders made for it go again if they stay
-    empty. Raises UserError if another process has the lock.
+    empty. Raises UserError if another process has the lock; under run_all.sh waits for it instead.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -42,31 +37,29 @@ def lock(folder: Path, stack: ExitStack) -> None:
                 path.rmdir()
 
     stack.callback(remove_empty)
-    try:
-        stack.enter_context(FileLock(folder / ".lock", timeout=0))
-    except Timeout:
-        raise UserError(
-            f"another process is training in {folder}: wait for it, or use another --runs folder"
-        ) from None
+    if os.environ.get("WAIT_FOR_RUNS") and is_locked(folder):
+        print(f"waiting: another process is training in {folder}", flush=True)
+        stack.enter_context(FileLock(folder / ".lock"))
+    else:
+        try:
+            stack.enter_context(FileLock(folder / ".lock", timeout=1))
+        except Timeout:
+            advice = "wait for it, or use another --runs folder"
+            raise UserError(f"another process is training in {folder}: {advice}") from None
     stack.callback((folder / ".lock").unlink, missing_ok=True)  # while it is still held
 
 
-def differing_setting(there: dict, config: dict, ignore: set[str] = frozenset()) -> str | None:
-    """The first setting that makes `config` another run than `there`, in words; None: the same."""
-    for key in sorted(config.keys() - MAY_DIFFER - ignore):
-        before, now = there.get(key), config[key]
-        if before != now and not (before in NOT_USED and now in NOT_USED):
-            return f"{key} = {before}, this one has {now}"
-    return None
-
-
-def refuse_another_run(folder: Path, there: dict, config: dict, ignore=frozenset()) -> None:
-    """Raises UserError unless `there`, the settings in `folder`, are those of this run."""
-    if different := differing_setting(there, config, ignore):
-        raise UserError(
-            f"{folder} holds a run with {different}: use --overwrite to discard that run, or "
-            "another --runs folder"
-        )
+def is_locked(folder: Path) -> bool:
+    """Whether another process is training in it."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        FileLock(folder / ".lock").acquire(timeout=0).lock.release()
+    except Timeout:
+        return True
+    except OSError:
+        pass  # whoever locks it will say what is wrong
+    return False
 
 
 def changes_since(folder: Path, env: dict) -> list[str]:
@@ -74,14 +67,14 @@ def changes_since(folder: Path, env: dict) -> list[str]:
     try:
         then = json.loads((folder / "env.json").read_text())
         changes = list(map(str, then.get("changes") or []))  # of earlier resumptions
-        hashes = env["sha256"]
-        edited = [name for name in hashes if hashes[name] != then["sha256"].get(name)]
-        changes += [f"{', '.join(edited)} edited since"] if edited else []
+        hashes = then.get("sha256") or {}
+        if scripts := edited(hashes, env["sha256"]):
+            changes.append(f"{', '.join(scripts)} edited since" if hashes else "by unknown code")
         for key in ("device", "torch"):
-            if env.get(key, then[key]) != then[key]:
+            if then.get(key) and env.get(key, then[key]) != then[key]:
                 changes.append(f"{key} {then[key]} before, {env[key]} since")
         return changes
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return [f"its env.json is damaged: {error}"]
 
 
@@ -99,15 +92,6 @@ def read_json(path: Path, advice: str = "use --overwrite to start from scratch",
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged ({error}): {advice}") from error
     return content
-
-
-def print_result(result: dict) -> None:
-    print(
-        f"test accuracy {result['test_acc']:.2f}% with the best weights (epoch "
-        f"{result['best_epoch']}, validation {result['val_acc']:.2f}%), "
-        f"{result['test_acc_last']:.2f}% with the last; epochs: {result['epochs_run']}, training: "
-        f"{result['train_seconds']:.0f} s{'; a smoke test, not a result' * result['quick']}"
-    )
 
 
 def write_json(path: Path, content: dict) -> None:

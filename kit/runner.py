@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +19,15 @@ DAMAGED = (OSError, ValueError, LookupError, TypeError)  # a file of a run, or i
 
 @dataclass
 class Job:
-    """Arguments of Python; of a training run also its name, folder, and flags beyond the recipe."""
+    """Arguments of Python; of a training run also its name and its folder."""
 
     command: list
     name: str = ""
     folder: Path | None = None
-    flags: tuple = ()
     log: Path | None = None  # of a training run: for when others run at the same time
     needed: bool = False  # if it fails, nothing more is run
+    # Of a training run: "done", perhaps with a remark, or why what is there is not it.
+    state: Callable[["Job"], str] = lambda job: ""
 
     def __str__(self) -> str:
         words = [os.environ.get("PYTHON") or sys.executable, *map(str, self.command)]
@@ -34,16 +36,14 @@ class Job:
 
     @property
     def is_done(self) -> bool:
-        """Whether a run is complete, with its recipe's settings or with these very flags."""
-        with contextlib.suppress(*DAMAGED):
-            result, config = read(self.folder / "result.json"), read(self.folder / "config.json")
-            words = shlex.split(str(config["command"]))
-            if self.flags and "overrides" in result:
-                return words[words.index("--runs") + 2 :] == [*map(str, self.flags)]
-            dataset = self.command[self.command.index("--dataset") + 1]
-            same_data = Path(dataset).resolve() == Path(config["dataset"]).resolve()
-            return result["overrides"] == {} and same_data
-        return False
+        return self.state(self).startswith("done")
+
+    @property
+    def is_at_work(self) -> bool:
+        """Whether another process trains it."""
+        from kit.run_folder import is_locked  # here, for a plan needs no packages
+
+        return self.folder is not None and is_locked(self.folder)
 
 
 def read(path: Path) -> dict:
@@ -69,13 +69,22 @@ class Runner:
         """What is not done of it. After a signal: until everything that was running has ended."""
         if isinstance(stage, str):
             return print(f"# {stage}", flush=True)
-        waiting = [(i, job) for i, job in enumerate(stage, 1) if not job.is_done]
+        waiting = []
+        for i, job in enumerate(stage, 1):
+            state = job.state(job)
+            if not state.startswith("done"):
+                waiting.append((i, job))
+            elif state != "done":
+                print(f"[{i}/{len(stage)}] {job.name}: {state}", flush=True)
         slots = list(range(min(self.jobs, len(stage))))
         shared = len(slots) > 1
         try:
             while self.running or (waiting and not self.over):
                 while waiting and slots and not self.over:
-                    i, job = waiting.pop(0)
+                    # Another process may be at work on the first: then another one, if there is.
+                    free = (each for each in waiting if not each[1].is_at_work)
+                    i, job = chosen = next(free, waiting[0])
+                    waiting.remove(chosen)
                     title = f"[{i}/{len(stage)}] {job.name}" if job.name else f"+ {job}"
                     print(title + f", log: {job.log}" * shared, flush=True)
                     self.start(job, slots.pop(0), shared)
@@ -99,7 +108,8 @@ class Runner:
 
     def start(self, job: Job, slot: int, shared: bool) -> None:
         """On the terminal; if shared with a log, and on a GPU or a part of the CPU's threads."""
-        env, log = dict(os.environ), job.log if shared or not job.folder else None
+        env = os.environ | {"WAIT_FOR_RUNS": "1"}  # of another run_all.sh, rather than to fail
+        log = job.log if shared or not job.folder else None
         if shared and self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         elif shared:

@@ -7,9 +7,11 @@ stage begins when all of them have ended. A command that fails is noted, and the
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import re
+import runpy
 import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -25,7 +27,10 @@ MODELS = {}  # before PyTorch is installed, a plan is printed without knowing th
 if find_spec("torch"):
     import torch
 
-    from kit.environment import device_name, why_no_gpu
+    from kit.environment import HERE, device_name, source_hashes, why_no_gpu
+    from kit.finished import completed
+    from kit.run_folder import changes_since, in_brackets
+    from kit.settings import as_config
     from models import MODELS
 
 PUBLISHED = ["baseline", "se", "cbam_blocks", "cbam_classifier"]
@@ -47,8 +52,39 @@ def train(runs, models, seeds, recipe="published", dataset="fashion_mnist", flag
         command = ["train.py", "--model", model, "--dataset", dataset, "--recipe", recipe]
         command += ["--seed", seed, "--runs", runs, *flags]
         log = Path(runs, "logs", f"{'.'.join(parts)}.log")
-        jobs.append(Job(command, f"{model}, seed {seed}", Path(runs, *parts), tuple(flags), log))
+        job = Job(command, f"{model}, seed {seed}", Path(runs, *parts), log, state=state_of)
+        jobs.append(job)
     return jobs
+
+
+def state_of(run: Job) -> str:
+    """What train.py would say of the run: "done", with a remark if other code has trained it; why
+    the run that is there is another; or nothing, if none is finished."""
+    if not (MODELS and (run.folder / "result.json").exists()):
+        return ""
+    settings = train_script()["parse"](list(map(str, run.command[1:])))
+    config = as_config(settings)
+    try:
+        if Path(settings.dataset).is_absolute():  # the others are verified when they are read
+            config["data"] = digest_of(settings.dataset, settings.data_dir, settings.image_size)
+        completed(run.folder, config)
+    except UserError as error:
+        return f"not done: {error}"
+    return "done" + in_brackets(changes_since(run.folder, {"sha256": source_hashes()}))
+
+
+@functools.cache
+def train_script() -> dict:
+    """The names of train.py, run as a command but in this process: a hundred starts take minutes.
+
+    (Nothing in kit imports a script.)
+    """
+    return runpy.run_path(str(HERE / "train.py"))
+
+
+@functools.cache
+def digest_of(*dataset) -> str:
+    return train_script()["data"].load_dataset(*dataset).digest
 
 
 def table(s: SimpleNamespace, quick: bool, planning: bool) -> Iterator[list[Job] | str]:
@@ -175,22 +211,6 @@ def visible_gpus() -> tuple[list[str], str]:
     return names.replace(" ", "").split(",")[:count], device_name(torch.device("cuda"))
 
 
-def prepare(folders: list[Path], locked: bool):
-    """Checks that files can be written there; a context that no other study can enter meanwhile."""
-    for folder in folders:
-        try:
-            check_writable(folder)
-        except OSError:
-            advice = 'choose another RUNS or OUT (docker run: --user "$(id -u):$(id -g)")'
-            raise UserError(f"{folder} cannot be written: {advice}") from None
-    from filelock import FileLock, Timeout  # here, for a plan can be printed before it is installed
-
-    try:
-        return FileLock(folder / ".lock").acquire(timeout=0) if locked else contextlib.nullcontext()
-    except Timeout:
-        raise UserError(f"another study is running in {folder}: wait for its end") from None
-
-
 @exit_code
 def main(argv: list[str] | None = None) -> int:
     """The runner, with `argv` in place of the command line."""
@@ -222,14 +242,20 @@ def main(argv: list[str] | None = None) -> int:
     if planning:
         for stage in ([data], *stages):
             for job in [f"# {stage}"] if isinstance(stage, str) else stage:
-                print(f"{job}  # done" if isinstance(job, Job) and job.is_done else job)
+                state = job.state(job) if isinstance(job, Job) else ""
+                print(f"{job}  # {state}" if state else job)
         return 0
     runner = Runner(s.jobs or len(gpus) or 1, gpus)
     runner.run([data])
     if not runner.over:
-        with prepare([s.out] if whole else [s.out, s.runs], locked=whole):
-            for stage in itertools.takewhile(lambda _: not runner.over, stages):
-                runner.run(stage)
+        for folder in [s.out] if whole else [s.out, s.runs]:
+            try:
+                check_writable(folder)
+            except OSError:
+                advice = 'choose another RUNS or OUT (docker run: --user "$(id -u):$(id -g)")'
+                raise UserError(f"{folder} cannot be written: {advice}") from None
+        for stage in itertools.takewhile(lambda _: not runner.over, stages):
+            runner.run(stage)
     return runner.end()
 
 

@@ -8,7 +8,7 @@ test, P(A > B) and the bootstrap are reported as well, for those who would have 
 
 import bisect
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from scipy import optimize, stats
@@ -34,6 +34,7 @@ class Comparison:
     p_holm: float = float("nan")  # corrected over all comparisons of the study
     corrected: tuple[float, float] = (float("nan"), float("nan"))  # the interval that goes with it
     detectable: float = float("nan")  # what a study like this one finds with 80% power
+    unlike: list[str] = field(default_factory=list)  # in what else its runs differ, in words
 
     @property
     def verdict(self) -> str:

@@ -8,7 +8,9 @@ import jinja2
 
 from kit.costs import Cost
 from kit.findings import Findings, ablation
-from kit.results import Run, Study, in_table_order
+from kit.finished import Run
+from kit.identity import who
+from kit.results import Study, in_table_order
 
 # What Markdown would act upon; an underscore inside a word means nothing to it.
 SPECIAL = re.compile(r"[\\`*\[\]|#<~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
@@ -46,6 +48,15 @@ def mean_and_sd(summary: dict) -> str:
         return "missing"
     spread = f" ± {summary['test_acc_sd']:.2f}" if summary["n"] > 1 else ""
     return f"{summary['test_acc_mean']:.2f}{spread}"
+
+
+def flag(reasons) -> str:
+    """Marks what is not as it should be; a line below says why."""
+    return " †" if reasons else ""
+
+
+def flagged(models: list[str], f: Findings) -> str:
+    return ", ".join(f"`{model}`{flag(f.against[model].unlike)}" for model in models)
 
 
 def how(row: dict) -> str:
@@ -141,7 +152,10 @@ def cost_table(f: Findings, quick: str) -> str:
             return change(ratio, "+.2f") + "%"
         return training_ratio(cost) if key == "training" else f"{ratio:.2f}x"
 
-    rows = [[text(model) + quick, *(cell(model, key) for key in measured)] for model in f.relative]
+    rows = [
+        [text(model) + quick + flag(f.stale.get(model)), *(cell(model, key) for key in measured)]
+        for model in f.relative
+    ]
     return table(["model", *(columns[key][0] for key in measured)], rows)
 
 
@@ -177,12 +191,24 @@ def short_table(f: Findings) -> str:
     """The first study for a terminal, in columns."""
     rows = [["model", "seeds", "test accuracy %", "verdict", "ms/image"]]
     for model, summary in f.models.items():
-        verdict = f.against[model].verdict if model in f.against else "-"
-        ms = fmt(f.costs.get(model, {}).get("ms_per_image"), "#.3g")
+        c = f.against.get(model)
+        verdict = c.verdict + flag(c.unlike) if c else "-"
+        ms = fmt(f.costs.get(model, {}).get("ms_per_image"), "#.3g") + flag(f.stale.get(model))
         rows.append([model, str(summary["n"]), mean_and_sd(summary), verdict, ms])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
+    lines += [f"† {line}" for line in notes(f)]
+    lines += [one_line(f"left out, {who(runs)}: {why}") for why, runs in f.study.left_out.items()]
     return "\n".join([one_line(f.study.title), *filter(None, [mark(f.study)]), *lines])
+
+
+def notes(f: Findings) -> list[str]:
+    """What the marks † stand for."""
+    found = [line for c in [*f.against.values(), *f.controlled.values()] for line in c.unlike]
+    for model, scripts in f.stale.items():
+        names = ", ".join(scripts)
+        found.append(f"{model}: its cost was measured with other code ({names}) than its accuracy")
+    return [one_line(line) for line in dict.fromkeys(found)]
 
 
 # --- Templates ------------------------------------------------------------------------------------
@@ -195,8 +221,8 @@ TEMPLATES = jinja2.Environment(
     keep_trailing_newline=True,
 )
 FILTERS = (
-    text, one_line, fmt, change, interval, mean_and_sd, how, training_ratio, ablation, mark,
-    environments, devices, header, cost_table, mode_table,
+    text, flag, flagged, who, one_line, fmt, change, interval, mean_and_sd, how, training_ratio,
+    ablation, mark, environments, devices, notes, header, cost_table, mode_table,
 )  # fmt: skip
 TEMPLATES.filters |= {function.__name__: function for function in FILTERS} | {
     "names": lambda models: ", ".join(f"`{model}`" for model in models),

@@ -95,26 +95,30 @@ def run_all(*arguments, **environment):
     )
 
 
-def copy_run(source, runs, model, seed, **changes):
-    """A copy of a finished run as another model or seed, its result changed.
+def copy_run(source, runs, model, seed, test_acc=50.0, **changes):
+    """A copy of a finished run as another model or seed, its settings and result changed.
 
-    With another test_acc, so many of its 10,000 predictions are correct; which ones is random.
+    test_acc: so many percent of its 10,000 predictions are correct; which ones is random.
     """
     folder = runs / "fashion_mnist" / "published" / model / f"seed{seed}"
     shutil.copytree(source, folder)
-    named = {"model": model, "seed": seed}
-    if "test_acc" in changes:
-        named["test_images"] = 10_000
-        labels = np.arange(10_000, dtype=np.uint8) % 10
-        wrong = 10_000 - round(100 * changes["test_acc"])
-        order = np.random.default_rng([seed, len(model)]).permutation(10_000)
-        predictions = labels.copy()
-        predictions[order[:wrong]] = (predictions[order[:wrong]] + 1) % 10
-        np.save(folder / "test_labels.npy", labels)
-        np.save(folder / "test_predictions.npy", predictions)
-    for name, new in (("config.json", named), ("result.json", named | changes)):
-        content = json.loads((folder / name).read_text())
-        (folder / name).write_text(json.dumps(content | new))
+    labels = np.arange(10_000, dtype=np.uint8) % 10
+    wrong = 10_000 - round(100 * test_acc)
+    order = np.random.default_rng([seed, len(model)]).permutation(10_000)
+    predictions = labels.copy()
+    predictions[order[:wrong]] = (predictions[order[:wrong]] + 1) % 10
+    np.save(folder / "test_labels.npy", labels)
+    np.save(folder / "test_predictions.npy", predictions)
+    changes |= {"model": model, "seed": seed, "test_acc": test_acc, "test_images": 10_000}
+    changes |= {"dataset_name": changes["dataset"]} if "dataset" in changes else {}
+    config = json.loads((folder / "config.json").read_text())
+    result = json.loads((folder / "result.json").read_text())
+    config |= {key: value for key, value in changes.items() if key in config and key != "mode"}
+    (folder / "config.json").write_text(json.dumps(config))
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows[0]["seconds"] += seed + len(model)  # a copy to the letter would be no result
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "result.json").write_text(json.dumps(result | changes))
     return folder
 
 

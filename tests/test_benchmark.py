@@ -81,15 +81,27 @@ def test_benchmark_json_has_a_row_a_model_and_batch_size(tmp_path, capsys):
     assert [row["sha256"] for row in again] == [row["sha256"] for row in kept]
     flags[1] = "4"
     assert benchmark.main([*flags, "--keep", "--out", str(tmp_path)]) == 0
-    assert {row["width"] for row in rows_of(tmp_path)} == {4}
+    both = rows_of(tmp_path)
+    assert both[len(rows) :] == again and {row["width"] for row in both[: len(rows)]} == {4}
+    few = ["--models", "se", "--batch-sizes", "4", *flags[4:], "--width", "8"]
+    assert benchmark.main([*few, "--out", str(tmp_path)]) == 0  # the other rows stay
+    found = rows_of(tmp_path)
+    changed = [(row["width"], row["batch_size"], row["model"])
+               for row, old in zip(found, both, strict=True) if row != old]  # fmt: skip
+    assert changed == [(8, 4, "se")]
+    assert benchmark.main([*few, "--overwrite", "--out", str(tmp_path)]) == 0
+    assert [row["model"] for row in rows_of(tmp_path)] == ["se"]
 
 
 @pytest.mark.parametrize("content", ["{", "3", "[3, null]", '[{"model": "se"}]'])
-def test_a_damaged_file_is_measured_anew(tmp_path, content):
-    path = tmp_path / "benchmark.json"
-    path.write_text(content)
-    assert benchmark.read_rows(path, {"width": 4}) == {}
-    assert benchmark.read_rows(tmp_path / "gone.json", {}) == {}
+def test_a_damaged_file_is_measured_anew(tmp_path, content, capsys):
+    (tmp_path / "benchmark.json").write_text(content)
+    flags = ["--models", "baseline", "--width", "4", "--batch-sizes", "2", "--device", "cpu"]
+    flags += ["--modes", "eager", "--repeats", "1", "--keep", "--out", str(tmp_path)]
+    assert benchmark.main(flags) == 0
+    assert is_one_line(error := capsys.readouterr().err) and "benchmark.json" in error
+    (row,) = rows_of(tmp_path)
+    assert row["model"] == "baseline"
 
 
 def test_the_table_is_relative_to_the_baseline():

@@ -3,16 +3,23 @@
 import argparse
 import itertools
 import json
+import os
+import re
+import shutil
 from pathlib import Path
 
 import matplotlib.image
+import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from conftest import REPO, is_one_line, train_small
+from PIL import Image
 
+import data
 import explain
+import train
 from kit import attribution, pictures
 from kit.attribution import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
 from kit.command_line import UserError
@@ -239,10 +246,91 @@ def test_the_script_on_runs_side_by_side(finished_run, tmp_path, capsys):
     assert explain.main([*runs, *flags, "--out", str(again)]) == 0
     assert json.loads((again / "explain.json").read_text()) == rows
 
-    made = (again / "explain.json").stat().st_mtime_ns
-    for wanted, kept in ((runs, True), (["--run", str(other)], False)):
+    made = (again / "explain.json").read_bytes()
+    copy = tmp_path / "moved"  # whatever its place and its files' times
+    shutil.copytree(other, copy)
+    for wanted in (runs, ["--run", str(other)], ["--run", str(copy)]):
         assert explain.main([*wanted, *flags, "--keep", "--out", str(again)]) == 0
-        assert ((again / "explain.json").stat().st_mtime_ns == made) == kept
+        assert "kept: " in capsys.readouterr().out
+    assert (again / "explain.json").read_bytes() == made
+
+
+def test_what_was_explained_before_stays(finished_run, tmp_path, capsys):
+    """Rows of other runs, and their pictures; --overwrite discards them."""
+    assert train_small("cbam_blocks", tmp_path / "runs", "--epochs", "1") == 0
+    short = tmp_path / "runs/fashion_mnist/published/cbam_blocks/seed0"
+    flags = ["--limit-test", "50", "--limit-cam", "2", "--out", str(tmp_path / "out")]
+
+    def rows_after(run, *more):
+        assert explain.main(["--run", str(run), *flags, *more]) == 0
+        rows = json.loads((tmp_path / "out/explain.json").read_text())
+        return {row["overrides"].get("epochs"): row for row in rows}
+
+    first, again = rows_after(finished_run), rows_after(finished_run)
+    both = rows_after(short)
+    assert list(first) == list(again) == [2] and list(both) == [2, 1] and both[2] == first[2]
+    assert len({row["picture"] for row in both.values()}) == 2
+    assert all((tmp_path / "out" / row["picture"]).is_file() for row in both.values())
+    assert list(rows_after(short, "--overwrite")) == [1]
+
+
+@pytest.mark.parametrize("change", ["weights", "predictions", "labels", "no file"])
+def test_a_run_is_explained_with_its_own_weights_and_images(finished_run, tmp_path, capsys, change):
+    """Else refused in one line that says how many predictions differ; --keep looks at content."""
+    run = tmp_path / "run"
+    shutil.copytree(finished_run, run)
+    flags = ["--run", str(run), "--limit-test", "80", "--limit-cam", "2"]
+    flags += ["--out", str(tmp_path / "out")]
+    assert explain.main(flags) == 0
+    times = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
+    capsys.readouterr()
+    if change == "weights":
+        torch.save(build_model("cbam_blocks", width=8, seed=7).state_dict(), run / "best.pt")
+    elif change == "labels":
+        config = json.loads((run / "config.json").read_text())
+        (run / "config.json").write_text(json.dumps(config | {"data": "0" * 16}))
+    else:
+        predictions = np.load(run / "test_predictions.npy")
+        np.save(run / "test_predictions.npy", (predictions + 1) % 10)
+    if change == "no file":
+        (run / "test_predictions.npy").unlink()
+    for name, time in times.items():
+        if (run / name).exists():
+            os.utime(run / name, ns=(time, time))  # as if nothing had happened
+    code = explain.main([*flags, *(["--keep"] if change != "no file" else [])])
+    error = capsys.readouterr().err
+    assert is_one_line(error)
+    if change == "no file":  # a checkpoint alone
+        assert code == 0 and f"note: {run} has no test_predictions.npy" in error
+    elif change == "labels":
+        assert code == 1 and f"{run} was trained on other images or labels" in error
+    else:
+        assert code == 1 and re.search("[1-9][0-9]* of 80 predictions are not those", error)
+
+
+def test_images_that_moved_are_found(tmp_path, capsys):
+    """--dataset says where; the content decides."""
+    generator = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (tmp_path / "here/pets" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = generator.integers(0, 256, (16, 16), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"here/pets/{name}/{i}.png")
+    flags = ["--model", "se", "--width", "8", "--epochs", "1", "--batch-size", "4", "--device"]
+    flags += ["cpu", "--data-dir", str(tmp_path / "data"), "--dataset"]
+    places = [str(tmp_path / place / "pets") for place in ("here", "there")]
+    assert train.main([*flags, places[0], "--runs", str(tmp_path / "here/runs")]) == 0
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    runs = tmp_path / "there/runs"
+    assert train.main([*flags, places[1], "--runs", str(runs)]) == 0
+    assert "already complete" in capsys.readouterr().out
+    explained = ["--run", str(runs / "pets/published/se/seed0"), "--out", str(tmp_path / "out")]
+    assert explain.main(explained) == 1
+    assert "--dataset" in capsys.readouterr().err
+    assert explain.main([*explained, "--dataset", places[1]]) == 0
+    os.remove(tmp_path / "there/pets/cat/0.png")
+    assert explain.main([*explained, "--dataset", places[1]]) == 1
+    assert "other images or labels" in capsys.readouterr().err
 
 
 def test_accuracy_is_that_of_the_run(finished_run, tmp_path):
@@ -260,7 +348,7 @@ def test_accuracy_is_that_of_the_run(finished_run, tmp_path):
         ([], 2, "--run --checkpoint --compare"),
         (["--run", "RUN", "--checkpoint", "RUN/best.pt"], 2, "not allowed with"),
         (["--run", "nowhere"], 1, "nowhere is not the folder of a run"),
-        (["--run", "RUN", "--images", "100"], 1, "from 0 to 99"),
+        (["--run", "RUN", "--images", "10000"], 1, "from 0 to 9999"),
         (["--run", "RUN", "--images", "-1"], 1, "from 0 to"),
         (["--run", "RUN", "--limit-test", "0"], 2, "at least 1"),
         (["--run", "RUN", "--device", "cuda:9"], 2, "cuda:9"),
@@ -309,7 +397,9 @@ def test_runs_that_share_model_and_seed_have_pictures_of_their_own():
         ({"limit_test": "abc"}, "limit_test is abc"),
         ({"model": "../../evil"}, "no model ../../evil"),
         ({"seed": "../x"}, "seed is"),
-        ({"reduction": "x"}, "does not load"),
+        ({"reduction": "x"}, "reduction is x"),
+        ({"recipe": "../x"}, "recipe is ../x"),
+        ({"overrides": None}, "overrides is"),
     ],
 )
 def test_an_odd_config_is_one_line(finished_run, tmp_path, capsys, change, words):
@@ -323,20 +413,28 @@ def test_an_odd_config_is_one_line(finished_run, tmp_path, capsys, change, words
 
 
 @pytest.mark.parametrize("key", ["position", "place"])
-def test_configs_of_older_runs_say_place(fashion_mnist, key):
+def test_configs_of_older_runs_say_place(fashion_mnist, tmp_path, key):
     config = {"model": "se_classifier", "base_model": "se", "width": 4, key: "classifier"}
-    model = explain.load_model(Path("best.pt"), config, fashion_mnist, seed=0)
+    config |= {"dataset": "fashion_mnist", "data_dir": "data", "seed": 0}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    config = explain.read_config(tmp_path / "best.pt")
+    model = explain.load_model(tmp_path / "best.pt", config, fashion_mnist, seed=0)
     assert list(attention_modules(model)) == ["attention"]
 
 
 def test_runs_with_other_data_are_not_compared(fashion_mnist):
-    args = argparse.Namespace(limit_test=5, images=None, data_dir=REPO / "data")
-    run = {"dataset": "fashion_mnist", "data": "a", "limit_test": None}
-    older = run | {"data": None}  # no digest
-    assert len(explain.load_dataset([run, older], args).test_images) == 5
-    for other in ({"data": "b"}, {"dataset": "mnist"}, {"image_size": 32}):
-        with pytest.raises(UserError, match="different data"):
-            explain.load_dataset([run, older, run | other], args)
+    args = dict(limit_test=5, images=None, data_dir=REPO / "data", dataset=None)
+    run = {"dataset": "fashion_mnist", "limit_test": None, "image_size": None}
+    run |= {"data": fashion_mnist.digest}
+    older = run | {"data": None}  # which were Fashion-MNIST's, too
+
+    def indices(*configs):
+        paths = [Path("best.pt")] * len(configs)
+        return explain.load_dataset(configs, argparse.Namespace(paths=paths, **args))[1]
+
+    assert indices(run, older).tolist() == data.stratified(fashion_mnist.test_labels, 5).tolist()
+    with pytest.raises(UserError, match="other images"):
+        indices(run, older, run | {"data": "b"})
 
 
 def test_texts_of_the_pictures_do_not_touch(fashion_mnist, tmp_path, monkeypatch):
@@ -379,10 +477,11 @@ def test_rows_of_gates_are_those_of_their_classes(finished_run, tmp_path, fashio
     """Of a class that no image is of, nothing is said."""
     config = explain.read_config(finished_run / "best.pt")
     asked = dict(device=torch.device("cpu"), limit_test=6, limit_cam=1, images=None)
-    args = argparse.Namespace(**asked, data_dir=REPO / "data")
-    dataset = explain.load_dataset([config], args)
-    _, drawn = explain.explain("x", finished_run / "best.pt", config, dataset, args)
-    there = set(fashion_mnist.test_labels[:6].tolist())
+    path = finished_run / "best.pt"
+    args = argparse.Namespace(**asked, data_dir=REPO / "data", dataset=None, paths=[path])
+    dataset, idx = explain.load_dataset([config], args)
+    _, drawn = explain.explain("x", path, config, dataset, idx, args)
+    there = set(fashion_mnist.test_labels[idx].tolist())
     for gates in drawn.gates_by_class.values():
         rows = {row for row in range(10) if not gates[row].isnan().all()}
         assert rows == there != set(range(10))

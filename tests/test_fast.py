@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from conftest import REPO, settings_of
 
+import data
 import train
 from kit.fast import MODES, PRECISIONS, why_not
 from kit.run import Run
@@ -102,8 +103,9 @@ def steps_of(model, mode, precision, runs, *flags):
     argv += ["--width", "8", "--limit-train", "128", "--limit-test", "64", "--runs", str(runs)]
     argv += ["--data-dir", str(REPO / "data"), "--overwrite"]
     settings = settings_of(*argv)
-    with pytest.raises(Done), Probe(settings) as run:
-        train.train(settings, run)
+    dataset = data.load_dataset(settings.dataset, settings.data_dir)
+    with pytest.raises(Done), Probe(settings, dataset.digest) as run:
+        train.train(settings, dataset, run)
     return run.found, run.mode, run.failures
 
 

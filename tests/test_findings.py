@@ -118,7 +118,8 @@ def test_class_by_class_as_counted_one_by_one(make_study):
     labels = generator.permutation(np.repeat(np.arange(CLASSES), 10))
     for runs in study.runs.values():
         for run in runs:
-            run.labels, run.correct = labels, generator.random(100) < 0.8
+            run.labels, right = labels, generator.random(100) < 0.8
+            run.predictions = np.where(right, labels, labels + 1)
             run.result["test_images"] = 100
     found = Findings(study, [], []).by_class
     p_values = []
@@ -140,7 +141,7 @@ def test_class_by_class_as_counted_one_by_one(make_study):
 
 def test_without_labels_there_are_no_classes(make_study):
     study = make_study({"baseline": BASE, "se": SAME})
-    study.runs["se"][0].labels = study.runs["se"][0].correct = None
+    study.runs["se"][0].labels = None
     found = Findings(study, [], [])
     assert found.by_class is None and found.resampled["se"] is None
     assert json.dumps(found.models)  # plain numbers

@@ -24,6 +24,8 @@ NO_FIGURE_DEPENDS_ON = {
     "kit/command_line.py",
     "kit/environment.py",
     "kit/files.py",
+    "kit/finished.py",
+    "kit/identity.py",
     "kit/pictures.py",
     "kit/run.py",
     "kit/run_folder.py",

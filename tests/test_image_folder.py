@@ -196,7 +196,7 @@ def test_a_run_is_not_resumed_with_other_images(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert train.main(flags) == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "holds a run with data = " in error and "--overwrite" in error
+    assert "holds a run with other images or labels" in error and "--overwrite" in error
     make(folder, {"cat": 1}, size=(12, 12), seed=0)  # as it was
     assert train.main(flags) == 0
 
@@ -214,7 +214,7 @@ def test_runs_of_other_images_or_sizes_are_not_compared(tmp_path, capsys):
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| se (smoke test) | 1 |" in text
     assert "eca (smoke test)" not in text and "gc (smoke test)" not in text
-    assert text.count("left out, it has other settings: data ") == 2
+    assert text.count(" left out, it has other settings: ") == 2
     assert "--image 3x9x9 --classes 2" in text  # what would fill the gap
 
 

@@ -67,7 +67,7 @@ def test_a_run_is_not_resumed_in_another_mode(tmp_path, monkeypatch, capsys):
     (tmp_path / FOLDER / "result.json").unlink()
     assert train_small("baseline", tmp_path, *flags, "eager") == 1
     error = capsys.readouterr().err
-    assert is_one_line(error) and "mode = compile" in error
+    assert is_one_line(error) and "mode compile instead of" in error
     assert train_small("baseline", tmp_path, *flags, "compile") == 0
     assert train_small("baseline", tmp_path, *flags, "auto") == 0  # complete, in whatever mode
 

@@ -206,7 +206,7 @@ def test_predictions_of_another_length_are_not_counted(finished_run, tmp_path):
     (empty / "test_labels.npy").write_bytes(b"")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert "se/seed0 left out" in text and "predictions of shape (99,), 100 test images" in text
+    assert "se/seed0 left out" in text and "predictions.npy has shape (99,), 10,000 images" in text
     assert "se/seed1 left out" in text and "| se | 0 | missing |" in text
     assert "No verdict" in text
 
@@ -372,7 +372,7 @@ def test_other_models_beside_the_baseline_are_a_table_of_their_own(finished_run,
     ],
 )
 def test_published_figures_stand_beside_their_like(dataset, recipe, models, shown):
-    study = Study(dataset, recipe, {}, {name: [] for name in models})
+    study = Study(dataset, recipe, {}, {name: [] for name in models}, {})
     assert len(study.published) == shown
 
 
@@ -384,14 +384,14 @@ def test_only_damaged_runs_make_no_table(study, capsys):
     assert is_one_line(capsys.readouterr().err) and not (out / "report.md").exists()
 
 
-def test_predictions_that_do_not_give_the_accuracy_are_not_used(study):
+def test_an_accuracy_that_its_predictions_do_not_bear_out_is_no_result(study):
     runs, out = study
     folder = runs / "fashion_mnist/published/se"
     shutil.copy(folder / "seed0/test_predictions.npy", folder / "seed1")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert "se/seed1: its predictions are not used: 92.90% of them are correct" in text
-    assert row_of(text, "se")[1] == "3" and "Not made: a run lacks usable" in text
+    assert "92.90% of its predictions are correct, but its test_acc is" in text
+    assert row_of(text, "se")[1] == "2"
 
 
 @pytest.mark.parametrize(
@@ -443,8 +443,9 @@ def test_fields_that_only_we_write_may_be_missing(study):
 )  # fmt: skip
 def test_a_damaged_benchmark_is_named_and_left_out(tmp_path, content):
     (tmp_path / "benchmark.json").write_text(content)
-    rows, (problem,) = read_rows("benchmark", [tmp_path / "nowhere", tmp_path])
-    assert rows == [] and is_one_line(problem) and "benchmark.json left out" in problem
+    rows, (problem,) = read_rows(tmp_path / "benchmark.json")
+    assert rows == [] and is_one_line(problem) and "benchmark.json" in problem
+    assert "left out" in problem and "run python benchmark.py again" in problem
 
 
 def test_a_report_without_a_damaged_benchmark(study):
@@ -533,7 +534,7 @@ def test_a_setting_that_is_not_used_is_none_or_zero(study):
     assert len(found.runs["se"]) == 3 and not problems
     path.write_text(json.dumps(config | {"label_smoothing": 0.1}))
     (found,), (problem,) = read_studies(runs)
-    assert len(found.runs["se"]) == 2 and "label_smoothing 0.1 instead of None" in problem
+    assert len(found.runs["se"]) == 2 and "label_smoothing 0.1 instead of none" in problem
 
 
 # --- explain.json ---------------------------------------------------------------------------------
@@ -584,14 +585,18 @@ def test_what_explain_py_found_is_in_the_report(explained):
 
 
 def test_what_explain_py_found_of_other_runs_is_left_out(explained):
-    text, row = explained_report(explained, overrides={"epochs": 7})
+    text, _ = explained_report(explained, overrides={"epochs": 7})
     assert "What attention attends to" not in text
     assert "explain.json: 1 of its 1 entries belong to no run here" in text
     run = explained / "runs/fashion_mnist/published/cbam_blocks/seed0/result.json"
     own = json.loads(run.read_text())["overrides"]
-    text, _ = explained_report(explained, overrides=own, test_acc=row["test_acc"] + 7)
-    assert "What attention attends to" not in text
-    assert "explain.json: cbam_blocks seed 0 left out" in text
+    others = {"predictions": "0" * 16}, {"predictions": None, "test_images": 10_000}  # older
+    for other in others:
+        text, _ = explained_report(explained, overrides=own, **other)
+        assert "What attention attends to" not in text
+        assert "explain.json: cbam_blocks seed 0 left out" in text
+    text, _ = explained_report(explained, test_acc=50)
+    assert "What attention attends to" in text
 
 
 @pytest.mark.parametrize("key", ["gates", "lost", "test_acc", "deletion"])
@@ -599,7 +604,7 @@ def test_what_explain_py_found_of_other_runs_is_left_out(explained):
 def test_a_damaged_explain_json_is_named(explained, key, value):
     text, _ = explained_report(explained, **{key: value})
     assert "What attention attends to" not in text
-    assert "explain.json left out, it is damaged" in text
+    assert "explain.json: 1 of its 1 rows left out, they are damaged" in text
 
 
 def test_the_interval_is_that_of_paired_proportions():
@@ -667,6 +672,7 @@ def test_what_comes_from_outside_stays_text(study):
                 content |= {"classes": classes, "device": of, "overrides": {"lr": of}}
                 content |= {"fallback": of}
             own = {"torch": of, "date": of, "git_commit": of, "changes": [of], "command": of}
+            own |= {"overrides": {"lr": of}}
             path.write_text(json.dumps(content | ({} if path.name == "result.json" else own)))
         rows = [ROW | {"model": m, "device": of, "torch": of} for m in report.PUBLISHED]
         (out / "benchmark.json").write_text(json.dumps(rows))

@@ -190,7 +190,7 @@ def test_an_optimizer_changed_since_is_refused(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert train_small("se", tmp_path) == 1
     error = capsys.readouterr().err
-    assert is_one_line(error) and "a run with optimizer = Adam, this one has SGD" in error
+    assert is_one_line(error) and "a run with optimizer Adam instead of SGD" in error
     assert {path.name: path.read_bytes() for path in (tmp_path / FOLDER).iterdir()} == before
     assert train_small("se", tmp_path, "--epochs", "1", "--overwrite") == 0
 
@@ -428,7 +428,7 @@ def test_other_settings_are_refused_and_nothing_is_touched(stopped, tmp_path, ca
     before = {path.name: path.read_bytes() for path in (runs / FOLDER).iterdir()}
     assert train.main(["--model", "se", *FLAGS, "--lr", "0.5", "--runs", str(runs)]) == 1
     error = capsys.readouterr().err
-    assert is_one_line(error) and "lr = 0.001" in error
+    assert is_one_line(error) and "lr 0.001 instead of 0.5" in error
     assert "--overwrite" in error and "--runs" in error
     assert {path.name: path.read_bytes() for path in (runs / FOLDER).iterdir()} == before
 
@@ -577,7 +577,8 @@ def test_predictions_are_those_of_the_best_weights(whole):
     dataset = data.load_dataset("fashion_mnist", REPO / "data")
     model = build_model("se", width=8)
     model.load_state_dict(checkpoint.load(folder / "best.pt"))
-    images = data.normalize(dataset.test_images[:100], *map(torch.tensor, (0.5, 0.5)))
+    tested = data.stratified(dataset.test_labels, 100)
+    images = data.normalize(dataset.test_images[tested], *map(torch.tensor, (0.5, 0.5)))
     with torch.no_grad():
         predictions = model.eval()(images).argmax(1).numpy()
     assert np.array_equal(predictions, np.load(folder / "test_predictions.npy"))

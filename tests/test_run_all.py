@@ -11,14 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import REPO, is_one_line, needs_pins, run_all
+from conftest import REPO, SMALL, is_one_line, needs_pins, run_all, script
 from test_image_folder import make
 
 import train
-from kit import study
+from kit import run_folder, study
 from kit.command_line import exit_code
 from kit.runner import Job, Runner
 
@@ -122,6 +123,54 @@ def test_below_nohup_a_closed_terminal_stops_nothing(folder):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     Runner().run([job(0)])
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+
+
+def test_what_another_process_trains_comes_last(folder):
+    """And is waited for by train.py itself."""
+    stage = [replace(job(k), folder=folder / str(k)) for k in range(3)]
+    with contextlib.ExitStack() as stack:
+        run_folder.lock(stage[0].folder, stack)
+        assert stage[0].is_at_work and not stage[1].is_at_work
+        Runner(1).run([replace(each, log=None) for each in stage])
+    assert not stage[0].is_at_work
+    times = {path.stem: path.stat().st_mtime_ns for path in folder.glob("*.started")}
+    assert sorted(times, key=times.get) == ["1", "2", "0"]
+
+
+def test_a_run_that_another_process_trains_is_waited_for_under_run_all_alone(
+    finished_run, tmp_path, monkeypatch, capfd
+):
+    shutil.copytree(finished_run, tmp_path / "fashion_mnist/published/cbam_blocks/seed0")
+    flags = ["--model", "cbam_blocks", *SMALL, "--epochs", "2", "--runs", str(tmp_path)]
+    with contextlib.ExitStack() as stack:
+        run_folder.lock(tmp_path / "fashion_mnist/published/cbam_blocks/seed0", stack)
+        done = script("train.py", *flags)
+        assert "another process is training" in done.stderr
+        assert done.returncode == 1 and is_one_line(done.stderr)
+        monkeypatch.setenv("WAIT_FOR_RUNS", "1")
+        process = subprocess.Popen([sys.executable, "train.py", *flags], cwd=REPO)
+        while "waiting: another process" not in capfd.readouterr().out:
+            time.sleep(0.1)
+            assert process.poll() is None
+    assert process.wait(60) == 0 and "already complete" in capfd.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_at_a_time_share_the_work(tmp_path):
+    """Neither fails; each run is trained once, each row of the benchmark measured once."""
+    needs_pins()
+    images = make(tmp_path / "noise", {"a": 60, "b": 60, "c": 60}, size=(12, 12), mode="L")
+    environment = {"MODELS": "baseline se", "DATASET": images, "RUNS": tmp_path / "runs"}
+    environment |= {"OUT": tmp_path / "out", "PYTHON": sys.executable}
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    command = ["./run_all.sh", "quick"]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    both = [subprocess.Popen(command, cwd=REPO, env=environment, **pipes) for _ in range(2)]
+    outputs = [process.communicate(timeout=300)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    text = "".join(outputs)
+    assert "failed" not in text and text.count("epoch  1/1") == 2
+    assert text.count("2 of 2 rows are new") == text.count("0 of 2 rows are new") == 1
 
 
 # --- run_all.sh -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """kit/study.py: its plans, what it refuses, and all of the study in miniature."""
 
+import itertools
 import json
 import os
 import shlex
@@ -10,10 +11,14 @@ import time
 
 import pytest
 import torch
-from conftest import REPO, is_one_line, needs_pins, run_all
+from conftest import REPO, is_one_line, needs_pins, run_all, settings_of
+from PIL import Image
 
+import data
+import train
 from kit import study
-from kit.command_line import UserError
+from kit.environment import source_hashes
+from kit.settings import as_config
 from models import MODELS
 
 FURTHER = ["baseline", *(model for model in MODELS if model not in study.COMPARED)]
@@ -45,12 +50,26 @@ def runs_in(lines):
     return found
 
 
-def finish(folder, overrides=None, flags="", dataset="fashion_mnist", **result):
-    """A run's folder, as train.py leaves it."""
+def finish(runs, *flags, **result):
+    """The folder of a finished run with these flags, as train.py leaves it."""
+    settings = settings_of(*map(str, flags), "--runs", str(runs))
+    folder = (
+        runs / settings.dataset_name / settings.recipe / settings.model / f"seed{settings.seed}"
+    )
     folder.mkdir(parents=True, exist_ok=True)
-    config = {"dataset": dataset, "command": f"python train.py --seed 1 --runs elsewhere {flags}"}
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "result.json").write_text(json.dumps({"overrides": overrides or {}} | result))
+    config = as_config(settings) | {"data": result.pop("data", None)}
+    row = {"epoch": 1, "train_loss": 1.0, "val_acc": 50.0}
+    result = dict(
+        dataset=settings.dataset_name, test_acc=50.0, test_acc_last=50.0, val_acc=50.0, params=10,
+        epochs_run=1, best_epoch=1, train_seconds=1.0, images_per_second=1.0, device="CPU",
+    ) | result  # fmt: skip
+    result |= {k: config[k] for k in ("model", "recipe", "seed", "width", "precision", "quick")}
+    result |= {"overrides": config["overrides"], "mode": "eager"}
+    for name, content in (("config.json", config), ("result.json", result), ("env.json", {})):
+        (folder / name).write_text(json.dumps(content))
+    (folder / "env.json").write_text(json.dumps({"sha256": source_hashes()}))
+    (folder / "metrics.jsonl").write_text(json.dumps(row))
+    return folder
 
 
 def test_full_is_the_published_table(plan):
@@ -72,14 +91,25 @@ def test_quick_and_other_data(plan, tmp_path):
     quick = plan("quick", MODELS="se  baseline se", SEEDS="3", RUNS=tmp_path, PYTHON="py")
     assert runs_in(quick) == [(str(tmp_path), "quick", m, "3", "") for m in ("se", "baseline")]
     assert quick[-3].endswith("--modes eager --batch-sizes 64") and quick[-1].startswith("py ")
-    birds = {"DATASET": "my/birds", "RUNS": tmp_path, "SEEDS": "3", "RECIPE": "strong"}
-    for dataset, done, size in (("yours/birds", 0, "CxHxW --classes N"),
-                                (f"{REPO}/my/birds", 1, "3x32x24 --classes 2")):  # fmt: skip
-        folder = tmp_path / "birds/strong/se/seed3"
-        finish(folder, dataset=dataset, image=[3, 32, 24], classes=["a", "b"])
-        lines = plan("full", **birds)
-        assert sum(line.endswith("# done") for line in lines) == done
-        assert lines[-3].endswith(f"--image {size}")
+    for place in ("my/birds", "yours/birds"):
+        for i, name in itertools.product(range(3), "ab"):
+            path = tmp_path / place / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (24, 32), 9 * i + len(place)).save(path)
+    mine = tmp_path / "my/birds"
+    digest = data.load_dataset(str(mine), tmp_path / "data").digest
+    folder = finish(
+        tmp_path, "--model", "se", "--dataset", mine, "--recipe", "strong", "--seed", 3,
+        data=digest, image=[1, 32, 24], classes=["a", "b"],
+    )  # fmt: skip
+    birds = {"RUNS": tmp_path, "SEEDS": "3", "RECIPE": "strong"}
+    lines = plan("full", DATASET=mine, **birds)
+    assert [run[2] for run in runs_in(line for line in lines if line.endswith("# done"))] == ["se"]
+    assert lines[-3].endswith("--image 1x32x24 --classes 2")
+    lines = plan("full", DATASET=tmp_path / "yours/birds", **birds)
+    assert lines[-3].endswith("--image CxHxW --classes N")
+    (line,) = [line for line in lines if "# not done" in line]
+    assert f"{folder} holds a run with other images or labels" in line
 
 
 def test_without_a_word_the_gpu_decides(plan, monkeypatch, capsys):
@@ -107,8 +137,7 @@ def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path)
     assert len(unknown) == 1 and unknown[0].startswith("# ")
     for model, accuracy in {"cbam_classifier": 91.5, "se": 93, "cbam_blocks": 92}.items():
         for k in range(5):
-            folder = tmp_path / f"runs/fashion_mnist/published/{model}/seed{k}"
-            finish(folder, val_acc=accuracy + k / 10)
+            finish(tmp_path / "runs", "--model", model, "--seed", k, val_acc=accuracy + k / 10)
     lines = plan("study", OUT=tmp_path)
     modes, compared = ("eager", "compile", "graph", "compile+graph"), study.COMPARED
     best = "baseline", "cbam_blocks", "se"
@@ -129,20 +158,44 @@ def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path)
     assert scripts[9 + len(compared)] == "explain.py"  # while the weights are there
 
 
-def test_done_is_a_whole_result_of_just_these_flags(plan, tmp_path):
-    folder = tmp_path / "fp32/fashion_mnist/published/baseline/seed1"
-    for overrides, flags, done in (
-        ({"precision": "fp32"}, "--precision fp32", 1),
-        ({"precision": "fp32", "lr": 0.5}, "--lr 0.5 --precision fp32", 0),
-    ):
-        finish(folder, overrides, flags)
-        assert sum(line.endswith("# done") for line in plan("study", OUT=tmp_path)) == done
-    finish(tmp_path / "fashion_mnist/published/se/seed1", {"lr": 0.5})
-    finish(tmp_path / "fashion_mnist/published/se/seed2")
-    finish(tmp_path / "fashion_mnist/published/se/seed3")
-    (tmp_path / "fashion_mnist/published/se/seed3/result.json").write_text("")  # damaged
-    done = [line for line in plan("full", RUNS=tmp_path) if line.endswith("# done")]
-    assert [run[2:4] for run in runs_in(done)] == [("se", "2")]
+def test_done_is_a_whole_result_of_just_these_settings(plan, tmp_path):
+    """The plan says of a run what train.py would."""
+    fp32 = "--model", "baseline", "--seed", 1, "--precision", "fp32"
+
+    def remarks(what="full", **environment):
+        lines = [line.partition("  # ")[::2] for line in plan(what, **environment)]
+        return {(*runs_in([line])[0][2:4],): remark for line, remark in lines if remark}
+
+    for flags in (fp32, (*fp32, "--lr", 0.5)):
+        finish(tmp_path / "fp32", *flags)
+    assert "lr 0.5 instead of 0.001" in remarks("study", OUT=tmp_path)["baseline", "1"]
+    finish(tmp_path, "--model", "se", "--seed", 1, "--lr", 0.5)
+    for seed in range(2, 5):
+        folder = finish(tmp_path, "--model", "se", "--seed", seed)
+    (folder.parent / "seed3/result.json").write_text("")  # damaged
+    (folder / "env.json").write_text(json.dumps({"sha256": source_hashes() | {"models.py": "0"}}))
+    finish(tmp_path, "--model", "baseline", "--seed", 0)
+    (tmp_path / "fashion_mnist/published/baseline/seed0/metrics.jsonl").write_text("")
+    found = remarks(RUNS=tmp_path)
+    assert found.keys() == {("se", "1"), ("se", "2"), ("se", "3"), ("se", "4"), ("baseline", "0")}
+    assert found["se", "2"] == "done" and "lr 0.5 instead of 0.001" in found["se", "1"]
+    assert found["se", "4"].startswith("done (models.py edited since;")
+    assert "damaged (result.json: " in found["se", "3"]
+    assert "metrics.jsonl has not the 1 epochs" in found["baseline", "0"]
+    assert all(found[name].startswith("not done") for name in (("se", "1"), ("baseline", "0")))
+
+
+@pytest.mark.parametrize("name", [n for n in train.SETTINGS if n not in ("epochs", "quick")])
+def test_a_run_with_any_other_setting_is_not_done(plan, tmp_path, name):
+    """Whichever it is: they come from the table."""
+    value = train.SETTINGS[name][0]
+    other = {"lr": 0.1, "normalize": "data", "flip": True}.get(name)
+    other = value + 1 if other is None else other
+    folder = finish(tmp_path, "--model", "se", "--seed", 0)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {name: other}))
+    (line,) = [line for line in plan("full", RUNS=tmp_path) if "  # " in line]
+    assert f"not done: {folder} holds a run with {name} {other} instead of" in line
 
 
 @pytest.mark.parametrize(
@@ -169,13 +222,6 @@ def test_wrong_usage_is_one_line_and_exit_code_2(words, environment, named, monk
         study.main(words.split())
     done = capsys.readouterr()
     assert (ended.value.code, done.out) == (2, "") and is_one_line(done.err) and named in done.err
-
-
-def test_one_study_at_a_time_in_a_folder(tmp_path):
-    with study.prepare([tmp_path], locked=True), pytest.raises(UserError, match="another study"):
-        study.prepare([tmp_path], locked=True)
-    with study.prepare([tmp_path], locked=True):
-        pass
 
 
 @pytest.mark.slow

@@ -1,0 +1,337 @@
+"""What makes two runs comparable: each difference is said where the verdict stands, or there is
+none. The train.py and explain.py sides are in test_resume.py and test_explain.py, plans in
+test_study.py."""
+
+import itertools
+import json
+import math
+import random
+import re
+import shutil
+
+import numpy as np
+import pytest
+from conftest import copy_run
+
+import report
+import train
+from kit.environment import SOURCES
+
+FULL = {"quick": False, "overrides": {}, "width": 64}
+ACCURACIES = {"baseline": [92.0, 92.1, 92.2], "se": [93.1, 93.2, 93.4], "se_static": [92, 93, 92.5]}
+BETTER = "`se` is better than the baseline"
+
+
+@pytest.fixture(scope="module")
+def master(finished_run, tmp_path_factory):
+    """Three models, three seeds each; se is better than the baseline."""
+    runs = tmp_path_factory.mktemp("alike")
+    for model, values in ACCURACIES.items():
+        for seed, accuracy in enumerate(values):
+            copy_run(finished_run, runs, model, seed, **FULL, test_acc=accuracy)
+    return runs
+
+
+@pytest.fixture(autouse=True)
+def without_figures(monkeypatch):
+    """They take most of the time, and test_report.py looks at them."""
+    monkeypatch.setattr(report, "draw_figures", lambda found: {})
+
+
+@pytest.fixture
+def runs(master, tmp_path):
+    shutil.copytree(master, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def folder_of(runs, model, seed):
+    return runs / "fashion_mnist/published" / model / f"seed{seed}"
+
+
+def change(folder, name, **changes):
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def found_in(runs, *flags):
+    """(What was found, the table row of se against the baseline, the block in a README)."""
+    out, readme = runs.parent / "out", runs.parent / "README.md"
+    readme.write_text("<!-- report.py: out -->\n<!-- end of out -->\n")
+    flags = ["--runs", str(runs), "--out", str(out), "--readme", str(readme), *flags]
+    assert report.main(flags) == 0
+    text = (out / "report.md").read_text()
+    finding = text.partition("### What was found")[2].partition("\n###")[0]
+    table = text.partition("### Against the baseline")[2].partition("\n###")[0]
+    rows = re.findall(r"^\| se \|.*", table, re.MULTILINE)
+    return finding, (rows or [""])[0], readme.read_text()
+
+
+def test_runs_that_are_alike_have_no_mark(runs):
+    finding, row, block = found_in(runs)
+    assert BETTER in finding and "| better |" in row and "†" not in finding + row + block
+    assert "alike" not in finding and "eft out" not in finding + block
+
+
+@pytest.mark.parametrize("name", train.SETTINGS)
+def test_another_setting_whichever_it_is_is_not_paired(runs, name):
+    other = {"normalize": "data", "flip": True}.get(name, 0.75)
+    if isinstance(train.SETTINGS[name][0], int) and name != "flip":
+        other = 77
+    for seed in range(3):
+        change(folder_of(runs, "se", seed), "config", **{name: other})
+    finding, row, block = found_in(runs)
+    assert "`se` is" not in finding and row == ""
+    for text in (finding, block):
+        assert f"Left out, se seeds 0 1 2:** it has other settings: {name} {other} inst" in text
+
+
+def test_a_setting_that_is_new_counts_too(runs):
+    change(folder_of(runs, "se", 1), "config", momentum=0.9)
+    finding, _, _ = found_in(runs)
+    assert "Left out, se seed 1:** it has other settings: momentum 0.9 instead of none" in finding
+    assert "over 2 seeds" in finding
+
+
+def test_other_data_or_labels_are_not_paired(runs):
+    change(folder_of(runs, "se", 0), "config", data="0" * 16)
+    finding, _, _ = found_in(runs)
+    assert "Left out, se seed 0:** it has other settings: other images or labels" in finding
+    folder = folder_of(runs, "se", 1)
+    order = np.random.default_rng(0).permutation(10_000)
+    for name in ("labels", "predictions"):  # both, so that the accuracy is the same
+        path = folder / f"test_{name}.npy"
+        np.save(path, np.load(path)[order])
+    finding, row, _ = found_in(runs)
+    assert "Left out, se seed 1:** other test labels" in finding and row == ""
+
+
+def test_a_test_set_of_another_size_is_not_paired(runs):
+    folder = folder_of(runs, "se", 0)
+    for name in ("labels", "predictions"):
+        path = folder / f"test_{name}.npy"
+        np.save(path, np.load(path)[:5000])
+    right = (np.load(folder / "test_labels.npy") == np.load(folder / "test_predictions.npy")).mean()
+    change(folder, "result", test_images=5000, test_acc=100 * right)
+    assert "Left out, se seed 0:** it has other settings: test_images 5000" in found_in(runs)[0]
+
+
+@pytest.mark.parametrize("name", SOURCES)
+def test_other_code_whichever_file_is_said_in_the_verdict(runs, name):
+    folder = folder_of(runs, "se", 1)
+    hashes = json.loads((folder / "env.json").read_text())["sha256"]
+    change(folder, "env", sha256=hashes | {name: "0"})
+    finding, row, block = found_in(runs)
+    reason = f"se seed 1: trained by other code ({name})"
+    (verdict,) = [line for line in finding.splitlines() if BETTER in line]
+    (control,) = [line for line in finding.splitlines() if "against its control" in line]
+    assert f"not all of these runs are alike** ({reason})" in verdict and reason in control
+    assert "| better † |" in row and "better `se` †" in finding
+    assert "| better † |" in block and f"- † {reason}" in block
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("result", "device", "NVIDIA H100"),
+        ("env", "torch", "3.0"),
+        ("result", "precision", "bf16"),
+        ("result", "mode", "graph"),
+        ("env", "changes", ["models.py edited since"]),
+    ],
+)
+def test_other_circumstances_are_said_in_the_verdict(runs, file, key, value):
+    folder = folder_of(runs, "se", 1)
+    change(folder, file, **{key: value})
+    if key == "precision":
+        change(folder, "config", precision=value)
+    finding, row, block = found_in(runs)
+    said = value[0] if key == "changes" else value
+    (verdict,) = [line for line in finding.splitlines() if BETTER in line]
+    assert "not all of these runs are alike" in verdict and f"se seed 1: {said}" in verdict
+    assert "| better † |" in row and "| better † |" in block and f"se seed 1: {said}" in block
+
+
+def test_what_contradicts_itself_is_no_result(runs, capsys):
+    """Another size, copies, wrong accuracies: named, and the rest is paired."""
+    change(folder_of(runs, "se", 0), "result", params=999_999)
+    finding, _, _ = found_in(runs)
+    assert re.search("Left out, se seed 0:.*parameters, [0-9,]+ or 999,999", finding)
+    assert "over 2 to 3 seeds" in finding
+    assert "left out, se seed 0: " in capsys.readouterr().out  # also on the terminal
+
+
+def test_a_size_of_one_seed_against_another_is_none_at_all(runs):
+    shutil.rmtree(folder_of(runs, "se", 2))
+    change(folder_of(runs, "se", 0), "result", params=999_999)
+    finding, row, _ = found_in(runs)
+    assert "Left out, se seeds 0 1:" in finding and row == ""
+
+
+@pytest.mark.parametrize("what", ["run", "predictions", "unlabelled predictions"])
+def test_a_copy_under_another_seed_is_no_result(runs, what):
+    first, second = (folder_of(runs, "se", seed) for seed in (0, 1))
+    if what == "run":
+        shutil.rmtree(second)
+        shutil.copytree(first, second)
+        change(second, "config", seed=1)
+        change(second, "result", seed=1)
+    else:
+        shutil.copy(first / "test_predictions.npy", second)
+        change(second, "result", test_acc=93.1)
+        if what != "predictions":
+            (second / "test_labels.npy").unlink()
+    finding, row, _ = found_in(runs)
+    assert "Left out, se seeds 0 1:** the same predictions under different seeds" in finding
+    assert row == "" and "over 3 seeds" in finding  # se_static
+
+
+@pytest.mark.parametrize("other", [("baseline", 1), ("se", 2)])
+@pytest.mark.parametrize("labelled", [True, False])
+def test_predictions_of_another_run_are_noticed(runs, other, labelled):
+    folder = folder_of(runs, "se", 1)
+    shutil.copy(folder_of(runs, *other) / "test_predictions.npy", folder)
+    if not labelled:
+        (folder / "test_labels.npy").unlink()
+    finding, _, _ = found_in(runs)
+    assert "of its predictions are correct, but its test_acc is 93.20%" in finding
+    assert "over 2 seeds" in finding
+
+
+def test_two_seeds_exchanged_are_noticed(runs):
+    first, second = (folder_of(runs, "se", seed) for seed in (0, 1))
+    for name, (a, b) in itertools.product(["result"], [(first, second)]):
+        bodies = [(path / f"{name}.json").read_text() for path in (a, b)]
+        (a / f"{name}.json").write_text(bodies[1])
+        (b / f"{name}.json").write_text(bodies[0])
+    finding, _, _ = found_in(runs)
+    assert finding.count("seed is 1 in result.json, 0 in config.json") == 1
+    assert (
+        finding.count("seed is 0 in result.json, 1 in config.json") == 1 and BETTER not in finding
+    )
+
+
+def test_a_history_that_is_too_short_is_no_result(runs):
+    path = folder_of(runs, "se", 1) / "metrics.jsonl"
+    path.write_text(path.read_text().splitlines()[0])
+    finding, _, _ = found_in(runs)
+    assert "metrics.jsonl has not the 2 epochs of result.json" in finding
+    assert "over 2 to 3 seeds" in finding
+
+
+def test_a_cost_measured_with_other_code_is_marked(runs):
+    code = json.loads((folder_of(runs, "se", 0) / "env.json").read_text())["sha256"]
+    own = {name: code[name] for name in ("models.py", "kit/fast.py")}
+    row = dict(
+        params=1, flops=1, flops_aten=1, batch_size=64, precision="fp32", mode="eager", width=64,
+        ms_per_image=2.0, ms_per_image_p10=1.9, ms_per_image_p90=2.1, device="CPU", torch="2",
+    )  # fmt: skip
+    rows = [row | {"model": model, "sha256": own} for model in ACCURACIES]
+    out = runs.parent / "out"
+    out.mkdir()
+    (out / "benchmark.json").write_text(json.dumps(rows))
+    assert "†" not in "".join(found_in(runs))
+    rows[1]["sha256"] = own | {"models.py": "0"}
+    (out / "benchmark.json").write_text(json.dumps(rows))
+    finding, _, block = found_in(runs)
+    assert "(measured with other code: models.py)" in finding
+    assert "se: its cost was measured with other code (models.py) than its accuracy" in block
+    assert "| 1.00x † |" in block and "| 2.00 † |" in (out / "report.md").read_text()
+
+
+# --- Damage ---------------------------------------------------------------------------------------
+
+FILES = ["config.json", "env.json", "result.json", "metrics.jsonl", "benchmark.json",
+         "explain.json"]  # fmt: skip
+DEEP = json.loads("[" * 200 + "]" * 200)
+VALUES = [None, True, False, 0, 1, -1, 10**400, -(10**30), 0.5, -1e308, math.nan, math.inf, "", "x",
+          "\u202e<b>", [], [1], {}, {"a": 1}, DEEP]  # fmt: skip
+
+
+def places(content, path=()):
+    """Every key and index in it, and the whole."""
+    yield path
+    if isinstance(content, (dict, list)):
+        items = content.items() if isinstance(content, dict) else enumerate(content)
+        for key, value in items:
+            yield from places(value, (*path, key))
+
+
+def replaced(content, path, value):
+    if not path:
+        return value
+    copy = content.copy()
+    copy[path[0]] = replaced(content[path[0]], path[1:], value)
+    return copy
+
+
+def explained(run):
+    gates = {"mean": 0.3, "spread_over_channels": 0.1, "spread_over_images": 0.1, "saturated": 0.1}
+    return {
+        "model": "se", "dataset": "fashion_mnist", "recipe": "published", "overrides": {},
+        "quick": False, "seed": 0, "test_images": 100, "test_acc": 93.0, "won": 1, "lost": 3,
+        "test_acc_gates_fixed": 91.0, "gates": {"layer4": gates | {"hardly_vary": 0.1}},
+        "deletion": 0.3, "deletion_random": 0.4, "insertion": 0.6, "insertion_random": 0.5,
+        "correlation_with_random_weights": {"layer3": 0.1, "layer4": 0.2}, "cam_images": 4,
+        "picture": "explain_se_seed0.png", "images": [1], "asked": {"weights": None},
+    }  # fmt: skip
+
+
+def mutations(runs, out, name):
+    """(the file, its content with one value replaced), each value by each of VALUES."""
+    path = (out if name in ("benchmark.json", "explain.json") else folder_of(runs, "se", 1)) / name
+    text = path.read_text()
+    lines = text.splitlines() if name.endswith("l") else [text]
+    for i, line in enumerate(lines):
+        content = json.loads(line)
+        for place, value in itertools.product(places(content), VALUES):
+            changed = json.dumps(replaced(content, place, value))
+            yield path, "\n".join([*lines[:i], changed, *lines[i + 1 :]])
+
+
+@pytest.fixture
+def reported(runs):
+    """runs, the folder of a report, and what makes one: {model: verdict}, and its text."""
+    out = runs.parent / "out"
+    out.mkdir()
+    row = dict(
+        params=1, flops=1, flops_aten=1, batch_size=64, precision="fp32", mode="eager", width=64,
+        ms_per_image=2.0, ms_per_image_p10=1.9, ms_per_image_p90=2.1, device="CPU", torch="2",
+        sha256={}, tflops=1.0, share_of_ceiling=0.1, image="1x28x28", classes=10,
+    )  # fmt: skip
+    rows = [row | {"model": model} for model in ("baseline", "se")]
+    (out / "benchmark.json").write_text(json.dumps(rows))
+    (out / "explain.json").write_text(json.dumps([explained(runs)]))
+
+    def make():
+        found = report.make_report(runs, out, None, [])
+        text = (out / "report.md").read_text()
+        return {model: c.verdict for model, c in found.against.items()}, text
+
+    return runs, out, make
+
+
+def check_mutations(reported, names, keep):
+    """No traceback; no verdict changes unless something is marked or left out; how many."""
+    runs, out, make = reported
+    expected, plain = make()
+    chosen = [each for name in names for each in mutations(runs, out, name) if keep()]
+    for path, body in chosen:
+        before = path.read_text()
+        path.write_text(body)
+        verdicts, text = make()
+        said = "†" in text or "eft out" in text
+        assert said or verdicts == expected, (path.name, body[:300])
+        assert len(text) < 3 * len(plain) and "Traceback" not in text
+        path.write_text(before)
+    return len(chosen)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_no_damaged_value_ends_a_report_or_changes_a_verdict_in_silence(reported, name):
+    draw = random.Random(0)
+    assert check_mutations(reported, [name], lambda: draw.random() < 0.01) > 2
+
+
+@pytest.mark.slow
+def test_no_damaged_value_at_all(reported):
+    assert check_mutations(reported, FILES, lambda: True) >= 2000
