@@ -149,26 +149,6 @@ def seconds_per_call(function: Callable, argument: torch.Tensor) -> float:
     return time.perf_counter() - start
 
 
-@functools.cache
-@torch.no_grad()
-def ceiling_tflops(precision: str, device: torch.device) -> float:
-    """The most that the device reaches: the better of a large matrix product and convolution.
-
-    (Both, because PyTorch's matrix product is slow on some CPUs.)
-    """
-    fast.set_up_torch(precision)
-    n, images = (8192, 1024) if device.type == "cuda" else (2048, 16)
-    channels, size = 256, 14
-    kind = {"dtype": torch.bfloat16 if precision == "bf16" else torch.float32, "device": device}
-    matrix, maps = torch.randn(n, n, **kind), torch.randn(images, channels, size, size, **kind)
-    layer = nn.Conv2d(channels, channels, 3, padding=1, bias=False, **kind)
-    layer, maps = (x.to(memory_format=torch.channels_last) for x in (layer, maps))
-    product = min(seconds_per_call(lambda m: m @ m, matrix) for _ in range(13))
-    convolution = min(seconds_per_call(layer, maps) for _ in range(13))
-    convolution_flops = 2 * 9 * channels**2 * images * size**2
-    return max(2 * n**3 / product, convolution_flops / convolution) / 1e12
-
-
 @torch.no_grad()
 def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bool]:
     """(rows, whether anything failed) of cases of one batch size and precision.
@@ -177,7 +157,6 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
     """
     size, precision, failed = cases[0]["batch_size"], cases[0]["precision"], False
     about, bar = f"{precision}, batch {size}", functools.partial(tqdm, disable=None, leave=False)
-    ceiling = ceiling_tflops(precision, args.device)  # now, before compilers are at work
     images = torch.rand(size, *shape_of(args.image), device=args.device)
     repeats = args.repeats or REPEATS[args.device.type][size > 1]
     ready = []
@@ -199,8 +178,7 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
         ms = 1e3 / size * np.array(seconds)
         row |= {f"ms_per_image{p}": float(np.percentile(ms, q)) for p, q in PERCENTILES.items()}
         row["images_per_second"] = 1e3 / row["ms_per_image"]
-        row["tflops"] = row["flops_aten"] * row["images_per_second"] / 1e12
-        row |= {"share_of_ceiling": row["tflops"] / ceiling, "repeats": repeats}
+        row["repeats"] = repeats
     return [row for row, *_ in ready], failed
 
 

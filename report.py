@@ -60,7 +60,10 @@ def make_report(runs_dir: Path, out: Path, other: Path | None, readmes: list[Pat
     figures = draw_figures(first)
     pictures = figures | explained_pictures(first.explained, out)
     there = compare_runs(first, other, problems) if other else None
-    machines = sorted({f"{r['device']}; torch {r.get('torch') or 'unknown'}" for r in costs})
+    machines = {}  # what inference was timed on -> its rows
+    for row in costs:
+        name = f"{row['device']}; torch {row.get('torch') or 'unknown'}"
+        machines.setdefault(name, []).append(row)
     report = words.fill("report.md", found=found, figures=list(pictures), other=there,
                         problems=problems, costs=costs, machines=machines)  # fmt: skip
     files = {

@@ -9,21 +9,22 @@ from kit.results import Study, in_table_order
 
 @dataclass
 class Cost:
-    """By name: params, flops (FlopCounterMode's), eager and fast (ms an image, the published way
-    and in the fastest mode), training (seconds an epoch), memory (MB). None: not measured."""
+    """By name: params, flops (FlopCounterMode's), inference (ms an image), training (seconds an
+    epoch), memory (MB). None: not measured."""
 
     values: dict[str, float | None]
     ratios: dict[str, float | None]  # how many times the baseline's that is
     training_spread: tuple[float, float] | None  # of the training ratio, over seeds
 
 
-def measured(study: Study, rows: list[dict], mode="eager", precision="fp32") -> dict[str, dict]:
-    """{model: its row} at this study's width and images, and batch 64, or else the largest."""
+def measured(study: Study, rows: list[dict]) -> dict[str, dict]:
+    """{model: its row}, measured the published way (eager, fp32) at this study's width and images,
+    and batch 64, or else the largest."""
     result = study.result
     own = (result["width"], "x".join(map(str, result["image"])), len(result["classes"]))
     rows = [
         row for row in rows
-        if (row["mode"], row["precision"]) == (mode, precision)
+        if (row["mode"], row["precision"]) == ("eager", "fp32")
         and (row.get("width", 64), row.get("image", "1x28x28"), row.get("classes", 10)) == own
     ]  # fmt: skip
     # Times are compared on one machine: that of the runs, or else that of most rows.
@@ -34,16 +35,6 @@ def measured(study: Study, rows: list[dict], mode="eager", precision="fp32") -> 
     sizes = {row["batch_size"] for row in rows}
     size = 64 if 64 in sizes else max(sizes, default=64)
     return {row["model"]: row for row in rows if row["batch_size"] == size}
-
-
-def measured_fastest(study: Study, rows: list[dict]) -> dict[str, dict]:
-    """As measured, in the mode and precision in which the models took the least time together."""
-    variants = sorted({(row["mode"], row["precision"]) for row in rows})
-    return min(
-        (measured(study, rows, *variant) for variant in variants),
-        key=lambda costs: (-len(costs), sum(row["ms_per_image"] for row in costs.values())),
-        default={},
-    )
 
 
 def by_other_code(study: Study, costs: dict[str, dict]) -> dict[str, list[str]]:
@@ -59,7 +50,7 @@ def by_other_code(study: Study, costs: dict[str, dict]) -> dict[str, list[str]]:
     return found
 
 
-def relative(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
+def relative(study: Study, costs: dict) -> dict[str, Cost]:
     """Of every model that was trained or timed, the baseline first if it is there."""
     found, base, baseline = {}, {}, {}
     for model in in_table_order(study.runs.keys() | costs.keys()):
@@ -69,8 +60,7 @@ def relative(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
         values = {
             "params": next(iter(results.values()), row)["params"],
             "flops": row.get("flops_aten"),
-            "eager": row.get("ms_per_image"),
-            "fast": fastest.get(model, {}).get("ms_per_image") if fastest != costs else None,
+            "inference": row.get("ms_per_image"),
             "training": median(map(seconds_per_epoch, results.values())) if results else None,
             "memory": median(memory) if memory and all(memory) else None,
         }

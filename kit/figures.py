@@ -117,24 +117,17 @@ def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -
 
 
 def draw_time(found: Findings, styles: dict) -> plt.Figure:
-    """A bar a model, measured the published way, and a paler one in the fastest mode."""
-    models = [model for model in styles if model in found.costs]
-    both = found.fastest and found.fastest != found.costs
-    kinds = [found.costs, found.fastest] if both else [found.costs]
-    first = found.timed
-    how = "" if both else f", {first['precision']}, {first['mode']}"
-    figure, axes = bars(f"batch {first['batch_size']}{how}\n{one_line(first['device'])}", models)
-    thick = 0.8 / len(kinds)
-    for i, rows in enumerate(kinds):
-        for y, row in ((y, rows[model]) for y, model in enumerate(models) if model in rows):
-            axes.barh(
-                y + (i - (len(kinds) - 1) / 2) * thick, row["ms_per_image"], height=thick,
-                xerr=spread_of(row), capsize=3, color=styles[models[y]]["color"],
-                alpha=1 - 0.5 * i, label=f"{row['mode']}, {row['precision']}" if y == 0 else None,
-            )  # fmt: skip
+    """A bar a model, measured the published way."""
+    rows, first = found.costs, found.timed
+    models = [model for model in styles if model in rows]
+    how = f"batch {first['batch_size']}, {first['precision']}, {first['mode']}"
+    figure, axes = bars(f"{how}\n{one_line(first['device'])}", models)
+    for y, model in enumerate(models):
+        axes.barh(
+            y, rows[model]["ms_per_image"], xerr=spread_of(rows[model]), capsize=3,
+            color=styles[model]["color"],
+        )  # fmt: skip
     axes.set_xlabel("inference time (ms/image): median, p10 to p90")
-    if both:
-        add_legend(axes)
     return figure
 
 

@@ -41,12 +41,11 @@ class Findings:
         self.controlled = compare(study, {m: (m, m + CONTROL) for m in with_control})
         self.resampled = {m: resample(study, m, c.seeds) for m, c in self.against.items()}
         self.by_class = compare_classes(study, list(self.against))
-        # Its row of benchmark.json, measured the published way and in the fastest mode, and what
-        # follows; the models that no other beats in accuracy and inference time, ties as ties.
+        # Its row of benchmark.json, and what follows; the models that no other beats in accuracy
+        # and inference time, ties as ties.
         self.costs = costs.measured(study, cost_rows)
-        self.fastest = costs.measured_fastest(study, cost_rows)
         self.stale = costs.by_other_code(study, self.costs)
-        self.relative = costs.relative(study, self.costs, self.fastest)
+        self.relative = costs.relative(study, self.costs)
         self.front = self.pareto_front()
         # Batch size, mode, precision and device of all of `costs`.
         self.timed = next(iter(self.costs.values()), None)

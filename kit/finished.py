@@ -50,7 +50,7 @@ COST = {
     NAME: "model precision mode", str: "device torch?", SIZE: "batch_size width?",
     HASHES: "sha256?",
     POSITIVE: "params flops flops_aten ms_per_image ms_per_image_p10 ms_per_image_p90 "
-    "ms_per_image_p99? tflops? share_of_ceiling?",
+    "ms_per_image_p99?",
 }  # fmt: skip
 STAGE = {NUMBER: "mean spread_over_channels spread_over_images", SHARE: "hardly_vary saturated?"}
 EXPLAINED = {

@@ -60,7 +60,7 @@ def flagged(models: list[str], f: Findings) -> str:
 
 
 def how(row: dict) -> str:
-    return text(f"{row['mode']} {row['precision']}")
+    return text(f"{row.get('mode')} {row.get('precision')}")
 
 
 def training_ratio(cost: Cost) -> str:
@@ -133,12 +133,10 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
 
 def cost_table(f: Findings, quick: str) -> str:
     """The baseline as measured, every other model relative to it."""
-    eager, fast = (next(map(how, rows.values()), "") for rows in (f.costs, f.fastest))
     columns = {
         "params": ("parameters", ",.0f", ""),
         "flops": ("FLOPs", ",.0f", ""),
-        "eager": (f"inference, {eager}", "#.3g", " ms/image"),
-        "fast": (f"inference, {fast}", "#.3g", " ms/image"),
+        "inference": (f"inference, {how(f.timed or {})}", "#.3g", " ms/image"),
         "training": ("training", ".1f", " s/epoch"),
         "memory": ("memory", ",.0f", " MB"),
     }
@@ -179,12 +177,8 @@ def mode_table(rows: list[dict]) -> str:
     found = []
     for variant, by_model in variants.items():
         base = by_model.get("baseline")
-        share = "-"
-        if base and base.get("tflops") and base.get("share_of_ceiling"):
-            share = f"{base['tflops']:#.3g} ({100 * base['share_of_ceiling']:.0f}%)"
-        found.append([*map(str, variant), *(cell(by_model.get(m), base) for m in models), share])
-    columns = ["width", "batch", "precision", "mode", *map(text, models), "baseline's TFLOP/s"]
-    return table(columns, found)
+        found.append([*map(str, variant), *(cell(by_model.get(m), base) for m in models)])
+    return table(["width", "batch", "precision", "mode", *map(text, models)], found)
 
 
 def short_table(f: Findings) -> str:

@@ -54,13 +54,11 @@ def test_benchmark_json_has_a_row_a_model_and_batch_size(tmp_path, capsys):
         assert set(row) >= {
             "model", "params", "flops", "flops_aten", "batch_size", "precision", "mode",
             "ms_per_image", "ms_per_image_p10", "ms_per_image_p90", "ms_per_image_p99",
-            "images_per_second", "peak_memory_mb", "device", "tflops", "share_of_ceiling",
+            "images_per_second", "peak_memory_mb", "device",
         }  # fmt: skip
         times = [row[f"ms_per_image{p}"] for p in ("_p10", "", "_p90", "_p99")]
         assert times[0] > 0 and times == sorted(times)
         assert row["images_per_second"] == pytest.approx(1e3 / row["ms_per_image"])
-        assert row["tflops"] == pytest.approx(row["flops_aten"] * row["images_per_second"] / 1e12)
-        assert 0 < row["share_of_ceiling"] < 1
     printed = capsys.readouterr()
     assert (tmp_path / "benchmark.md").read_text() in printed.out and printed.err == ""
     assert all(f"| `{name}` |" in printed.out for name in MODELS)

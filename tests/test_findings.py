@@ -104,7 +104,7 @@ def test_costs_are_paired_by_seed(make_study):
     assert cost.ratios["training"] == pytest.approx(1.3)  # the median of 1.5, 1.1, 1.3
     assert cost.training_spread == pytest.approx((1.1, 1.5))
     assert cost.ratios["memory"] == pytest.approx(1.2)
-    assert cost.ratios["eager"] == pytest.approx(1.5) and cost.ratios["fast"] is None
+    assert cost.ratios["inference"] == pytest.approx(1.5)
     assert cost.ratios["flops"] == pytest.approx(1.1)
     for run in study.runs["se"]:
         run.result["device"] = "another"
