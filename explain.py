@@ -33,13 +33,14 @@ from tqdm import tqdm
 import data
 from kit import attribution
 from kit.checkpoint import load_weights
-from kit.command_line import UserError, exit_code, make_parser
+from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
 from kit.environment import choose_device
 from kit.fast import set_up_torch
 from kit.files import check_writable, locked, write_atomically
-from kit.finished import digest_of, in_one_line, read_classes
+from kit.finished import digest_of, read_classes
 from kit.identity import settings_of
 from kit.pictures import Explained, draw_comparison, draw_model
+from kit.plots import legible
 from kit.results import read_rows
 from models import build_model
 
@@ -192,7 +193,7 @@ def explain(name: str, path: Path, config: dict, dataset: data.ImageData, idx, a
     words = f"{config['model']}, {name.removeprefix(config['model'] + '_').replace('_', ', ')}"
     return numbers, Explained(
         name=words + ", smoke test" * bool(numbers["quick"]),
-        classes=dataset.classes,
+        classes=legible(dataset.classes),
         pixels=dataset.test_images[args.images],
         labels=dataset.test_labels[args.images].tolist(),
         predictions=predictions.tolist(),
@@ -312,13 +313,15 @@ def main(argv: list[str] | None = None) -> None:
         found = [explain(*run, dataset, idx, args) for run in tqdm(runs, disable=None, leave=False)]
         new, drawn = zip(*found, strict=True)
         for row, explained in found:
-            draw_model(explained, args.out / row["picture"])
+            with noted(f"no {row['picture']}"):
+                draw_model(explained, args.out / row["picture"])
             print(
                 f"{explained.name}: {row['test_acc']:.2f}% of {row['test_images']:,} images; "
                 f"gates replaced by their mean: {row['lost']} lost, {row['won']} won"
             )
         if len(runs) > 1:
-            draw_comparison(drawn, args.out / "explain_compare.png")
+            with noted("no explain_compare.png"):
+                draw_comparison(drawn, args.out / "explain_compare.png")
         body = json.dumps([*others, *new], indent=2, allow_nan=False) + "\n"
         write_atomically(args.out / "explain.json", body)
         print(f"written: {args.out / 'explain.json'} and its pictures")

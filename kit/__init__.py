@@ -19,9 +19,17 @@ The report and the pictures
     results         studies of comparable runs; rows of benchmark.json and explain.json
     verdicts        is a difference real?  findings, costs: what a study shows, in numbers
     report.md, readme_block.md, page.html       Jinja templates;  words: their sentences and cells
-    figures         the report's figures
+    figures         the report's figures;  plots: matplotlib as they need it
     attribution     Grad-CAM and gates, measured;  pictures: drawn
 
 All of it
     study           quick, full, study: lists of commands;  runner: runs them, JOBS at a time
 """
+
+import getpass
+import os
+
+try:
+    getpass.getuser()
+except (KeyError, OSError):  # a container's user id without a name, which torch.compile asks for
+    os.environ["USER"] = f"uid{os.getuid()}"

@@ -7,8 +7,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 
 
 class UserError(RuntimeError):
@@ -45,6 +45,22 @@ def handle_signals(handler: Callable, stack: ExitStack) -> None:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether PyTorch could not get memory, on a GPU or on the CPU."""
     return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+
+
+def in_one_line(error: Exception) -> str:
+    words = " ".join(str(error).split())[:200]
+    return words if isinstance(error, ValueError) and words else f"{type(error).__name__}: {words}"
+
+
+@contextmanager
+def noted(what: str) -> Iterator[None]:
+    """A picture that fails costs a note, not a result. (A full disk remains an error.)"""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        print(f"note: {what}: {in_one_line(error)}", file=sys.stderr)
 
 
 def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:

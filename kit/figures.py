@@ -3,12 +3,9 @@
 import io
 import textwrap
 
-import matplotlib
-
-matplotlib.use("Agg")  # the figures go to files, never to a window
-import matplotlib.pyplot as plt
-
+from kit.command_line import noted
 from kit.findings import Findings
+from kit.plots import plt
 from kit.results import Study
 from kit.words import flag, mark, one_line
 
@@ -19,12 +16,7 @@ MARKS = "os^vPX<"  # seven, so that colour and mark do not come round together
 
 
 def draw_figures(found: Findings) -> dict[str, bytes]:
-    """{file name: PNG} of one study's findings; a figure without data is not among them."""
-    plt.rcdefaults()  # whatever the user's own matplotlibrc says
-    plt.rcParams.update({
-        "font.size": 11, "axes.spines.top": False, "axes.spines.right": False,
-        "text.parse_math": False,
-    })  # fmt: skip
+    """{file name: PNG} of one study's findings; without those that have no data or that fail."""
     # The published models first, run or not: a model keeps its style from report to report.
     models = dict.fromkeys([*found.study.published, *found.models, *found.costs])
     styles = {
@@ -34,10 +26,11 @@ def draw_figures(found: Findings) -> dict[str, bytes]:
     made = {}
     for name, (draw, has_data) in FIGURES.items():
         if has_data(found):
-            figure, buffer = draw(found, styles), io.BytesIO()
-            figure.savefig(buffer, dpi=150, metadata={"Software": None})
-            plt.close(figure)
-            made[name] = buffer.getvalue()
+            with noted(f"no {name}"):
+                figure, buffer = draw(found, styles), io.BytesIO()
+                figure.savefig(buffer, dpi=150, metadata={"Software": None})
+                made[name] = buffer.getvalue()
+            plt.close("all")
     return made
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kit.command_line import UserError
+from kit.command_line import UserError, in_one_line
 from kit.identity import refuse_another_run, settings_of
 
 # --- What the files must hold: {kind: keys}; a key with a ? may be absent or null ----------------
@@ -192,8 +192,3 @@ def completed(folder: Path, config: dict) -> Run | None:
     by_device = {"mode"} if "precision" in chosen else {"mode", "precision"}
     refuse_another_run(folder, run.config, config, ignore=by_device)
     return run
-
-
-def in_one_line(error: Exception) -> str:
-    words = " ".join(str(error).split())[:200]
-    return words if isinstance(error, ValueError) and words else f"{type(error).__name__}: {words}"

@@ -6,14 +6,11 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 
 from kit.files import write_atomically
-
-matplotlib.use("Agg")  # the figures never go to a window
-import matplotlib.pyplot as plt
+from kit.plots import matplotlib, plt
 
 WIDTH, LABEL, LINE, GAP = 7.2, 0.9, 0.12, 0.04  # inches: page, names at its left, text, tiles
 COLUMNS = 10  # images side by side

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from kit.finished import ROWS, Run, check, in_one_line, read_run
+from kit.command_line import in_one_line
+from kit.finished import ROWS, Run, check, read_run
 from kit.identity import different_settings, settings_of
 
 # The published report: one run per model, 50 epochs, Fashion-MNIST; time on an RTX 4070, batch 64.

@@ -26,7 +26,7 @@ import torch
 
 from kit import checkpoint, run_folder
 from kit.checkpoint import Progress, copied, load_state, serialized
-from kit.command_line import Stopped, UserError, handle_signals
+from kit.command_line import Stopped, UserError, handle_signals, noted
 from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
 from kit.fast import choose_mode, fast
 from kit.files import write_atomically
@@ -210,7 +210,8 @@ class Run:
         for name, classes in (("predictions", predictions), ("labels", self.loader.test[1])):
             write_array(self.folder / f"test_{name}.npy", classes.cpu().numpy().astype(kind))
         epoch = self.progress.epochs
-        log_test(self.writer, self.config, epoch, model, self.loader, predictions)
+        with noted("not all is in TensorBoard"):
+            log_test(self.writer, self.config, epoch, model, self.loader, predictions)
 
     def complete(self, accuracies: dict) -> dict:
         """Writes result.json, which is returned."""

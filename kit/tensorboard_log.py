@@ -7,18 +7,15 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-matplotlib.use("Agg")  # the figures never go to a window
-import matplotlib.pyplot as plt
-
 from kit.attribution import attention_modules, enlarged, gates_of, grad_cam, scaled, stage_of
 from kit.pictures import over_image
+from kit.plots import legible, plt
 
 HPARAMS = ("model", "dataset", "recipe", "seed", "width", "epochs", "batch_size", "lr", "precision")
 SHOWN = 12  # misclassified images
@@ -53,7 +50,7 @@ def log_test(writer: SummaryWriter, config: dict, epoch: int, model, loader, pre
 
     loader: has the test images, `test`, and normalises; predictions: int64 (N,), of these.
     """
-    images, labels = loader.test
+    (images, labels), classes = loader.test, legible(loader.classes)
     accuracy = 100 * (predictions == labels).double().mean().item()
     writer.add_scalar("accuracy/test", accuracy, epoch)
     # Not writer.add_hparams: that opens a second run in a folder of its own.
@@ -67,9 +64,9 @@ def log_test(writer: SummaryWriter, config: dict, epoch: int, model, loader, pre
         writer.add_images("grad_cam", with_maps(images[wrong], maps), epoch)
     images, labels, predictions = images.cpu(), labels.cpu(), predictions.cpu()
     title = f"{config['model']}, seed {config['seed']}, test set"
-    confusion = draw_confusion(labels, predictions, loader.classes, title)
+    confusion = draw_confusion(labels, predictions, classes, title)
     writer.add_figure("confusion_matrix", confusion, epoch)
-    misclassified = draw_misclassified(images, labels, predictions, loader.classes)
+    misclassified = draw_misclassified(images, labels, predictions, classes)
     writer.add_figure("misclassified", misclassified, epoch)
 
 

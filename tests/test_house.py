@@ -27,6 +27,7 @@ NO_FIGURE_DEPENDS_ON = {
     "kit/finished.py",
     "kit/identity.py",
     "kit/pictures.py",
+    "kit/plots.py",
     "kit/run.py",
     "kit/run_folder.py",
     "kit/settings.py",

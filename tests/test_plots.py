@@ -1,0 +1,78 @@
+"""Our figures are ours, whatever the surroundings ask for; names are legible, or numbers."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO, is_one_line, train_small
+
+from kit import plots, run
+from kit.plots import legible, plt
+
+
+def python(code, **variables):
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=REPO, env=os.environ | variables, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    return done.stdout.strip()
+
+
+@pytest.mark.parametrize("backend", ["module://matplotlib_inline.backend_inline", "TkAgg", "x"])
+def test_no_window_whatever_a_notebook_leaves_behind(backend):
+    code = "import kit.figures; from matplotlib import get_backend; print(get_backend())"
+    assert python(code, MPLBACKEND=backend).lower() == "agg"
+
+
+def test_no_settings_of_the_user(tmp_path):
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nfont.size: 40\n")
+    code = "from kit.plots import plt; plt.title('$a_b'); plt.savefig('/dev/null', format='png')"
+    python(code, MPLCONFIGDIR=str(tmp_path))
+
+
+def test_a_user_id_without_a_name(tmp_path):
+    """What getpass raises then ended torch.compile."""
+    code = "import os, pwd\nfor name in ('LOGNAME', 'USER', 'LNAME', 'USERNAME'):\n"
+    code += "    os.environ.pop(name, None)\npwd.getpwuid = lambda uid: {}[uid]\n"
+    assert python(code + "import kit, getpass; print(getpass.getuser())").startswith("uid")
+
+
+def test_names_are_legible_or_numbers(monkeypatch, capsys):
+    monkeypatch.setitem(plt.rcParams, "font.family", plt.rcParams["font.family"])
+    latin = ["chat", "Größe", "αβγ", "кот", "a b"]  # DejaVu has these
+    assert legible(latin) == latin and capsys.readouterr().err == ""
+    before = plt.rcParams["font.family"]
+    names = ["chat", "\U0010fffd"]  # a private character that no font has
+    assert legible(names) == ["0", "1"] and is_one_line(capsys.readouterr().err)
+    assert plt.rcParams["font.family"] == before
+
+
+def test_another_font_is_taken_where_one_has_the_characters(monkeypatch):
+    """With a stand-in: one that has nothing but what the first one lacks."""
+    lacking = "\U0010fffd"
+    real = plots.FT2Font
+
+    class Font:
+        def __init__(self, path):
+            self.first = path.endswith("DejaVuSans.ttf")
+            self.family_name = real(path).family_name
+
+        def get_charmap(self):
+            return {ord("a"): 1} if self.first else {ord(lacking): 1}
+
+    monkeypatch.setattr(plots, "FT2Font", Font)
+    monkeypatch.setitem(plt.rcParams, "font.family", ["DejaVu Sans"])
+    assert legible(["a", lacking]) == ["a", lacking]
+    assert len(plt.rcParams["font.family"]) == 2
+
+
+def test_a_picture_that_fails_costs_a_note(monkeypatch, tmp_path, capsys):
+    def failing(*arguments):
+        raise RuntimeError("no such font\nand more")
+
+    monkeypatch.setattr(run, "log_test", failing)
+    assert train_small("baseline", tmp_path, "--epochs", "1") == 0
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "note: not all is in TensorBoard" in error
