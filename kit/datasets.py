@@ -5,7 +5,9 @@ the same names, may lie, packed or not, in --data-dir itself, in torchvision's l
 (FashionMNIST/raw/) or where Debian's dataset-fashion-mnist puts them. Others are passed over.
 """
 
+import gzip
 import hashlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -190,11 +192,11 @@ def load_idx(name: str, data_dir: Path) -> ImageData:
 
 def verified(name: str, file: str, body: bytes, where: Path | str) -> bytes:
     """The uncompressed content of `body`, if it is the published `file` of the data set `name`."""
-    try:  # 31: of the gzip format
-        packed = body[:2] == b"\x1f\x8b"
-        content = zlib.decompressobj(31).decompress(body, LARGEST) if packed else body
-    except zlib.error as error:
-        raise UserError(f"{where}: damaged gzip file ({error})") from error
+    packed = body[:2] == b"\x1f\x8b"
+    try:
+        content = gzip.GzipFile(fileobj=io.BytesIO(body)).read(LARGEST) if packed else body
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{where}: truncated or damaged gzip file ({error})") from error
     hashed = body if file.endswith(".gz") else content
     found, expected = hashlib.sha256(hashed).hexdigest(), IDX[name][0][file]
     if found != expected:

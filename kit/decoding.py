@@ -159,7 +159,7 @@ def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.
     ]
     if not image_size:
         other = "of another size" if most >= MOST * n else f"of {len(sizes):,} sizes"
-        said.append((sorted(resized), f"{other}, scaled and cropped to {size[0]} x {size[1]}"))
+        said.append((resized, f"{other}, scaled and cropped to {size[0]} x {size[1]}"))
     return images, "; ".join(counted(found, what, folder) for found, what in said if found)
 
 
@@ -186,7 +186,8 @@ def pixels(path: Path, grey: bool):
     """The Pillow image that a viewer shows, of mode L or RGB."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as image:
+    # From an open file: by its name Pillow maps a TIFF into memory, wrongly if it is to be turned.
+    with open(path, "rb") as file, Image.open(file) as image:
         image.load()
         with suppress(Exception):  # a damaged EXIF counts as none
             ImageOps.exif_transpose(image, in_place=True)
@@ -244,7 +245,7 @@ def available_memory() -> int:
 
 def counted(paths: list[Path], what: str, folder: Path) -> str:
     """'2 dangling links (cat/1.png, dog/1.png)': the first three are named."""
-    names = [printable(path.relative_to(folder)) for path in paths[:3]]
+    names = [printable(path.relative_to(folder)) for path in sorted(paths)[:3]]
     more = ", ..." if len(paths) > 3 else ""
     return f"{len(paths):,} {what} ({', '.join(names)}{more})"
 
