@@ -250,8 +250,7 @@ def download(url: str, files: list[str]) -> Iterator[tuple[str, bytes]]:
 def download_from_debian(names: list[str]) -> Iterator[tuple[str, bytes]]:
     """Yields (name, packed bytes) from the Debian package, unpacked but not installed.
 
-    Package lists of its own, in a temporary folder, make it work without root and on a machine
-    (or in an image) where `apt-get update` never ran.
+    With package lists of its own: it works without root, and where `apt-get update` never ran.
     """
     with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as temporary:
         folder = Path(temporary)

@@ -217,9 +217,7 @@ def test_nothing_is_fetched_over_a_file_of_another_set(nowhere, mirror, raw_file
 
 
 @pytest.mark.parametrize("bomb", [bytes(1 << 20), gzip.compress(bytes(1 << 20))])
-def test_what_is_fetched_is_limited_in_size(
-    nowhere, mirror, raw_files, tmp_path, bomb, monkeypatch
-):
+def test_what_is_fetched_is_limited_in_size(monkeypatch, nowhere, mirror, tmp_path, bomb):
     """Before it is unpacked, and while it is."""
     monkeypatch.setattr(datasets, "LARGEST", 100_000)
     monkeypatch.setitem(datasets.IDX, "FashionMNIST", ({LABELS: "another sha256"}, []))
