@@ -47,7 +47,7 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
     if not (dataset and ("/" in dataset or folder.is_dir())):
         known = ", ".join(DATASETS)
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, or a folder")
-    name = unicodedata.normalize("NFC", folder.name)
+    name = folder.name
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in str(folder)):
         raise ValueError("--dataset: a path with characters that cannot be printed: rename it")
     if name in DATASETS:
@@ -62,8 +62,7 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
 def load_dataset(
     name: str, data_dir: Path | str = "data", image_size: int | None = None
 ) -> ImageData:
-    """The data set `name` of DATASETS, fetched into `data_dir` where it is missing; or the folder,
-    whose decoded images are kept there.
+    """The data set `name` of DATASETS, fetched into `data_dir` where it is missing; or the folder.
 
     image_size: pixels that the images of a folder are resized to. Raises UserError.
     """
@@ -76,11 +75,8 @@ def load_dataset(
     else:
         dataset = load_folder(Path(name), Path(data_dir), image_size)
     if n := dataset.n_copies:
-        print(
-            f"note: {n:,} of {len(dataset.test_images):,} test images are among the training "
-            "images, too, pixel by pixel: test accuracy is too high",
-            file=sys.stderr,
-        )
+        copies = f"{n:,} of {len(dataset.test_images):,} test images are also training images"
+        print(f"note: {copies} (identical pixels): test accuracy is inflated", file=sys.stderr)
     return dataset
 
 

@@ -11,6 +11,7 @@ import io
 import os
 import re
 import sys
+import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,7 +24,8 @@ from kit.files import write_atomically
 
 VERSION = 1  # of what `decode` returns; with another one, what was kept is decoded again
 DEFAULT_SIZE = 64
-MOST = 0.9  # so many images of one size make it the size of all
+MOST = 0.75  # so many images of one size make it the size of all
+KEPT = ".decoded"  # the folder in --data-dir; hidden, should that be in the data set's own folder
 # Formats that Pillow only writes, or only recognises.
 NOT_DECODED = {"PDF", "PALM", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
@@ -60,7 +62,7 @@ def decoded(
 
     key, size = key_of(folder, paths), image_size or "own"
     version = f"pillow{__version__}-{VERSION}"
-    kept = data_dir / ".decoded" / f"{folder.name}.{key}.{size}.{version}.npz"
+    kept = data_dir / KEPT / f"{folder.name}.{key}.{size}.{version}.npz"
     found = read_kept(kept, len(paths), image_size)
     if found is None:
         found = decode(folder, paths, image_size)
@@ -123,7 +125,7 @@ def keep(path: Path, images: np.ndarray, note: str, outdated: str) -> None:
 def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.ndarray, str]:
     """(uint8 (N, C, H, W), what is to be said of them); see `decoded`."""
     print(f"decoding {len(paths):,} images below {folder}", file=sys.stderr, flush=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
         headers = list(pool.map(header, paths))
         raise_if_bad(paths, headers)
         sizes = Counter(size for size, _, _ in headers)
@@ -154,11 +156,11 @@ def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.
     frames = [path for path, (_, _, n) in zip(paths, headers, strict=True) if n > 1]
     deep = [path for path, (_, mode, _) in zip(paths, headers, strict=True) if mode[0] == "I"]
     said = [
-        (frames, "with several frames, of which the first is read"),
-        (deep, "of 16 bits, of which the upper 8 are read"),
+        (frames, "first frame only"),
+        (deep, "upper 8 of 16 bits"),
     ]
     if not image_size:
-        other = "of another size" if most >= MOST * n else f"of {len(sizes):,} sizes"
+        other = "another size" if most >= MOST * n else f"one of {len(sizes):,} sizes"
         said.append((resized, f"{other}, scaled and cropped to {size[0]} x {size[1]}"))
     return images, "; ".join(counted(found, what, folder) for found, what in said if found)
 
@@ -244,10 +246,10 @@ def available_memory() -> int:
 
 
 def counted(paths: list[Path], what: str, folder: Path) -> str:
-    """'2 dangling links (cat/1.png, dog/1.png)': the first three are named."""
+    """'hidden: 2 (cat/.git, dog/.git)': the first three are named."""
     names = [printable(path.relative_to(folder)) for path in sorted(paths)[:3]]
     more = ", ..." if len(paths) > 3 else ""
-    return f"{len(paths):,} {what} ({', '.join(names)}{more})"
+    return f"{what}: {len(paths):,} ({', '.join(names)}{more})"
 
 
 def printable(path: Path) -> str:

@@ -8,7 +8,7 @@ Images may lie deeper below their class, links are followed, and whatever Pillow
 Hidden files and folders are never read. All that is left out is counted and named in one line.
 Images come in the order of their file names, classes in that of theirs.
 
-Images of one size keep it, and so do nine of ten: the others are scaled until they cover it and
+Images of one size keep it, and so do three of four: the others are scaled until they cover it and
 cropped in the middle. Where sizes vary more, and with an --image-size, all become squares of 64 or
 that many pixels. How files are decoded, and where that is kept: kit/decoding.py.
 """
@@ -26,7 +26,7 @@ import torch
 
 from kit.command_line import UserError
 from kit.datasets import ImageData
-from kit.decoding import counted, decoded, is_image, printable
+from kit.decoding import KEPT, counted, decoded, is_image, printable
 
 TEST_SHARE = 1 / 6  # as MNIST and Fashion-MNIST are divided
 PARTS = {
@@ -39,10 +39,10 @@ PARTS = {
     for word in words
     for tail in ("", "s", "set", "data", "images")
 }
-UNREAD = "with an ending that is not read"
+UNREAD = "ending not read"
 HIDDEN = {  # besides all that begins with a dot: what systems leave in folders
-    "__MACOSX", "__pycache__", "Thumbs.db", "ehthumbs.db", "desktop.ini", "@eaDir",
-    "$RECYCLE.BIN", "System Volume Information", "lost+found",
+    "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir",
+    "$recycle.bin", "system volume information", "lost+found",
 }  # fmt: skip
 
 Labelled = list[tuple[Path, str]]  # images and their classes
@@ -97,14 +97,14 @@ def entries(folder: Path, left_out: LeftOut | None = None) -> tuple[list[Path], 
     """
     folders, files, left_out = [], [], defaultdict(list) if left_out is None else left_out
     for path in (folder / name for name in sorted(os.listdir(folder))):
-        if path.name[0] == "." or path.name in HIDDEN:
+        if path.name[0] == "." or path.name.casefold() in HIDDEN:
             left_out["hidden"].append(path)
         elif os.path.isfile(path):
             files.append(path)
         elif not os.path.isdir(path):
-            left_out["links to nothing, or no files"].append(path)
+            left_out["link to nothing, or no file"].append(path)
         elif path.is_symlink() and any(os.path.samefile(path, above) for above in path.parents):
-            left_out["circular links"].append(path)
+            left_out["circular link"].append(path)
         else:
             folders.append(path)
     return folders, files
@@ -124,7 +124,7 @@ def unwrapped(folder: Path, left_out: LeftOut) -> Path:
         return folder
     if part_of(folders[0]) not in (None, part_of(folder)):
         return folder
-    for why, paths in (*found.items(), ("files beside the folders", files)):
+    for why, paths in (*found.items(), ("file beside the folders", files)):
         left_out[why] += paths
     return unwrapped(folders[0], left_out)
 
@@ -145,9 +145,9 @@ def find_parts(folder: Path, left_out: LeftOut) -> tuple[Path, Path] | None:
             found[part_of(path)].append(path)
     train, test = the_one(found["train"]), the_one(found["test"] or found["val"])
     if train and test:
-        left_out["folders beside the parts"] += [p for p in folders if p not in (train, test)]
+        left_out["folder beside the parts"] += [p for p in folders if p not in (train, test)]
         entries(folder, left_out)
-        left_out["files beside the folders"] += files
+        left_out["file beside the folders"] += files
         return train, test
     named = [path for path in folders if part_of(path)]
     if part := train or test:
@@ -187,7 +187,7 @@ def names_of(paths: list[Path]) -> str:
 def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
     """The images below each folder in `folder`, in the order of their names."""
     folders, files = entries(folder, left_out)
-    left_out["files beside the folders"] += files
+    left_out["file beside the folders"] += files
     images = []
     for path in folders:
         name = unicodedata.normalize("NFC", path.name)  # a Mac may have written it as NFD
@@ -202,11 +202,12 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
         if not found:
             unread = left_out[UNREAD][n_unread:]
             kinds = [mimetypes.guess_type(file.name)[0] or "" for file in unread]
-            if not unread or any(kind.startswith("image/") for kind in kinds):
+            is_data_dir = (path / KEPT).is_dir()
+            if not (unread or is_data_dir) or any(kind.startswith("image/") for kind in kinds):
                 raise UserError(
                     f"{printable(path)} has no images that Pillow reads: add some, or delete it"
                 )
-            left_out["folders without images"].append(path)
+            left_out["folder without images"].append(path)
     if len({name for _, name in images}) < 2:
         raise UserError(f"{folder} needs a folder of images for each of two classes or more")
     return sorted(images, key=lambda i: (unicodedata.normalize("NFC", i[0].name), i[1], i[0]))
@@ -251,7 +252,7 @@ def load(
         raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
     images, note = decoded(folder, [path for path, _ in train + test], image_size, data_dir)
     if said := "; ".join(filter(None, [tail(left_out, folder), note])):
-        print(f"note: {folder}: {said}", file=sys.stderr)
+        print(f"note: in {folder} {said}", file=sys.stderr)
     train_images, test_images = torch.from_numpy(images).split([len(train), len(test)])
     train_labels, test_labels = (
         torch.tensor([classes.index(name) for _, name in part]) for part in (train, test)
@@ -265,4 +266,4 @@ def load(
 
 def tail(left_out: LeftOut, folder: Path) -> str:
     found = [counted(paths, why, folder) for why, paths in sorted(left_out.items()) if paths]
-    return f"left out: {', '.join(found)}" if found else ""
+    return f"left out: {'; '.join(found)}" if found else ""

@@ -102,7 +102,7 @@ def test_test_images_among_the_training_images_are_counted(monkeypatch, capsys):
     monkeypatch.setitem(data.DATASETS, "mnist", lambda _: dataset)
     assert data.load_dataset("mnist").n_copies == 3
     error = capsys.readouterr().err
-    assert is_one_line(error) and "note: 3 of 7 test images are among the training" in error
+    assert is_one_line(error) and "note: 3 of 7 test images are also training images" in error
 
 
 def test_fashion_mnist_has_no_copies(fashion_mnist):

@@ -133,7 +133,7 @@ def test_every_mode_as_a_viewer_shows_it(tmp_path, capsys, image, name, expected
     assert np.array_equal(
         shown, expected[None] if expected.ndim == 2 else expected.transpose(2, 0, 1)
     )
-    assert ("4 of 16 bits" in capsys.readouterr().err) == (image.mode == "I;16")
+    assert ("upper 8 of 16 bits: 4" in capsys.readouterr().err) == (image.mode == "I;16")
 
 
 @pytest.mark.parametrize(("mode", "name"), [("CMYK", ".jpg"), ("YCbCr", ".jpg"), ("LAB", ".tif")])
@@ -157,12 +157,9 @@ def test_the_first_frame_counts_and_the_others_are_said(tmp_path, capsys, ending
     how = {"lossless": True} if ending == ".webp" else {}
     shown = read(tmp_path, frames[0], ending, save_all=True, append_images=frames[1:], **how)
     assert (shown == 90).all()
-    assert (
-        f"4 with several frames, of which the first is read (a/00{ending}"
-        in capsys.readouterr().err
-    )
+    assert f"first frame only: 4 (a/00{ending}" in capsys.readouterr().err
     data.load_dataset(str(tmp_path / "set"))  # as it is kept
-    assert "4 with several frames" in capsys.readouterr().err
+    assert "first frame only: 4" in capsys.readouterr().err
 
 
 def test_a_damaged_exif_counts_as_none(tmp_path):
@@ -180,10 +177,10 @@ def test_few_of_another_size_are_counted_and_named(tmp_path, capsys):
         Image.open(folder / f"{name}.png").resize(size).save(folder / f"{name}.png")
     assert data.load_dataset(str(folder)).train_images.shape[2:] == (8, 12)
     said = capsys.readouterr().err
-    assert "2 of another size, scaled and cropped to 12 x 8 (a/a003.png, b/b001.png)" in said
-    make(folder, {"a": 4}, size=(9, 9))  # less than nine of ten
+    assert "another size, scaled and cropped to 12 x 8: 2 (a/a003.png, b/b001.png)" in said
+    make(folder, {"a": 8}, size=(9, 9))  # less than three of four
     assert data.load_dataset(str(folder)).train_images.shape[2:] == (64, 64)
-    assert "30 of 3 sizes, scaled and cropped to 64 x 64" in capsys.readouterr().err
+    assert "one of 3 sizes, scaled and cropped to 64 x 64: 30 (" in capsys.readouterr().err
     assert data.load_dataset(str(folder), image_size=10).train_images.shape[2:] == (10, 10)
     assert "scaled" not in capsys.readouterr().err
 

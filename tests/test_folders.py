@@ -90,10 +90,10 @@ def test_parts_that_lack_their_like_are_refused_by_name(tmp_path, capsys, parts,
 @pytest.mark.parametrize(
     ("extra", "left"),
     [
-        ({"val": "dog", "test": "dog"}, "1 folders beside the parts (val)"),
-        ({"test": "dog", "annotations": "xml"}, "1 folders beside the parts (annotations)"),
-        ({"val": "dog", "test": "."}, "1 folders beside the parts (test)"),  # without labels
-        ({"test": "dog", "train_old": "dog"}, "1 folders beside the parts (train_old)"),
+        ({"val": "dog", "test": "dog"}, "folder beside the parts: 1 (val)"),
+        ({"test": "dog", "annotations": "xml"}, "folder beside the parts: 1 (annotations)"),
+        ({"val": "dog", "test": "."}, "folder beside the parts: 1 (test)"),  # without labels
+        ({"test": "dog", "train_old": "dog"}, "folder beside the parts: 1 (train_old)"),
     ],
 )
 def test_folders_beside_the_parts_are_named(tmp_path, capsys, extra, left):
@@ -175,7 +175,7 @@ def test_a_data_set_may_have_any_letters(tmp_path, capsys, name):
     folder = make(tmp_path / name, {"cat": 20, "dog": 20}, size=(12, 12))
     assert train.main([*FLAGS, "--dataset", str(folder), "--runs", str(tmp_path / "runs")]) == 0
     (result,) = (tmp_path / "runs").rglob("result.json")
-    assert result.parents[3].name == unicodedata.normalize("NFC", name)
+    assert result.parents[3].name == name
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("two words", "' '"), ("a$b", "'$'"), ("a'b", '"\'"')])
@@ -224,7 +224,7 @@ def test_nothing_hidden_is_read(tmp_path, capsys, where, name):
     capsys.readouterr()
     assert data.load_dataset(str(folder)).digest == before
     shown = os.path.join(where, name.split("/")[0])
-    assert f"left out: 1 hidden ({shown})" in note(capsys)
+    assert f"left out: hidden: 1 ({shown})" in note(capsys)
 
 
 def leave_something(folder):
@@ -250,11 +250,21 @@ def test_what_is_left_out_is_counted_and_named_in_one_line(tmp_path, capsys):
     for _ in range(2):  # when it is decoded, and as it is kept
         assert data.load_dataset(str(folder)).digest == before
         said = note(capsys)
-        assert "7 with an ending that is not read (cat/README, cat/labels.txt" in said
-        assert "4 links to nothing, or no files (cat/dangling.png, cat/loop.png, dog/d" in said
-        assert "4 circular links (cat/here, cat/up, dog/here, ...)" in said
-        assert "1 files beside the folders (list.csv)" in said
-        assert "1 folders without images (docs)" in said
+        assert "ending not read: 7 (cat/README, cat/labels.txt" in said
+        assert "link to nothing, or no file: 4 (cat/dangling.png, cat/loop.png, dog/d" in said
+        assert "circular link: 4 (cat/here, cat/up, dog/here, ...)" in said
+        assert "file beside the folders: 1 (list.csv)" in said
+        assert "folder without images: 1 (docs)" in said
+
+
+def test_the_data_dir_may_be_in_the_folder(tmp_path, monkeypatch, capsys):
+    folder = make(tmp_path / "set", {"cat": 6, "dog": 6})
+    monkeypatch.chdir(folder)
+    before = data.load_dataset(str(folder)).digest
+    for where, said in (("data", "folder without images: 1 (data)"), (".", "hidden: 2 (.decoded, data/.decoded)")):
+        for _ in range(2):
+            assert data.load_dataset(str(folder), where).digest == before
+        assert said in capsys.readouterr().err
 
 
 def test_links_that_lead_into_each_other_end(tmp_path, capsys):
@@ -263,7 +273,7 @@ def test_links_that_lead_into_each_other_end(tmp_path, capsys):
     os.symlink(folder / "cat", folder / "dog" / "to_cat")
     read = data.load_dataset(str(folder))
     assert len(read.train_images) + len(read.test_images) == 24
-    assert "2 circular links (cat/to_dog/to_cat, dog/to_cat/to_dog)" in capsys.readouterr().err
+    assert "circular link: 2 (cat/to_dog/to_cat, dog/to_cat/to_dog)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("file", [None, "a.heic", ".DS_Store", "drawing.svg"])
