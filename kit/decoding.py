@@ -71,9 +71,9 @@ def decoded(
 
 
 def key_of(folder: Path, paths: list[Path]) -> str:
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(f"\0{path.relative_to(folder)}\0".encode(errors="surrogateescape"))
+    digest, above = hashlib.sha256(), len(str(folder))
+    for path in paths:  # path.relative_to would take a third of the time
+        digest.update(f"\0{str(path)[above:]}\0".encode(errors="surrogateescape"))
         digest.update(hashlib.sha256(path.read_bytes()).digest())
     return digest.hexdigest()[:16]
 
