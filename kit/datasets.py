@@ -174,9 +174,9 @@ def load_idx(name: str, data_dir: Path) -> ImageData:
             except UserError as error:
                 bad[path] = error
     missing = [file for file in sha256 if file not in bodies]
-    for path, error in bad.items():  # nothing is fetched over a file that is there
-        if path in [raw / (file + end) for file in missing for end in ("", ".gz")]:
-            raise UserError(f"{error}. Move it away. {ways}.")
+    for path, error in bad.items():  # nothing is fetched where something else lies
+        if {path.name, path.name.removesuffix(".gz")} & set(missing):
+            raise UserError(f"{error}. Move it away, or use another --data-dir. {ways}.")
     if bad:
         paths = ", ".join(map(str, bad))
         print(f"note: passed over, not the published files of {name}: {paths}", file=sys.stderr)

@@ -261,7 +261,10 @@ def test_the_data_dir_may_be_in_the_folder(tmp_path, monkeypatch, capsys):
     folder = make(tmp_path / "set", {"cat": 6, "dog": 6})
     monkeypatch.chdir(folder)
     before = data.load_dataset(str(folder)).digest
-    for where, said in (("data", "folder without images: 1 (data)"), (".", "hidden: 2 (.decoded, data/.decoded)")):
+    for where, said in (
+        ("data", "folder without images: 1 (data)"),
+        (".", "hidden: 2 (.decoded, data/.decoded)"),
+    ):
         for _ in range(2):
             assert data.load_dataset(str(folder), where).digest == before
         assert said in capsys.readouterr().err
