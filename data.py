@@ -11,6 +11,7 @@ this size stays on the device as uint8, and a batch is an index into it.
 To add a data set: write a function `data_dir -> ImageData`, add one line to DATASETS.
 """
 
+import os
 import sys
 import unicodedata
 from functools import partial
@@ -43,11 +44,11 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
         if image_size is not None:
             raise ValueError(f"--image-size is for folders of images, not for {dataset}")
         return dataset, dataset
-    folder = Path(dataset).resolve()
+    folder = Path(os.path.realpath(dataset))  # Path.resolve() raises where links go round
     if not (dataset and ("/" in dataset or folder.is_dir())):
         known = ", ".join(DATASETS)
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, or a folder")
-    name = folder.name
+    name = folder.name or "/"
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in str(folder)):
         raise ValueError("--dataset: a path with characters that cannot be printed: rename it")
     if name in DATASETS:

@@ -83,7 +83,7 @@ def key_of(folder: Path, paths: list[Path]) -> str:
 
 def read_kept(path: Path, n: int, image_size: int | None) -> tuple[np.ndarray, str] | None:
     """The n images kept in `path` and their note, if all is whole."""
-    if not path.is_file():
+    if not os.path.isfile(path):  # nor is one whose name is too long
         return None
     try:
         raise_if_large(path, path.stat().st_size)
@@ -155,10 +155,7 @@ def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.
         images = images[:, :1].copy()
     frames = [path for path, (_, _, n) in zip(paths, headers, strict=True) if n > 1]
     deep = [path for path, (_, mode, _) in zip(paths, headers, strict=True) if mode[0] == "I"]
-    said = [
-        (frames, "first frame only"),
-        (deep, "upper 8 of 16 bits"),
-    ]
+    said = [(frames, "first frame only"), (deep, "upper 8 of 16 bits")]
     if not image_size:
         other = "another size" if most >= MOST * n else f"one of {len(sizes):,} sizes"
         said.append((resized, f"{other}, scaled and cropped to {size[0]} x {size[1]}"))

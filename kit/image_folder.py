@@ -58,10 +58,10 @@ def load_folder(folder: Path, data_dir: Path, image_size: int | None = None) -> 
     if parts := find_parts(root, left_out):
         train, test = (in_class_folders(unwrapped(part, left_out), left_out) for part in parts)
         names = [str(part.relative_to(folder)) for part in parts]
-        how = f"{names[0]} to train, {names[1]} to test"
+        how = f"training set {names[0]}, test set {names[1]}"
     else:
         train, test = divided(in_class_folders(root, left_out))
-        how = "a sixth of each class to test"
+        how = "a sixth of each class is the test set"
     return load(folder, train, test, image_size, data_dir, left_out, how)
 
 
@@ -84,7 +84,7 @@ def load_tiny_imagenet(data_dir: Path) -> ImageData:
     for part, images in (("train", train), ("val", test)):
         if (n := len({name for _, name in images})) != 200:
             raise UserError(f"{folder}: {n} classes in {part} instead of 200: unpack it again")
-    return load(folder, train, test, None, data_dir, left_out, "train to train, val to test")
+    return load(folder, train, test, None, data_dir, left_out, "training set train, test set val")
 
 
 # --- Parts, classes, images -----------------------------------------------------------------------
@@ -131,8 +131,8 @@ def unwrapped(folder: Path, left_out: LeftOut) -> Path:
 
 def part_of(folder: Path) -> str | None:
     """train, test or val, if its name has a word for one of them."""
-    words = re.split(r"[\W\d_]+", folder.name.casefold())
-    found = {PARTS[word] for word in words if word in PARTS}
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", folder.name)
+    found = {PARTS[word.lower()] for word in words if word.lower() in PARTS}
     return found.pop() if len(found) == 1 else None
 
 
@@ -151,7 +151,7 @@ def find_parts(folder: Path, left_out: LeftOut) -> tuple[Path, Path] | None:
         return train, test
     named = [path for path in folders if part_of(path)]
     if part := train or test:
-        missing = "train" if test else "test nor val"
+        missing = "no train" if test else "neither test nor val"
         inner = {path.name for path in class_folders(part)}
         beside = [path for path in folders if path != part]
         around = {path.name for path in beside} | {
@@ -159,7 +159,7 @@ def find_parts(folder: Path, left_out: LeftOut) -> tuple[Path, Path] | None:
         }
         if len(named) > 1 or not beside or inner & around:
             raise UserError(
-                f"{folder} has a {part.name} folder of class folders, but neither {missing} with "
+                f"{folder} has a {part.name} folder of class folders, but {missing} with "
                 f"class folders beside it, among {names_of(folders)}: rename or add one"
             )
     flat = {part_of(path) for path in named}
@@ -260,7 +260,7 @@ def load(
     n_train, n_test = (Counter(name for _, name in part) for part in (train, test))
     shown = ", ".join(f"{name} {n_train[name]:,} + {n_test[name]:,}" for name in classes[:10])
     more = f", and {len(classes) - 10:,} more" if len(classes) > 10 else ""
-    source = f"read from {folder}: {how}; training + test images of {shown}{more}"
+    source = f"read from {folder}: {how}; training + test images: {shown}{more}"
     return ImageData(train_images, train_labels, test_images, test_labels, classes, source)
 
 

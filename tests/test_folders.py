@@ -48,6 +48,7 @@ def note(capsys):
         ("archive/animals/train/images", "archive/animals/test/images"),
         ("1_train", "2_test"),
         ("imgs train", "imgs test"),
+        ("imagesTrain", "imagesTest"),
     ],
 )
 def test_parts_are_known_by_their_names(tmp_path, capsys, to_train, to_test):
@@ -68,12 +69,14 @@ def test_parts_are_known_by_their_names(tmp_path, capsys, to_train, to_test):
     [
         (("train/cat", "train/dog"), "neither test nor val"),
         (("train/cat", "train/dog", "prueba/cat", "prueba/dog"), "among prueba, train"),
-        (("test/cat", "test/dog", "entrenamiento/cat", "entrenamiento/dog"), "neither train"),
+        (("test/cat", "test/dog", "entrenamiento/cat", "entrenamiento/dog"), "but no train"),
         (("train/cat", "train/dog", "cat", "dog"), "neither test nor val"),
         (("train/cat", "train/dog", "test"), "neither test nor val with class folders"),
         (("train", "test"), "have no label"),
         (("Training", "Testing"), "have no label"),
         (("training_set", "test_set"), "have no label"),
+        (("trainA", "trainB", "testA", "testB"), "have no label"),
+        (("train/train", "test1/test1"), "have no label"),
         (("train", "validation", "cat"), "have no label"),
         (("train_1/cat", "train_1/dog", "train_2/cat", "train_2/dog", "test/cat", "test/dog"),
          "train_1, train_2: which one"),
@@ -184,6 +187,16 @@ def test_a_data_set_s_name_is_refused_for_what_is_wrong_with_it(tmp_path, capsys
     with pytest.raises(SystemExit, match="2"):
         data.main(["--dataset", str(tmp_path / name)])
     assert f"{wrong} cannot stand in" in capsys.readouterr().err
+
+
+def test_a_path_that_leads_nowhere_is_one_line(tmp_path, capsys):
+    os.symlink("loop", tmp_path / "loop")
+    assert data.main(["--dataset", str(tmp_path / "loop")]) == 1
+    assert is_one_line(error := capsys.readouterr().err) and "is no folder" in error
+    for path in ("/", "a\0b/c"):
+        with pytest.raises(SystemExit, match="2"):
+            data.main(["--dataset", path])
+        assert is_one_line(capsys.readouterr().err)
 
 
 # --- What is read, and what is left out -----------------------------------------------------------
@@ -298,7 +311,7 @@ def test_the_first_lines_of_both_scripts_say_what_was_found(tmp_path, capsys):
     assert train.main([*FLAGS, "--dataset", str(tmp_path / "set"), "--dry-run"]) == 0
     said.append(capsys.readouterr().out)
     for text in said:
-        assert "Training to train, valid to test" in text
+        assert "training set Training, test set valid" in text
         assert ", ".join(f"{name} 4 + 2" for name in names[:10]) + ", and 3 more" in text
 
 
