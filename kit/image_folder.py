@@ -252,7 +252,7 @@ def load(
         raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
     images, note = decoded(folder, [path for path, _ in train + test], image_size, data_dir)
     if said := "; ".join(filter(None, [tail(left_out, folder), note])):
-        print(f"note: in {folder} {said}", file=sys.stderr)
+        print(f"note: in {folder}: {said}", file=sys.stderr)
     train_images, test_images = torch.from_numpy(images).split([len(train), len(test)])
     train_labels, test_labels = (
         torch.tensor([classes.index(name) for _, name in part]) for part in (train, test)
