@@ -28,7 +28,7 @@ RUN python3 -m venv /opt/venv \
 # Data, verified, outside /app: they are still there when one's own checkout is mounted on it.
 WORKDIR /app
 COPY data.py ./
-COPY kit/__init__.py kit/augment.py kit/command_line.py kit/datasets.py kit/files.py kit/image_folder.py kit/
+COPY kit/__init__.py kit/augment.py kit/command_line.py kit/datasets.py kit/decoding.py kit/files.py kit/image_folder.py kit/
 RUN python data.py --data-dir /opt/data \
  && mkdir -p /usr/share/datasets \
  && ln -s /opt/data/FashionMNIST/raw /usr/share/datasets/fashion-mnist

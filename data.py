@@ -11,8 +11,9 @@ this size stays on the device as uint8, and a batch is an index into it.
 To add a data set: write a function `data_dir -> ImageData`, add one line to DATASETS.
 """
 
-import re
+import os
 import sys
+import unicodedata
 from functools import partial
 from pathlib import Path
 
@@ -21,13 +22,13 @@ import torch
 
 from kit.augment import Augmentation
 from kit.command_line import UserError, exit_code, make_parser
-from kit.datasets import ImageData, from_torchvision, load_fashion_mnist
+from kit.datasets import ImageData, from_torchvision, load_idx
 from kit.image_folder import load_folder, load_tiny_imagenet
 
 DATASETS = {
-    "fashion_mnist": load_fashion_mnist,
-    "mnist": partial(from_torchvision, "MNIST"),
-    "kmnist": partial(from_torchvision, "KMNIST"),
+    "fashion_mnist": partial(load_idx, "FashionMNIST"),
+    "mnist": partial(load_idx, "MNIST"),
+    "kmnist": partial(load_idx, "KMNIST"),
     "cifar10": partial(from_torchvision, "CIFAR10"),
     "cifar100": partial(from_torchvision, "CIFAR100"),
     "tiny_imagenet": load_tiny_imagenet,
@@ -43,19 +44,20 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
         if image_size is not None:
             raise ValueError(f"--image-size is for folders of images, not for {dataset}")
         return dataset, dataset
-    folder = Path(dataset).resolve()
+    folder = Path(os.path.abspath(dataset))  # a link's own name, whatever its target is called
     if not (dataset and ("/" in dataset or folder.is_dir())):
         known = ", ".join(DATASETS)
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, or a folder")
-    if not str(folder).isprintable():
+    name = folder.name or "/"
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in str(folder)):
         raise ValueError("--dataset: a path with characters that cannot be printed: rename it")
-    if folder.name in DATASETS:
-        raise ValueError(f"{dataset}: {folder.name} is the name of another data set: rename it")
-    if not re.fullmatch(r"[\w.+-]+", folder.name, re.ASCII):
-        raise ValueError(f"{dataset}: rename it, to letters, digits and . _ + - alone")
+    if name in DATASETS:
+        raise ValueError(f"{dataset}: {name} is the name of another data set: rename it")
+    if bad := [c for c in name if not (c in "._+-" or unicodedata.category(c)[0] in "LMN")]:
+        raise ValueError(f"{dataset}: rename it: {bad[0]!r} cannot stand in the name of results")
     if image_size is not None and not 1 <= image_size <= 4096:
         raise ValueError(f"--image-size {image_size} is not from 1 to 4096")
-    return str(folder), folder.name
+    return str(folder), name
 
 
 def load_dataset(
@@ -70,8 +72,13 @@ def load_dataset(
     except ValueError as error:
         raise UserError(str(error)) from None
     if name in DATASETS:
-        return DATASETS[name](Path(data_dir))
-    return load_folder(Path(name), image_size)
+        dataset = DATASETS[name](Path(data_dir))
+    else:
+        dataset = load_folder(Path(name), Path(data_dir), image_size)
+    if n := dataset.n_copies:
+        copies = f"{n:,} of {len(dataset.test_images):,} test images are also training images"
+        print(f"note: {copies} (identical pixels): test accuracy is inflated", file=sys.stderr)
+    return dataset
 
 
 # --- Split, order, normalisation: the same for every model of one seed ----------------------------
@@ -86,16 +93,19 @@ def split_indices(
     return order[n_val:], order[:n_val]
 
 
-def stratified(labels: torch.Tensor, n: int) -> torch.Tensor:
-    """A sample of n images, sorted indices into `labels` (N,): every class, as often as in all.
-
-    Drawn once, so it is the same for every model and seed; a smaller sample is a part of a larger.
-    """
+def sampling_order(labels: torch.Tensor) -> torch.Tensor:
+    """All indices into `labels` (N,), so that the first n are a sample with every class as often as
+    in all. Drawn once, from the labels alone: the same for every model and seed."""
     order = np.random.default_rng(0).permutation(len(labels))
     drawn, share = labels.numpy()[order], np.empty(len(labels))
     for label, size in zip(*np.unique(drawn, return_counts=True), strict=True):
         share[drawn == label] = np.arange(size) / size  # of its class that is drawn before it
-    return torch.from_numpy(np.sort(order[np.argsort(share, kind="stable")[:n]]))
+    return torch.from_numpy(order[np.argsort(share, kind="stable")])
+
+
+def stratified(labels: torch.Tensor, n: int) -> torch.Tensor:
+    """A sample of n images, sorted indices into `labels` (N,); it holds every smaller one."""
+    return sampling_order(labels)[:n].sort().values
 
 
 def shuffled(indices: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
@@ -143,6 +153,7 @@ class Loader:
         self.test = tuple(
             part[test_idx].to(device) for part in (dataset.test_images, dataset.test_labels)
         )
+        self.test_order = sampling_order(dataset.test_labels[test_idx]).to(device)
         self.mean, self.std = dataset.mean_and_std(settings.normalize, device)
         self.augmentation = Augmentation.of(settings)
 
@@ -195,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{args.dataset}: {dataset.source}: {len(dataset.train_images):,} training and "
         f"{len(dataset.test_images):,} test images, {channels} x {height} x {width}, "
-        f"{len(dataset.classes)} classes"
+        f"{len(dataset.classes)} classes, data {dataset.digest}"
     )
 
 

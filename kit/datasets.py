@@ -1,13 +1,13 @@
-"""A data set in memory; Fashion-MNIST found or fetched, and verified; torchvision's data sets.
+"""A data set in memory; Fashion-MNIST, MNIST and KMNIST found or fetched, and verified; CIFAR.
 
-Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747): the four idx files may lie, packed or not, in
---data-dir itself, in torchvision's layout below it (FashionMNIST/raw/) or where the Debian package
-dataset-fashion-mnist puts them.
+The four idx files of Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), and of the two others of
+the same names, may lie, packed or not, in --data-dir itself, in torchvision's layout below it
+(FashionMNIST/raw/) or where Debian's dataset-fashion-mnist puts them. Others are passed over.
 """
 
-import functools
 import gzip
 import hashlib
+import io
 import subprocess
 import sys
 import tempfile
@@ -15,6 +15,7 @@ import urllib.request
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, partial
 from http.client import HTTPException
 from pathlib import Path
 
@@ -39,10 +40,14 @@ class ImageData:
     std: tuple[float, ...] = ()
 
     def __post_init__(self):
+        for part in ("train", "test"):
+            images, labels = (len(getattr(self, f"{part}_{what}")) for what in ("images", "labels"))
+            if images != labels:
+                raise UserError(f"{self.source}: {images:,} {part} images, but {labels:,} labels")
         if not self.mean:
             self.mean, self.std = mean_and_std_of(self.train_images)
 
-    @functools.cached_property
+    @cached_property
     def digest(self) -> str:
         """Of all images and labels, whatever files they came from: 16 hexadecimal digits."""
         digest = hashlib.sha256()
@@ -50,6 +55,12 @@ class ImageData:
             digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
             digest.update(part.contiguous().numpy())
         return digest.hexdigest()[:16]
+
+    @cached_property
+    def n_copies(self) -> int:
+        """Test images that are, pixel by pixel, among the training images, too."""
+        train = {hash(image.tobytes()) for image in self.train_images.numpy()}
+        return sum(hash(image.tobytes()) in train for image in self.test_images.numpy())
 
     def mean_and_std(
         self, normalize: str | None, device: torch.device
@@ -87,10 +98,10 @@ def from_torchvision(name: str, data_dir: Path) -> ImageData:
             for part in (True, False)
         )
     except Exception as error:  # of networks, archives, checksums and pickles: they are many
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
         raise UserError(
             f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read "
-            f"({reason}): bring its files there, as torchvision lays them out, or try again"
+            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}): bring its files "
+            "there, as torchvision lays them out, or try again"
         ) from error
 
     def tensors(part):
@@ -102,7 +113,7 @@ def from_torchvision(name: str, data_dir: Path) -> ImageData:
     return ImageData(*tensors(train), *tensors(test), list(train.classes), source)
 
 
-# --- Fashion-MNIST --------------------------------------------------------------------------------
+# --- Fashion-MNIST, MNIST, KMNIST: four idx files each --------------------------------------------
 
 # sha256 of the uncompressed files: gzip headers differ from mirror to mirror, the content must not.
 FASHION_MNIST_SHA256 = {
@@ -111,10 +122,32 @@ FASHION_MNIST_SHA256 = {
     "t10k-images-idx3-ubyte": "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
     "t10k-labels-idx1-ubyte": "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
 }
+MNIST_SHA256 = {
+    "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+    "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+    "t10k-images-idx3-ubyte": "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+    "t10k-labels-idx1-ubyte": "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+}
+KMNIST_SHA256 = {  # of the packed files, for those are published
+    f"{file}-ubyte.gz": sha256
+    for file, sha256 in {
+        "train-images-idx3": "51467d22d8cc72929e2a028a0428f2086b092bb31cfb79c69cc0a90ce135fde4",
+        "train-labels-idx1": "e38f9ebcd0f3ebcdec7fc8eabdcdaef93bb0df8ea12bee65224341c8183d8e17",
+        "t10k-images-idx3": "edd7a857845ad6bb1d0ba43fe7e794d164fe2dce499a1694695a792adfac43c5",
+        "t10k-labels-idx1": "20bb9a0ef54c7db3efc55a92eef5582c109615df22683c380526788f98e42a1c",
+    }.items()
+}
 FASHION_MNIST_CLASSES = [
     "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat",
     "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
 ]  # fmt: skip
+MNIST_CLASSES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+IDX = {  # by the names of torchvision's classes and folders
+    "FashionMNIST": (FASHION_MNIST_SHA256, FASHION_MNIST_CLASSES),
+    "MNIST": (MNIST_SHA256, [f"{i} - {word}" for i, word in enumerate(MNIST_CLASSES)]),
+    "KMNIST": (KMNIST_SHA256, ["o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo"]),
+}
+LARGEST = 2**26  # bytes that are read of a file, packed or not: training images have 47 MB
 DEBIAN_PACKAGE = "dataset-fashion-mnist"
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
 THREE_WAYS = (
@@ -122,61 +155,56 @@ THREE_WAYS = (
     f"Debian package); `apt-get install {DEBIAN_PACKAGE}` on Debian or Ubuntu; or put the four "
     "idx files, packed (.gz) or not, into --data-dir"
 )
-FETCH_ERRORS = (  # what a download or an unpacking can end in
-    OSError, EOFError, zlib.error, HTTPException, subprocess.SubprocessError, UserError,
-)  # fmt: skip
+TWO_WAYS = "Get it with a network, or put its four files, packed (.gz), into --data-dir"
 
 
-def load_fashion_mnist(data_dir: Path) -> ImageData:
+def load_idx(name: str, data_dir: Path) -> ImageData:
     """60,000 + 10,000 grey images of 28x28 in ten classes. Raises UserError in one line."""
-    raw = data_dir / "FashionMNIST" / "raw"
-    folders = [data_dir, raw, DEBIAN_FOLDER]
-    missing = [name for name in FASHION_MNIST_SHA256 if find_file(name, folders) is None]
-    fetched_from = fetch_fashion_mnist(missing, raw) if missing else None
-
-    arrays, used = {}, {}
-    for name in FASHION_MNIST_SHA256:
-        path = find_file(name, folders)
-        try:
-            arrays[name] = parse_idx(verified(name, read_file(path), path))
-        except UserError as error:
-            raise UserError(f"{error}. Delete it. {THREE_WAYS}.") from error
-        used[path.parent] = None  # a dict, not a set: keeps the order
-    source = f"read from {', '.join(map(str, used))}, sha256 verified"
-    if fetched_from:
-        source += f", just fetched from {fetched_from}"
-    train_images, train_labels, test_images, test_labels = arrays.values()
+    ways = THREE_WAYS if name == "FashionMNIST" else TWO_WAYS
+    raw, fashion = data_dir / name / "raw", name == "FashionMNIST"
+    places = [data_dir, raw] + [DEBIAN_FOLDER] * fashion
+    (sha256, classes), bodies, used, bad = IDX[name], {}, {}, {}  # used: a dict keeps the order
+    for file in sha256:
+        for path in (place / (file + end) for place in places for end in ("", ".gz")):
+            try:
+                if path.is_file():
+                    bodies[file] = verified(name, file, path.read_bytes(), path)
+                    used[path.parent] = None
+                    break
+            except UserError as error:
+                bad[path] = error
+    missing = [file for file in sha256 if file not in bodies]
+    for path, error in bad.items():  # nothing is fetched where something else lies
+        if {path.name, path.name.removesuffix(".gz")} & set(missing):
+            raise UserError(f"{error}. Move it away, or use another --data-dir. {ways}.")
+    if bad:
+        paths = ", ".join(map(str, bad))
+        print(f"note: passed over, not the published files of {name}: {paths}", file=sys.stderr)
+    fetched, origin = fetch(name, missing, raw, ways) if missing else ({}, "")
+    bodies, used = bodies | fetched, used | ({raw: None} if missing else {})
+    source = f"read from {', '.join(map(str, used))}, sha256 verified{origin}"
+    arrays = [parse_idx(bodies[file]) for file in sha256]
     return ImageData(
-        train_images.unsqueeze(1), train_labels.long(), test_images.unsqueeze(1),
-        test_labels.long(), FASHION_MNIST_CLASSES, source, mean=(0.2860,), std=(0.3530,),
+        arrays[0].unsqueeze(1), arrays[1].long(), arrays[2].unsqueeze(1), arrays[3].long(),
+        classes, source, mean=(0.2860,) * fashion, std=(0.3530,) * fashion,
     )  # fmt: skip
 
 
-def find_file(name: str, folders: list[Path]) -> Path | None:
-    candidates = [folder / (name + suffix) for folder in folders for suffix in ("", ".gz")]
-    return next((path for path in candidates if path.is_file()), None)
-
-
-def read_file(path: Path) -> bytes:
-    """The uncompressed content of `path`."""
-    body = path.read_bytes()
-    if path.suffix != ".gz":
-        return body
+def verified(name: str, file: str, body: bytes, where: Path | str) -> bytes:
+    """The uncompressed content of `body`, if it is the published `file` of the data set `name`."""
+    packed = body[:2] == b"\x1f\x8b"
     try:
-        return gzip.decompress(body)
+        content = gzip.GzipFile(fileobj=io.BytesIO(body)).read(LARGEST) if packed else body
     except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: truncated or damaged gzip file ({error})") from error
-
-
-def verified(name: str, body: bytes, where: Path | str) -> bytes:
-    """`body` itself if its sha256 is the one published for `name`."""
-    found, expected = hashlib.sha256(body).hexdigest(), FASHION_MNIST_SHA256[name]
+        raise UserError(f"{where}: truncated or damaged gzip file ({error})") from error
+    hashed = body if file.endswith(".gz") else content
+    found, expected = hashlib.sha256(hashed).hexdigest(), IDX[name][0][file]
     if found != expected:
         raise UserError(
-            f"{where}: not the published {name}: its {len(body):,} uncompressed bytes have sha256 "
+            f"{where}: not the published {file} of {name}: its {len(hashed):,} bytes have sha256 "
             f"{found}, expected {expected}"
         )
-    return body
+    return content
 
 
 def parse_idx(body: bytes) -> torch.Tensor:
@@ -186,43 +214,43 @@ def parse_idx(body: bytes) -> torch.Tensor:
     return torch.from_numpy(values.reshape(sizes).copy())  # a copy, for torch wants it writable
 
 
-def fetch_fashion_mnist(names: list[str], folder: Path) -> str:
-    """Bring the files `names` into `folder`, uncompressed and verified; returns the source used."""
+def fetch(name: str, files: list[str], raw: Path, ways: str) -> tuple[dict[str, bytes], str]:
+    """({file: its content}, the source used): brought into `raw`, as torchvision has them."""
+    import torchvision
+
+    mirrors = getattr(torchvision.datasets, name).mirrors
+    sources = [(f"torchvision's mirror {url}", partial(download, url)) for url in mirrors]
+    if name == "FashionMNIST":
+        sources.append((f"the Debian package {DEBIAN_PACKAGE}", download_from_debian))
     failures = []
-    for source, download in (
-        ("torchvision's mirror", download_from_mirror),
-        (f"the Debian package {DEBIAN_PACKAGE}", download_from_debian),
-    ):
-        print(f"Fashion-MNIST is not here yet: trying {source}", file=sys.stderr, flush=True)
+    for source, get in sources:
+        print(f"{name} is not here yet: trying {source}", file=sys.stderr, flush=True)
         try:
-            bodies = {name: verified(name, body, "download") for name, body in download(names)}
-        except FETCH_ERRORS as error:
+            bodies = dict(get(files))
+            contents = {file: verified(name, file, body, source) for file, body in bodies.items()}
+        except (OSError, HTTPException, subprocess.SubprocessError, UserError) as error:
             failures.append(f"{source}: {error}")
             continue
-        for name, body in bodies.items():
-            write_atomically(folder / name, body)
-        return source
+        for file in files:
+            write_atomically(raw / file, (bodies if file.endswith(".gz") else contents)[file])
+        return contents, f", just fetched from {source}"
     raise UserError(
-        f"{names[0]} (expected sha256 {FASHION_MNIST_SHA256[names[0]]}): neither below "
-        f"{folder.parent.parent} nor in {DEBIAN_FOLDER}, and it cannot be fetched "
-        f"({'; '.join(failures)}). {THREE_WAYS}."
+        f"{files[0]} (expected sha256 {IDX[name][0][files[0]]}): not in --data-dir or below it, "
+        f"{raw.parent.parent}, and it cannot be fetched ({'; '.join(failures)}). {ways}."
     )
 
 
-def download_from_mirror(names: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, uncompressed bytes) from the mirror that torchvision itself uses."""
-    from torchvision.datasets import FashionMNIST  # here, for it takes a second to import
-
-    for name in names:
-        with urllib.request.urlopen(f"{FashionMNIST.mirrors[0]}{name}.gz", timeout=30) as response:
-            yield name, gzip.decompress(response.read())
+def download(url: str, files: list[str]) -> Iterator[tuple[str, bytes]]:
+    """Yields (file, packed bytes) from a mirror."""
+    for file in files:
+        with urllib.request.urlopen(f"{url}{file.removesuffix('.gz')}.gz", timeout=30) as response:
+            yield file, response.read(LARGEST)
 
 
 def download_from_debian(names: list[str]) -> Iterator[tuple[str, bytes]]:
-    """Yields (name, uncompressed bytes) from the Debian package, unpacked but not installed.
+    """Yields (name, packed bytes) from the Debian package, unpacked but not installed.
 
-    Package lists of its own, in a temporary folder, make it work without root and on a machine
-    (or in an image) where `apt-get update` never ran.
+    With package lists of its own: it works without root, and where `apt-get update` never ran.
     """
     with tempfile.TemporaryDirectory(prefix="fashion-mnist-") as temporary:
         folder = Path(temporary)
@@ -239,4 +267,4 @@ def download_from_debian(names: list[str]) -> Iterator[tuple[str, bytes]]:
                 raise UserError(" ".join(words) or f"{command[0]} exited with {done.returncode}")
         for name in names:
             path = folder / "unpacked" / DEBIAN_FOLDER.relative_to("/") / f"{name}.gz"
-            yield name, read_file(path)
+            yield name, path.read_bytes()

@@ -17,7 +17,7 @@ DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> the oldest driver on
 # What the figures of a run depend on: an edit here makes another experiment.
 SOURCES = (
     "train.py", "models.py", "data.py", "kit/attention.py", "kit/augment.py", "kit/datasets.py",
-    "kit/image_folder.py", "kit/fast.py", "kit/ema.py",
+    "kit/image_folder.py", "kit/decoding.py", "kit/fast.py", "kit/ema.py",
 )  # fmt: skip
 
 

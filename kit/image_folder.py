@@ -1,22 +1,24 @@
-"""Any folder of images, and Tiny ImageNet: read once, checked, and kept as bytes.
+"""Any folder of images, and Tiny ImageNet: what in it is a part, a class, an image, or left out.
 
-    folder/train/<class>/*.png and folder/test/<class>/*.png (or val for test)
+    folder/train/<class>/*.png and folder/test/<class>/*.png     (or val for test)
     folder/<class>/*.png        a sixth of each class, drawn once for all, becomes the test set
 
-Images may lie deeper below their class. In grey if all are grey, else in RGB. Images of one size
-keep it; others, and all with an --image-size, are scaled until their shorter side has that many
-pixels (64 by default) and cropped in the middle. How a camera was held (EXIF) is not looked at.
+The parts may be called Training and Testing, train_set and valid, seg_train/seg_train and so on.
+Images may lie deeper below their class, links are followed, and whatever Pillow reads is an image.
+Hidden files and folders are never read. All that is left out is counted and named in one line.
 Images come in the order of their file names, classes in that of theirs.
 
-What was decoded is kept in the folder, as .decoded.<key>.npz, under a key of all file names and
-contents, so that the next run starts at once and a changed folder is read anew.
+Images of one size keep it, and so do three of four: the others are scaled until they cover it and
+cropped in the middle. Where sizes vary more, and with an --image-size, all become squares of 64 or
+that many pixels. How files are decoded, and where that is kept: kit/decoding.py.
 """
 
-import hashlib
-import io
+import mimetypes
 import os
+import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import unicodedata
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -24,26 +26,43 @@ import torch
 
 from kit.command_line import UserError
 from kit.datasets import ImageData
-from kit.files import write_atomically
+from kit.decoding import KEPT, counted, decoded, is_image, printable
 
-ENDINGS = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
-DEFAULT_SIZE = 64
 TEST_SHARE = 1 / 6  # as MNIST and Fashion-MNIST are divided
+PARTS = {
+    word + tail: part
+    for part, words in (
+        ("train", ("train", "training", "trainval")),
+        ("test", ("test", "testing")),
+        ("val", ("val", "valid", "validation", "dev", "eval", "evaluation")),
+    )
+    for word in words
+    for tail in ("", "s", "set", "data", "images")
+}
+UNREAD = "ending not read"
+HIDDEN = {  # besides all that begins with a dot: what systems leave in folders
+    "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir",
+    "$recycle.bin", "system volume information", "lost+found",
+}  # fmt: skip
 
 Labelled = list[tuple[Path, str]]  # images and their classes
+LeftOut = dict[str, list[Path]]  # {why: what}
 
 
-def load_folder(folder: Path, image_size: int | None = None) -> ImageData:
+def load_folder(folder: Path, data_dir: Path, image_size: int | None = None) -> ImageData:
     """The images below `folder`. Raises UserError in one line."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name one with a folder of images for each class")
-    if (folder / "train").is_dir():
-        test = next((folder / name for name in ("test", "val") if (folder / name).is_dir()), None)
-        if test is None:
-            raise UserError(f"{folder} has a train folder, but neither test nor val beside it")
-        return load(folder, in_class_folders(folder / "train"), in_class_folders(test), image_size)
-    train, test = divided(in_class_folders(folder))
-    return load(folder, train, test, image_size)
+    left_out = defaultdict(list)
+    root = unwrapped(folder, left_out)
+    if parts := find_parts(root, left_out):
+        train, test = (in_class_folders(unwrapped(part, left_out), left_out) for part in parts)
+        names = [str(part.relative_to(folder)) for part in parts]
+        how = f"training set {names[0]}, test set {names[1]}"
+    else:
+        train, test = divided(in_class_folders(root, left_out))
+        how = "a sixth of each class is the test set"
+    return load(folder, train, test, image_size, data_dir, left_out, how)
 
 
 def load_tiny_imagenet(data_dir: Path) -> ImageData:
@@ -52,7 +71,7 @@ def load_tiny_imagenet(data_dir: Path) -> ImageData:
     Its test images have no labels: the validation images are the test set. They lie in one flat
     folder, which a reader of class folders would take for a single class. Raises UserError.
     """
-    folder = data_dir / "tiny-imagenet-200"
+    folder, left_out = data_dir / "tiny-imagenet-200", defaultdict(list)
     annotations = folder / "val" / "val_annotations.txt"
     if not annotations.is_file():
         raise UserError(
@@ -61,41 +80,147 @@ def load_tiny_imagenet(data_dir: Path) -> ImageData:
         )
     rows = [line.split("\t") for line in annotations.read_text().splitlines()]
     test = sorted((folder / "val" / "images" / row[0], row[1]) for row in rows if len(row) > 1)
-    train = in_class_folders(folder / "train")
+    train = in_class_folders(folder / "train", left_out)
     for part, images in (("train", train), ("val", test)):
         if (n := len({name for _, name in images})) != 200:
             raise UserError(f"{folder}: {n} classes in {part} instead of 200: unpack it again")
-    return load(folder, train, test, None)
+    return load(folder, train, test, None, data_dir, left_out, "training set train, test set val")
 
 
-def in_class_folders(folder: Path) -> Labelled:
+# --- Parts, classes, images -----------------------------------------------------------------------
+
+
+def entries(folder: Path, left_out: LeftOut | None = None) -> tuple[list[Path], list[Path]]:
+    """(folders, files) in `folder`, in the order of their names; links are followed.
+
+    Raises OSError for a folder that cannot be read: nothing is left out in silence.
+    """
+    folders, files, left_out = [], [], defaultdict(list) if left_out is None else left_out
+    for path in (folder / name for name in sorted(os.listdir(folder))):
+        if path.name[0] == "." or path.name.casefold() in HIDDEN:
+            left_out["hidden"].append(path)
+        elif os.path.isfile(path):
+            files.append(path)
+        elif not os.path.isdir(path):
+            left_out["link to nothing, or no file"].append(path)
+        elif path.is_symlink() and any(os.path.samefile(path, above) for above in path.parents):
+            left_out["circular link"].append(path)
+        else:
+            folders.append(path)
+    return folders, files
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The folders in `folder`, or in the only one in it; none if they are too few for classes."""
+    folders, _ = entries(unwrapped(folder, defaultdict(list)))
+    return folders if len(folders) > 1 else []
+
+
+def unwrapped(folder: Path, left_out: LeftOut) -> Path:
+    """`folder`, or what it is wrapped around: seg_train/seg_train, flowers/flowers."""
+    found = defaultdict(list)
+    folders, files = entries(folder, found)
+    if len(folders) != 1 or any(map(is_image, files)) or not entries(folders[0])[0]:
+        return folder
+    if part_of(folders[0]) not in (None, part_of(folder)):
+        return folder
+    for why, paths in (*found.items(), ("file beside the folders", files)):
+        left_out[why] += paths
+    return unwrapped(folders[0], left_out)
+
+
+def part_of(folder: Path) -> str | None:
+    """train, test or val, if its name has a word for one of them."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", folder.name)
+    found = {PARTS[word.lower()] for word in words if word.lower() in PARTS}
+    return found.pop() if len(found) == 1 else None
+
+
+def find_parts(folder: Path, left_out: LeftOut) -> tuple[Path, Path] | None:
+    """(to train, to test), or None where the folders are classes, though one be called train."""
+    folders, files = entries(folder)
+    found = {"train": [], "test": [], "val": []}
+    for path in folders:
+        if part_of(path) and class_folders(path):
+            found[part_of(path)].append(path)
+    train, test = the_one(found["train"]), the_one(found["test"] or found["val"])
+    if train and test:
+        left_out["folder beside the parts"] += [p for p in folders if p not in (train, test)]
+        entries(folder, left_out)
+        left_out["file beside the folders"] += files
+        return train, test
+    named = [path for path in folders if part_of(path)]
+    if part := train or test:
+        missing = "no train" if test else "neither test nor val"
+        inner = {path.name for path in class_folders(part)}
+        beside = [path for path in folders if path != part]
+        around = {path.name for path in beside} | {
+            inside.name for path in beside for inside in entries(path)[0]
+        }
+        if len(named) > 1 or not beside or inner & around:
+            raise UserError(
+                f"{folder} has a {part.name} folder of class folders, but {missing} with "
+                f"class folders beside it, among {names_of(folders)}: rename or add one"
+            )
+    flat = {part_of(path) for path in named}
+    exact = all(path.name.casefold() in PARTS for path in named)
+    if "train" in flat and len(flat) > 1 and (exact or len(named) == len(folders)):
+        raise UserError(
+            f"{folder}: {names_of(named)} must have a folder of images for each class: "
+            "images that lie in them have no label"
+        )
+    return None
+
+
+def the_one(parts: list[Path]) -> Path | None:
+    """Of folders that are the same part by name; the one that is called so alone comes first."""
+    exact = [path for path in parts if path.name.casefold() in PARTS]
+    if len(exact or parts) > 1:
+        raise UserError(f"{parts[0].parent}: {names_of(exact or parts)}: which one? Rename others")
+    return (exact or parts or [None])[0]
+
+
+def names_of(paths: list[Path]) -> str:
+    return ", ".join(printable(Path(path.name)) for path in paths[:10])
+
+
+def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
     """The images below each folder in `folder`, in the order of their names."""
-    classes = sorted(path for path in folder.iterdir() if path.is_dir() and path.name[0] != ".")
+    folders, files = entries(folder, left_out)
+    left_out["file beside the folders"] += files
     images = []
-    for path in classes:
-        if not path.name.isprintable():  # nor are bytes that are not UTF-8
-            raise UserError(f"{str(path)!r} cannot be written in a table: rename it")
-        found = images_below(path)
+    for path in folders:
+        name = unicodedata.normalize("NFC", path.name)  # a Mac may have written it as NFD
+        if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
+            raise UserError(
+                f"{str(path)!a}: a control character, or bytes that are not UTF-8, in the "
+                "name of a class cannot be shown: rename it"
+            )
+        n_unread = len(left_out[UNREAD])
+        found = images_below(path, left_out)
+        images += [(image, name) for image in found]
         if not found:
-            raise UserError(f"{path} has no images: add some, or delete it")
-        images += [(image, path.name) for image in found]
-    if len(classes) < 2:
+            unread = left_out[UNREAD][n_unread:]
+            kinds = [mimetypes.guess_type(file.name)[0] or "" for file in unread]
+            is_data_dir = (path / KEPT).is_dir()
+            if not (unread or is_data_dir) or any(kind.startswith("image/") for kind in kinds):
+                raise UserError(
+                    f"{printable(path)} has no images that Pillow reads: add some, or delete it"
+                )
+            left_out["folder without images"].append(path)
+    if len({name for _, name in images}) < 2:
         raise UserError(f"{folder} needs a folder of images for each of two classes or more")
-    return sorted(images, key=lambda image: (image[0].name, image[1], image[0]))
+    return sorted(images, key=lambda i: (unicodedata.normalize("NFC", i[0].name), i[1], i[0]))
 
 
-def images_below(folder: Path) -> list[Path]:
-    """Raises OSError for a folder that cannot be read: nothing is left out in silence."""
-
-    def stop(error):
-        raise error
-
-    return [
-        Path(place, name)
-        for place, _, names in os.walk(folder, onerror=stop)
-        for name in names
-        if name[0] != "." and Path(name).suffix.lower() in ENDINGS and Path(place, name).is_file()
-    ]
+def images_below(folder: Path, left_out: LeftOut) -> list[Path]:
+    folders, files = entries(folder, left_out)
+    images = []
+    for path in files:
+        (images if is_image(path) else left_out[UNREAD]).append(path)
+    for path in folders:
+        images += images_below(path, left_out)
+    return images
 
 
 def divided(images: Labelled) -> tuple[Labelled, Labelled]:
@@ -113,131 +238,32 @@ def divided(images: Labelled) -> tuple[Labelled, Labelled]:
     return [i for i in images if i not in test], [i for i in images if i in test]
 
 
-def load(folder: Path, train: Labelled, test: Labelled, image_size: int | None) -> ImageData:
-    """Decodes the images, or takes them from where they are kept."""
+# --- The data set ---------------------------------------------------------------------------------
+
+
+def load(
+    folder: Path, train: Labelled, test: Labelled, image_size: int | None, data_dir: Path,
+    left_out: LeftOut, how: str,
+) -> ImageData:  # fmt: skip
+    """Decodes the images, or takes them from where they are kept; says what it left out."""
     classes = sorted({name for _, name in train})
     if classes != sorted({name for _, name in test}):
         odd = sorted({name for _, name in train} ^ {name for _, name in test})
         raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
-    paths = [path for path, _ in train + test]
-    key = key_of(folder, paths, image_size)
-    kept = folder / f".decoded.{key}.npz"
-    images = read_kept(kept, len(paths))
-    if images is None:
-        images = decode(folder, paths, image_size)
-        keep(kept, images)
+    images, note = decoded(folder, [path for path, _ in train + test], image_size, data_dir)
+    if said := "; ".join(filter(None, [tail(left_out, folder), note])):
+        print(f"note: in {folder}: {said}", file=sys.stderr)
     train_images, test_images = torch.from_numpy(images).split([len(train), len(test)])
     train_labels, test_labels = (
         torch.tensor([classes.index(name) for _, name in part]) for part in (train, test)
     )
-    source = f"read from {folder}, key {key}"
+    n_train, n_test = (Counter(name for _, name in part) for part in (train, test))
+    shown = ", ".join(f"{name} {n_train[name]:,} + {n_test[name]:,}" for name in classes[:10])
+    more = f", and {len(classes) - 10:,} more" if len(classes) > 10 else ""
+    source = f"read from {folder}: {how}; training + test images: {shown}{more}"
     return ImageData(train_images, train_labels, test_images, test_labels, classes, source)
 
 
-def key_of(folder: Path, paths: list[Path], image_size: int | None) -> str:
-    digest = hashlib.sha256(f"{image_size}".encode())
-    for path in paths:
-        digest.update(f"\0{path.relative_to(folder)}\0".encode(errors="surrogateescape"))
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
-
-
-def read_kept(path: Path, n: int) -> np.ndarray | None:
-    """The images kept in `path`, uint8 (n, C, H, W), if it is whole. numpy looks at checksums."""
-    if not path.is_file():
-        return None
-    try:
-        images = np.load(path, allow_pickle=False)["images"]
-    except Exception as error:  # a damaged file raises what it likes
-        print(f"note: {path} is damaged ({error}) and made anew", file=sys.stderr)
-        return None
-    fits = images.dtype == np.uint8 and images.ndim == 4 and len(images) == n
-    return images if fits and images.shape[1] in (1, 3) else None
-
-
-def keep(path: Path, images: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez(buffer, images=images)
-    try:
-        for old in path.parent.glob(".decoded.*.npz"):
-            old.unlink()
-        write_atomically(path, buffer.getbuffer())
-    except OSError as error:
-        print(f"note: decoded images cannot be kept ({error}): next time again", file=sys.stderr)
-
-
-def decode(folder: Path, paths: list[Path], image_size: int | None) -> np.ndarray:
-    """uint8 (N, C, H, W). Raises UserError that names the images that cannot be read."""
-    print(f"decoding {len(paths):,} images below {folder}", file=sys.stderr, flush=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        headers = list(pool.map(header, paths))
-        raise_if_bad(paths, headers)
-        sizes = {size for size, _ in headers}
-        grey = all(mode in ("1", "L") for _, mode in headers)
-        if image_size is None and len(sizes) > 1:
-            image_size = DEFAULT_SIZE
-        width, height = (image_size, image_size) if image_size else sizes.pop()
-        shape = (len(paths), 1 if grey else 3, height, width)
-        needed, there = int(np.prod(shape, dtype=np.int64)), available_memory()
-        if needed > there / 2:  # it is there twice while it is written
-            raise UserError(
-                f"{folder}: {len(paths):,} images of {shape[1]} x {height} x {width} take "
-                f"{needed / 1e6:,.1f} MB, twice while they are read, of {there / 1e6:,.1f} MB "
-                "free: use a smaller --image-size, or fewer images"
-            )
-        images = np.empty(shape, np.uint8)
-
-        def fill(i):
-            try:
-                images[i] = pixels(paths[i], grey, image_size)
-            except Exception as error:  # a damaged file raises what it likes
-                return error
-
-        raise_if_bad(paths, list(pool.map(fill, range(len(paths)))))
-    return images
-
-
-def header(path: Path):
-    """((width, height), mode) of an image, without decoding it; or what went wrong."""
-    from PIL import Image  # here, for only folders need it
-
-    try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":
-                raise ValueError(f"mode {image.mode}, more than 8 bits a pixel")
-            return image.size, image.mode
-    except Exception as error:  # a damaged file raises what it likes
-        return error
-
-
-def pixels(path: Path, grey: bool, image_size: int | None) -> np.ndarray:
-    """uint8 (C, H, W)."""
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        image = image.convert("L" if grey else "RGB")
-    if image_size and image.size != (image_size, image_size):
-        image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
-    array = np.asarray(image)
-    return array[None] if grey else array.transpose(2, 0, 1)
-
-
-def raise_if_bad(paths: list[Path], found: list) -> None:
-    bad = [(path, error) for path, error in zip(paths, found, strict=True)
-           if isinstance(error, Exception)]  # fmt: skip
-    if bad:
-        some = "; ".join(
-            f"{str(path) if str(path).isprintable() else ascii(str(path))} "
-            f"({str(error).split(chr(10))[0] or type(error).__name__})"
-            for path, error in bad[:5]
-        )
-        more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
-        raise UserError(f"{len(bad):,} images cannot be read: mend or delete them: {some}{more}")
-
-
-def available_memory() -> int:
-    """Bytes that may be taken without pushing others out."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+def tail(left_out: LeftOut, folder: Path) -> str:
+    found = [counted(paths, why, folder) for why, paths in sorted(left_out.items()) if paths]
+    return f"left out: {'; '.join(found)}" if found else ""

@@ -48,7 +48,7 @@ def train(runs, models, seeds, recipe="published", dataset="fashion_mnist", flag
     """A stage of training runs."""
     jobs = []
     for seed, model in itertools.product(seeds, models):
-        parts = Path(dataset).resolve().name, recipe, model, f"seed{seed}"
+        parts = Path(os.path.abspath(dataset)).name, recipe, model, f"seed{seed}"
         command = ["train.py", "--model", model, "--dataset", dataset, "--recipe", recipe]
         command += ["--seed", seed, "--runs", runs, *flags]
         log = Path(runs, "logs", f"{'.'.join(parts)}.log")

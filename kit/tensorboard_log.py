@@ -18,7 +18,7 @@ from kit.pictures import over_image
 from kit.plots import legible, plt
 
 HPARAMS = ("model", "dataset", "recipe", "seed", "width", "epochs", "batch_size", "lr", "precision")
-SHOWN = 12  # misclassified images
+SHOWN = 12  # misclassified images: the first ones in the order of samples of the test set
 GATED = 32  # test images whose gates are shown: enough for a histogram, and soon done
 
 
@@ -48,7 +48,8 @@ def log_epoch(writer: SummaryWriter, row: dict) -> None:
 def log_test(writer: SummaryWriter, config: dict, epoch: int, model, loader, predictions) -> None:
     """Test accuracy, hyper-parameters, confusion matrix, misclassified images, Grad-CAM, gates.
 
-    loader: has the test images, `test`, and normalises; predictions: int64 (N,), of these.
+    loader: has the test images, `test`, an order to draw samples in, `test_order`, and normalises;
+    predictions: int64 (N,), of the test images.
     """
     (images, labels), classes = loader.test, legible(loader.classes)
     accuracy = 100 * (predictions == labels).double().mean().item()
@@ -56,9 +57,10 @@ def log_test(writer: SummaryWriter, config: dict, epoch: int, model, loader, pre
     # Not writer.add_hparams: that opens a second run in a folder of its own.
     for summary in hparams({key: config[key] for key in HPARAMS}, {"accuracy/test": accuracy}):
         writer.file_writer.add_summary(summary)
-    for stage, gates in gates_by_stage(model, loader.normalize(images[:GATED])).items():
+    order = loader.test_order
+    for stage, gates in gates_by_stage(model, loader.normalize(images[order[:GATED]])).items():
         writer.add_histogram(f"gates/{stage}", gates, epoch)
-    wrong = (predictions != labels).nonzero().flatten()[:SHOWN]
+    wrong = order[(predictions != labels)[order]][:SHOWN]
     if len(wrong):
         maps = grad_cam(model, loader.normalize(images[wrong]), predictions[wrong])
         writer.add_images("grad_cam", with_maps(images[wrong], maps), epoch)
@@ -66,8 +68,8 @@ def log_test(writer: SummaryWriter, config: dict, epoch: int, model, loader, pre
     title = f"{config['model']}, seed {config['seed']}, test set"
     confusion = draw_confusion(labels, predictions, classes, title)
     writer.add_figure("confusion_matrix", confusion, epoch)
-    misclassified = draw_misclassified(images, labels, predictions, classes)
-    writer.add_figure("misclassified", misclassified, epoch)
+    shown = (part[wrong.cpu()] for part in (images, labels, predictions))
+    writer.add_figure("misclassified", draw_misclassified(*shown, classes), epoch)
 
 
 def gates_by_stage(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -107,13 +109,12 @@ def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
 
 
 def draw_misclassified(images, labels, predictions, classes) -> plt.Figure:
-    """The first misclassified images of the test set."""
+    """Misclassified images, SHOWN at most, with their labels and predictions."""
     figure, grid = plt.subplots(3, SHOWN // 3, figsize=(8, 7))
     figure.subplots_adjust(0, 0.01, 1, 0.93, 0.05, 0.3)  # a layout that is found costs more time
-    wrong = (predictions != labels).nonzero().flatten().tolist()
     for axes in grid.flat:
         axes.axis("off")
-    for axes, i in zip(grid.flat, wrong, strict=False):
+    for axes, i in zip(grid.flat, range(len(images)), strict=False):
         axes.imshow(images[i].permute(1, 2, 0).numpy(), cmap="gray")
         axes.set_title(
             f"{classes[labels[i]]}\npredicted {classes[predictions[i]]}",

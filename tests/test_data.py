@@ -25,8 +25,9 @@ def raw_files(fashion_mnist, tmp_path):
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
     for name in datasets.FASHION_MNIST_SHA256:
-        original = datasets.find_file(name, FOLDERS)
-        (raw / name).write_bytes(datasets.read_file(original))
+        packed = [folder / f"{name}.gz" for folder in FOLDERS if (folder / f"{name}.gz").is_file()]
+        body = gzip.decompress(packed[0].read_bytes()) if packed else (RAW / name).read_bytes()
+        (raw / name).write_bytes(body)
     return raw
 
 
@@ -82,6 +83,30 @@ def test_the_digest_is_that_of_all_images_and_labels_alone(tmp_path):
 
     assert images() == images()
     assert len({images(change) for change in (None, 0, 1, 2, 3)}) == 5
+
+
+def test_images_and_labels_are_as_many():
+    images, labels = torch.zeros(6, 1, 4, 4, dtype=torch.uint8), torch.arange(6) % 2
+    for counts in ((6, 5, 6, 6), (6, 6, 5, 6), (6, 7, 6, 6)):
+        parts = [part[:n] for part, n in zip((images, labels, images, labels), counts)]
+        parts[1] = torch.arange(counts[1]) % 2
+        with pytest.raises(UserError, match=r"here: \d (train|test) images, but \d labels"):
+            datasets.ImageData(*parts, ["a", "b"], "here")
+
+
+def test_test_images_among_the_training_images_are_counted(monkeypatch, capsys):
+    generator = torch.Generator().manual_seed(0)
+    train = torch.randint(0, 256, (50, 1, 4, 4), dtype=torch.uint8, generator=generator)
+    test = torch.cat([train[[3, 3, 7]], 255 - train[:4]])
+    dataset = datasets.ImageData(train, torch.arange(50), test, torch.arange(7), [], "here")
+    monkeypatch.setitem(data.DATASETS, "mnist", lambda _: dataset)
+    assert data.load_dataset("mnist").n_copies == 3
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "note: 3 of 7 test images are also training images" in error
+
+
+def test_fashion_mnist_has_no_copies(fashion_mnist):
+    assert fashion_mnist.n_copies == 0
 
 
 def test_finds_packed_and_unpacked_files_and_says_where(raw_files, tmp_path):
@@ -162,13 +187,55 @@ def test_keeps_nothing_of_a_wrong_download(nowhere, mirror, raw_files, tmp_path)
     assert [path for path in raw_files.iterdir() if LABELS in path.name] == []
 
 
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("where", ["top", "raw"])
+def test_files_of_another_set_are_passed_over(raw_files, tmp_path, capsys, packed, where):
+    """Beside the right ones, in the same place or in one that comes before it."""
+    folder = tmp_path if where == "top" else raw_files
+    others = gzip.compress(b"\0\0\x08\x01\0\0\0\1\7") if packed else b"\0\0\x08\x01\0\0\0\1\7"
+    path = folder / (f"{LABELS}.gz" if packed else LABELS)
+    if path.exists():  # the right one is packed, then
+        path.with_name(f"{LABELS}.gz").write_bytes(gzip.compress(path.read_bytes(), 1))
+    path.write_bytes(others)
+    dataset = data.load_dataset("fashion_mnist", tmp_path)
+    assert dataset.test_labels.bincount().tolist() == [1_000] * 10
+    error = capsys.readouterr().err
+    said = is_one_line(error) and error.startswith("note: passed over") and str(path) in error
+    assert said or (where, packed) == ("raw", True)  # that one was never looked at
+    assert path.read_bytes() == others
+
+
+def test_nothing_is_fetched_over_a_file_of_another_set(nowhere, mirror, raw_files, tmp_path):
+    body = (raw_files / LABELS).read_bytes()
+    (mirror / f"{LABELS}.gz").write_bytes(gzip.compress(body, 1))
+    (raw_files / LABELS).write_bytes(b"another")
+    with pytest.raises(UserError, match="Move it away"):
+        data.load_dataset("fashion_mnist", tmp_path)
+    (raw_files / LABELS).rename(tmp_path / LABELS)
+    with pytest.raises(UserError, match="another --data-dir"):
+        data.load_dataset("fashion_mnist", tmp_path)
+    (tmp_path / LABELS).unlink()
+    assert "mirror" in data.load_dataset("fashion_mnist", tmp_path).source
+
+
+@pytest.mark.parametrize("bomb", [bytes(1 << 20), gzip.compress(bytes(1 << 20))])
+def test_what_is_fetched_is_limited_in_size(monkeypatch, nowhere, mirror, tmp_path, bomb):
+    """Before it is unpacked, and while it is."""
+    monkeypatch.setattr(datasets, "LARGEST", 100_000)
+    monkeypatch.setitem(datasets.IDX, "FashionMNIST", ({LABELS: "another sha256"}, []))
+    (mirror / f"{LABELS}.gz").write_bytes(bomb)
+    with pytest.raises(UserError, match="its 100,000 bytes have sha256"):
+        data.load_dataset("fashion_mnist", tmp_path)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("apt-get") is None, reason="needs Debian or Ubuntu")
 def test_fetches_the_debian_package(monkeypatch, tmp_path):
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
-    names = list(datasets.FASHION_MNIST_SHA256)
-    assert "Debian" in datasets.fetch_fashion_mnist(names, tmp_path / "raw")
-    assert sorted(path.name for path in (tmp_path / "raw").iterdir()) == sorted(names)
+    monkeypatch.setattr(datasets, "DEBIAN_FOLDER", tmp_path / "not-there")
+    assert "Debian" in data.load_dataset("fashion_mnist", tmp_path).source
+    names = sorted(path.name for path in (tmp_path / "FashionMNIST" / "raw").iterdir())
+    assert names == sorted(datasets.FASHION_MNIST_SHA256)
 
 
 def test_unknown_data_set_is_named():

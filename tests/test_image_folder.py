@@ -1,5 +1,7 @@
 """Folders of images, and torchvision's data sets, with files made here in their layouts."""
 
+import gzip
+import hashlib
 import json
 import os
 import pickle
@@ -14,9 +16,15 @@ from PIL import Image
 import data
 import report
 import train
-from kit import image_folder
+from kit import datasets, decoding
 from kit.command_line import UserError
 from kit.datasets import mean_and_std_of
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    """--data-dir is data/ in the current folder."""
+    monkeypatch.chdir(tmp_path)
 
 
 def make(folder, counts, size=(9, 7), mode="RGB", seed=0):
@@ -87,9 +95,9 @@ def test_a_folder_without_parts_is_divided_once_for_all(tmp_path):
 def test_decoded_once_and_again_when_the_content_changes(tmp_path, monkeypatch, capsys):
     folder = make(tmp_path / "pets", {"cat": 4, "dog": 4}, mode="L")
     first = data.load_dataset(str(folder))
-    (kept,) = folder.glob(".decoded.*.npz")
+    (kept,) = (tmp_path / "data").rglob("*.npz")
     with monkeypatch.context() as patch:
-        patch.setattr(image_folder, "decode", None)
+        patch.setattr(decoding, "decode", None)
         assert torch.equal(data.load_dataset(str(folder)).train_images, first.train_images)
 
     kept.write_bytes(kept.read_bytes()[:-100] + bytes(100))
@@ -103,7 +111,7 @@ def test_decoded_once_and_again_when_the_content_changes(tmp_path, monkeypatch, 
     changed = data.load_dataset(str(folder))
     every = torch.cat([changed.train_images, changed.test_images])
     assert (every.flatten(1).sum(1) == 0).sum() == 1
-    assert len(list(folder.glob(".decoded.*.npz"))) == 1
+    assert len(list((tmp_path / "data").rglob("*.npz"))) == 1
 
 
 def test_sizes_and_colours(tmp_path):
@@ -128,7 +136,6 @@ def test_sizes_and_colours(tmp_path):
         (lambda f: (f / "bird").mkdir(), "bird has no images"),
         (lambda f: [p.unlink() for p in (f / "dog").glob("*[1-9].png")], "class dog has a single"),
         (lambda f: (f / "cat").rename(f / ".cat"), "each of two classes"),
-        (lambda f: sixteen_bits(f / "cat" / "cat000.png"), "more than 8 bits"),
         (lambda f: make(f / "train", {"cat": 2, "dog": 2}), "neither test nor val"),
     ],
 )
@@ -144,10 +151,6 @@ def truncate(path):
     path.write_bytes(path.read_bytes()[:-60])
 
 
-def sixteen_bits(path):
-    Image.fromarray(np.full((7, 9), 40_000, np.uint16)).save(path)
-
-
 def test_train_and_test_must_have_the_same_classes(tmp_path):
     folder = make(tmp_path / "pets" / "train", {"cat": 2, "dog": 2}).parent
     make(folder / "val", {"cat": 2, "owl": 2})
@@ -158,10 +161,10 @@ def test_train_and_test_must_have_the_same_classes(tmp_path):
 def test_more_than_fits_is_refused_with_the_figure(tmp_path, monkeypatch):
     folder = make(tmp_path / "pets", {"cat": 4, "dog": 4})
     size = 8 * 3 * 500 * 500
-    monkeypatch.setattr(image_folder, "available_memory", lambda: 2 * size - 1)
+    monkeypatch.setattr(decoding, "available_memory", lambda: 2 * size - 1)
     with pytest.raises(UserError, match=r"8 images of 3 x 500 x 500 take 6.0 MB, twice .* 12"):
         data.load_dataset(str(folder), image_size=500)
-    monkeypatch.setattr(image_folder, "available_memory", lambda: 2 * size)
+    monkeypatch.setattr(decoding, "available_memory", lambda: 2 * size)
     assert data.load_dataset(str(folder), image_size=500).train_images.shape[1:] == (3, 500, 500)
 
 
@@ -221,7 +224,7 @@ def test_runs_of_other_images_or_sizes_are_not_compared(tmp_path, capsys):
 def test_what_was_kept_but_does_not_fit_is_decoded_again(tmp_path):
     folder = make(tmp_path / "pets", {"cat": 4, "dog": 4})
     first = data.load_dataset(str(folder))
-    (kept,) = folder.glob(".decoded.*.npz")
+    (kept,) = (tmp_path / "data").rglob("*.npz")
     for other in (np.zeros((8, 2, 7, 9), np.uint8), np.zeros((8, 3, 7, 9)), np.uint8(3)):
         np.savez(kept, images=other)
         assert torch.equal(data.load_dataset(str(folder)).train_images, first.train_images)
@@ -274,19 +277,41 @@ def idx(array):
     return header + array.tobytes()
 
 
-@pytest.mark.parametrize("name", ["mnist", "kmnist"])
-def test_mnist_and_kmnist(tmp_path, name):
-    generator, raw = np.random.default_rng(0), tmp_path / name.upper() / "raw"
+def written(raw, packed, generator):
+    """Four small files in torchvision's layout; (images, labels, their sha256)."""
     raw.mkdir(parents=True)
     images = generator.integers(0, 256, (90, 28, 28), dtype=np.uint8)
-    labels = np.arange(90, dtype=np.uint8) % 10
+    labels, sums = np.arange(90, dtype=np.uint8) % 10, {}
     for part, where in (("train", slice(60)), ("t10k", slice(60, 90))):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(images[where]))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels[where]))
+        for what, array in (("images-idx3", images), ("labels-idx1", labels)):
+            name = f"{part}-{what}-ubyte" + (".gz" if packed else "")
+            body = gzip.compress(idx(array[where])) if packed else idx(array[where])
+            (raw / name).write_bytes(body)
+            sums[name] = hashlib.sha256(body).hexdigest()
+    return images, labels, sums
+
+
+@pytest.mark.parametrize(("name", "packed"), [("mnist", False), ("kmnist", True)])
+def test_mnist_and_kmnist_are_what_they_say(tmp_path, monkeypatch, name, packed):
+    """With the checksums of files made for this test; not with those that were published."""
+    raw, generator = tmp_path / name.upper() / "raw", np.random.default_rng(0)
+    images, labels, sums = written(raw, packed, generator)
+    theirs = getattr(torchvision.datasets, name.upper())
+    monkeypatch.setattr(theirs, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(UserError, match=f"not the published .* of {name.upper()}.*Move it away"):
+        data.load_dataset(name, tmp_path)
+    monkeypatch.setitem(datasets.IDX, name.upper(), (sums, datasets.IDX[name.upper()][1]))
     read = data.load_dataset(name, tmp_path)
     assert torch.equal(read.train_images, torch.tensor(images[:60]).unsqueeze(1))
     assert torch.equal(read.test_labels, torch.tensor(labels[60:]).long())
-    assert len(read.classes) == 10 and len(read.mean) == 1
+    assert read.classes == theirs.classes and len(read.mean) == 1
+
+
+def test_unpacked_files_of_kmnist_are_not_believed(tmp_path, monkeypatch):
+    written(tmp_path / "KMNIST" / "raw", False, np.random.default_rng(0))
+    monkeypatch.setattr(torchvision.datasets.KMNIST, "mirrors", ["http://127.0.0.1:9/"])
+    with pytest.raises(UserError, match=r"train-images-idx3-ubyte.gz .* packed \(.gz\)"):
+        data.load_dataset("kmnist", tmp_path)
 
 
 @pytest.mark.parametrize(("name", "n"), [("cifar10", 10), ("cifar100", 100)])

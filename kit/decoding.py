@@ -1,0 +1,253 @@
+"""Image files as a viewer shows them, as bytes; decoded once and kept below --data-dir.
+
+Orientation (EXIF), palettes and transparency (on white) are applied, and colours of any kind become
+RGB. Of 16 bits the upper 8 count, of several frames the first. Colour profiles are ignored. Images
+that are grey, all of them, whatever their files say, have one channel.
+"""
+
+import functools
+import hashlib
+import io
+import os
+import re
+import sys
+import warnings
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from kit.command_line import UserError
+from kit.files import write_atomically
+
+VERSION = 1  # of what `decode` returns; with another one, what was kept is decoded again
+DEFAULT_SIZE = 64
+MOST = 0.75  # so many images of one size make it the size of all
+KEPT = ".decoded"  # the folder in --data-dir; hidden, should that be in the data set's own folder
+# Formats that Pillow only writes, or only recognises.
+NOT_DECODED = {"PDF", "PALM", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+
+
+@functools.cache
+def endings() -> set[str]:
+    """Of the names of all files that Pillow reads."""
+    from PIL import Image  # here, for only folders need it
+
+    formats = Image.registered_extensions()
+    return {ending for ending, name in formats.items() if name not in NOT_DECODED}
+
+
+def is_image(path: Path) -> bool:
+    """By its ending; without one, by its content."""
+    if path.suffix not in ("", "."):
+        return path.suffix.lower() in endings()
+    from PIL import Image
+
+    with suppress(Exception), Image.open(path):  # a file that is no image raises what it likes
+        return True
+    return False
+
+
+def decoded(
+    folder: Path, paths: list[Path], image_size: int | None, data_dir: Path
+) -> tuple[np.ndarray, str]:
+    """(uint8 (N, C, H, W), what is to be said of them), from where they are kept, if they are.
+
+    The key is that of all names and contents, so a changed folder is decoded anew. Raises UserError
+    that names the images that cannot be read.
+    """
+    from PIL import __version__
+
+    key, size = key_of(folder, paths), image_size or "own"
+    version = f"pillow{__version__}-{VERSION}"
+    kept = data_dir / KEPT / f"{folder.name}.{key}.{size}.{version}.npz"
+    found = read_kept(kept, len(paths), image_size)
+    if found is None:
+        found = decode(folder, paths, image_size)
+        keep(kept, *found, f"{folder.name}.{'[0-9a-f]' * len(key)}.{size}.*.npz")
+    return found
+
+
+def key_of(folder: Path, paths: list[Path]) -> str:
+    digest, above = hashlib.sha256(), len(str(folder))
+    for path in paths:  # path.relative_to would take a third of the time
+        digest.update(f"\0{str(path)[above:]}\0".encode(errors="surrogateescape"))
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+# --- What is kept ---------------------------------------------------------------------------------
+
+
+def read_kept(path: Path, n: int, image_size: int | None) -> tuple[np.ndarray, str] | None:
+    """The n images kept in `path` and their note, if all is whole."""
+    if not os.path.isfile(path):  # nor is one whose name is too long
+        return None
+    try:
+        raise_if_large(path, path.stat().st_size)
+        with np.load(path, allow_pickle=False) as file:
+            images, note, digest = file["images"], str(file["note"]), str(file["digest"])
+        size = images.shape[2:] if image_size is None else (image_size, image_size)
+        if images.dtype != np.uint8 or images.shape not in [(n, c, *size) for c in (1, 3)]:
+            raise ValueError(f"{images.dtype} {images.shape}")
+        if digest != hashlib.sha256(images).hexdigest():
+            raise ValueError("another sha256")
+    except UserError:
+        raise
+    except Exception as error:  # a damaged file raises what it likes
+        print(f"note: {path} is damaged ({error}): decoding again", file=sys.stderr)
+        return None
+    return images, note
+
+
+def keep(path: Path, images: np.ndarray, note: str, outdated: str) -> None:
+    """Instead of all that matches the pattern `outdated`: the same folder as it was before."""
+    buffer = io.BytesIO()
+    np.savez(buffer, images=images, note=note, digest=hashlib.sha256(images).hexdigest())
+    own = path.with_name(f"{path.name}.{os.getpid()}")  # several runs may start at the same time
+    try:
+        write_atomically(own, buffer.getbuffer())
+        for other in path.parent.iterdir():
+            pid = re.search(r"\.npz\.(\d+)", other.name)  # whose copy is half written
+            killed = pid and other != own and not Path("/proc", pid[1]).exists()
+            if killed or other.match(outdated):
+                other.unlink(missing_ok=True)
+        os.replace(own, path)
+    except OSError as error:
+        print(f"note: decoded images cannot be kept ({error}): next time again", file=sys.stderr)
+
+
+# --- Decoding -------------------------------------------------------------------------------------
+
+
+def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.ndarray, str]:
+    """(uint8 (N, C, H, W), what is to be said of them); see `decoded`."""
+    print(f"decoding {len(paths):,} images below {folder}", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
+        headers = list(pool.map(header, paths))
+        raise_if_bad(paths, headers)
+        sizes = Counter(size for size, _, _ in headers)
+        (size, most), n = sizes.most_common(1)[0], len(paths)
+        if image_size or most < MOST * n:
+            size = (image_size or DEFAULT_SIZE,) * 2
+        grey = all(mode[0] in "1LI" and mode != "LAB" for _, mode, _ in headers)
+        shape = (n, 1 if grey else 3, size[1], size[0])
+        raise_if_large(folder, int(np.prod(shape, dtype=np.int64)), shape)
+        images, coloured, resized = np.empty(shape, np.uint8), [], []
+
+        def fill(i):
+            try:
+                image = pixels(paths[i], grey)
+                if image.size != size:
+                    resized.append(paths[i])
+                    image = fitted(image, size)
+            except Exception as error:  # a damaged file raises what it likes
+                return error
+            array = np.asarray(image)
+            images[i] = array if grey else array.transpose(2, 0, 1)
+            if not (grey or coloured) and (array != array[..., :1]).any():
+                coloured.append(i)
+
+        raise_if_bad(paths, list(pool.map(fill, range(n))))
+    if not grey and not coloured:
+        images = images[:, :1].copy()
+    frames = [path for path, (_, _, n) in zip(paths, headers, strict=True) if n > 1]
+    deep = [path for path, (_, mode, _) in zip(paths, headers, strict=True) if mode[0] == "I"]
+    said = [(frames, "first frame only"), (deep, "upper 8 of 16 bits")]
+    if not image_size:
+        other = "another size" if most >= MOST * n else f"one of {len(sizes):,} sizes"
+        said.append((resized, f"{other}, scaled and cropped to {size[0]} x {size[1]}"))
+    return images, "; ".join(counted(found, what, folder) for found, what in said if found)
+
+
+def header(path: Path):
+    """((width, height), mode, number of frames), without decoding it; or what went wrong."""
+    from PIL import ExifTags, Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+                raise ValueError(f"mode {image.mode}, more than 16 bits a pixel")
+            size, turned = image.size, 1
+            with suppress(Exception):  # a damaged EXIF counts as none
+                # Not image.getexif(), which decodes a PNG.
+                turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+            if turned in (5, 6, 7, 8) and image.format != "TIFF":  # Pillow turns a TIFF itself
+                size = size[::-1]
+            return size, image.mode, getattr(image, "n_frames", 1)
+    except Exception as error:  # a damaged file raises what it likes
+        return error
+
+
+def pixels(path: Path, grey: bool):
+    """The Pillow image that a viewer shows, of mode L or RGB."""
+    from PIL import Image, ImageOps
+
+    # From an open file: by its name Pillow maps a TIFF into memory, wrongly if it is to be turned.
+    with open(path, "rb") as file, Image.open(file) as image:
+        image.load()
+        with suppress(Exception):  # a damaged EXIF counts as none
+            ImageOps.exif_transpose(image, in_place=True)
+        if image.mode[0] == "I":
+            deep = np.asarray(image)
+            deep = np.where(deep == image.info.get("transparency"), 65_535, deep)
+            image = Image.fromarray((deep >> 8).astype(np.uint8))
+        if image.has_transparency_data:
+            white = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(white, image.convert("RGBA"))
+        return image.convert("L" if grey else "RGB")
+
+
+def fitted(image, size: tuple[int, int]):
+    """Scaled until it covers `size`, and cropped in the middle."""
+    from PIL import Image, ImageOps
+
+    return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
+
+
+def raise_if_bad(paths: list[Path], found: list) -> None:
+    bad = [(path, error) for path, error in zip(paths, found, strict=True)
+           if isinstance(error, Exception)]  # fmt: skip
+    if bad:
+        some = "; ".join(
+            f"{printable(path)} ({str(error).split(chr(10))[0] or type(error).__name__})"
+            for path, error in bad[:5]
+        )
+        more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
+        raise UserError(f"{len(bad):,} images cannot be read: mend or delete them: {some}{more}")
+
+
+def raise_if_large(where: Path, needed: int, shape: tuple[int, ...] | None = None) -> None:
+    """Before `needed` bytes of images are there: twice, if yet to be decoded to `shape`."""
+    there = available_memory()
+    if needed * (2 if shape else 1) > there:
+        what = "{:,} images of {} x {} x {} take".format(*shape) if shape else "the images take"
+        twice = ", twice while they are read," if shape else ""
+        raise UserError(
+            f"{where}: {what} {needed / 1e6:,.1f} MB{twice} of {there / 1e6:,.1f} MB "
+            "free: use a smaller --image-size, or fewer images"
+        )
+
+
+def available_memory() -> int:
+    """Bytes that may be taken without pushing others out."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+
+
+# --- Words ----------------------------------------------------------------------------------------
+
+
+def counted(paths: list[Path], what: str, folder: Path) -> str:
+    """'hidden: 2 (cat/.git, dog/.git)': the first three are named."""
+    names = [printable(path.relative_to(folder)) for path in sorted(paths)[:3]]
+    more = ", ..." if len(paths) > 3 else ""
+    return f"{what}: {len(paths):,} ({', '.join(names)}{more})"
+
+
+def printable(path: Path) -> str:
+    return str(path) if str(path).isprintable() else ascii(str(path))

@@ -1,0 +1,363 @@
+"""Folders as people bring them: which are parts, which are classes, and what is left out."""
+
+import os
+import shutil
+import unicodedata
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import is_one_line
+from PIL import Image
+from test_image_folder import in_a_folder_of_its_own, make  # noqa: F401
+
+import data
+import train
+from kit import tensorboard_log
+from kit.command_line import UserError
+
+FLAGS = ["--model", "baseline", "--width", "16", "--epochs", "1", "--device", "cpu"]
+
+
+def note(capsys):
+    """The one line that says what was left out, or nothing."""
+    lines = capsys.readouterr().err.splitlines()
+    notes = [line for line in lines if not line.startswith("decoding ")]
+    assert len(notes) <= 1
+    return notes[0] if notes else ""
+
+
+# --- Parts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("to_train", "to_test"),
+    [
+        ("train", "test"),
+        ("Training", "Testing"),
+        ("Train", "TEST"),
+        ("TRAIN", "Validation"),
+        ("train", "valid"),
+        ("train", "dev"),
+        ("seg_train/seg_train", "seg_test/seg_test"),
+        ("training_set/training_set", "test_set/test_set"),
+        ("train-images", "val-images"),
+        ("TrainData", "TestData"),
+        ("animals/train", "animals/test"),
+        ("archive/animals/train/images", "archive/animals/test/images"),
+        ("1_train", "2_test"),
+        ("imgs train", "imgs test"),
+        ("imagesTrain", "imagesTest"),
+    ],
+)
+def test_parts_are_known_by_their_names(tmp_path, capsys, to_train, to_test):
+    folder = tmp_path / "set"
+    make(folder / to_train, {"cat": 6, "dog": 4})
+    make(folder / to_test, {"cat": 3, "dog": 2}, seed=1)
+    read = data.load_dataset(str(folder))
+    assert read.classes == ["cat", "dog"]
+    assert read.train_labels.bincount().tolist() == [6, 4]
+    assert read.test_labels.bincount().tolist() == [3, 2]
+    assert "cat 6 + 3, dog 4 + 2" in read.source and note(capsys) == ""
+    for part in (to_train, to_test):
+        assert os.path.basename(part) in read.source or "images" in part
+
+
+@pytest.mark.parametrize(
+    ("parts", "words"),
+    [
+        (("train/cat", "train/dog"), "neither test nor val"),
+        (("train/cat", "train/dog", "prueba/cat", "prueba/dog"), "among prueba, train"),
+        (("test/cat", "test/dog", "entrenamiento/cat", "entrenamiento/dog"), "but no train"),
+        (("train/cat", "train/dog", "cat", "dog"), "neither test nor val"),
+        (("train/cat", "train/dog", "test"), "neither test nor val with class folders"),
+        (("train", "test"), "have no label"),
+        (("Training", "Testing"), "have no label"),
+        (("training_set", "test_set"), "have no label"),
+        (("trainA", "trainB", "testA", "testB"), "have no label"),
+        (("train/train", "test1/test1"), "have no label"),
+        (("train", "validation", "cat"), "have no label"),
+        (("train_1/cat", "train_1/dog", "train_2/cat", "train_2/dog", "test/cat", "test/dog"),
+         "train_1, train_2: which one"),
+    ],
+)  # fmt: skip
+def test_parts_that_lack_their_like_are_refused_by_name(tmp_path, capsys, parts, words):
+    for part in parts:
+        make(tmp_path / "set" / part, {".": 3})
+    assert data.main(["--dataset", str(tmp_path / "set")]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and words in error
+
+
+@pytest.mark.parametrize(
+    ("extra", "left"),
+    [
+        ({"val": "dog", "test": "dog"}, "folder beside the parts: 1 (val)"),
+        ({"test": "dog", "annotations": "xml"}, "folder beside the parts: 1 (annotations)"),
+        ({"val": "dog", "test": "."}, "folder beside the parts: 1 (test)"),  # without labels
+        ({"test": "dog", "train_old": "dog"}, "folder beside the parts: 1 (train_old)"),
+    ],
+)
+def test_folders_beside_the_parts_are_named(tmp_path, capsys, extra, left):
+    folder = tmp_path / "set"
+    make(folder / "train", {"cat": 4, "dog": 4})
+    for i, (name, what) in enumerate(extra.items()):
+        counts = {"cat": 3, "dog": 3} if what == "dog" else {what: 3}
+        make(folder / name, counts, seed=i + 1)
+    read = data.load_dataset(str(folder))
+    assert len(read.train_labels) == 8 and len(read.test_labels) == 6
+    assert left in note(capsys)
+
+
+# --- Names ----------------------------------------------------------------------------------------
+
+NFC, NFD = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["bus", "train"],
+        ["test", "train_station", "bus"],
+        ["val", "dog"],
+        ["valid", "invalid"],
+        ["猫", "犬"],
+        ["हिन्दी", "עברית"],
+        ["👩\u200d🚀", "نمی\u200cدانم"],  # noqa: RUF001
+        ["a\u3000b", "a\u00a0b"],
+        ["a|b", "<b>", "$x$", "-x", "a  b", "#1", "%s", "{}"],
+        [NFC, "the"],
+    ],
+)
+def test_names_of_classes_are_text(tmp_path, names):
+    folder = make(tmp_path / "set", dict.fromkeys(names, 6))
+    read = data.load_dataset(str(folder))
+    assert read.classes == sorted(names)
+    assert read.train_labels.bincount().tolist() == [5] * len(names)
+
+
+def test_classes_may_be_called_train_and_hold_folders(tmp_path):
+    make(tmp_path / "set" / "train", {"steam": 6, "diesel": 6})
+    make(tmp_path / "set" / "bus", {"city": 12}, seed=1)
+    assert data.load_dataset(str(tmp_path / "set")).classes == ["bus", "train"]
+
+
+def test_two_forms_of_one_name_are_one_class(tmp_path):
+    assert NFC != NFD
+    make(tmp_path / "a" / "train", {NFC: 4, "dog": 4})
+    make(tmp_path / "a" / "test", {NFD: 2, "dog": 2}, seed=1)
+    assert data.load_dataset(str(tmp_path / "a")).classes == [NFC, "dog"]
+    make(tmp_path / "b", {NFC: 6, NFD: 6, "dog": 6})
+    read = data.load_dataset(str(tmp_path / "b"))
+    assert read.classes == [NFC, "dog"]
+    assert (read.train_labels.bincount() + read.test_labels.bincount()).tolist() == [12, 6]
+
+
+def test_a_link_goes_by_its_own_name(tmp_path):
+    make(tmp_path / "elsewhere", {"n02123045": 6, "n02099601": 6})
+    (tmp_path / "set").mkdir()
+    for name, target in (("cat", "n02123045"), ("dog", "n02099601")):
+        os.symlink(tmp_path / "elsewhere" / target, tmp_path / "set" / name)
+    assert data.load_dataset(str(tmp_path / "set")).classes == ["cat", "dog"]
+    os.symlink(tmp_path / "set", tmp_path / "link to the set")
+    with pytest.raises(UserError, match="needs a folder of images"):  # the set is not wrapped
+        data.load_dataset(str(make(tmp_path / "one", {"cat": 4})))
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\tb", "a\x1b[1mb", "a\u2028b", os.fsdecode(b"a\xff")])
+def test_a_class_that_cannot_be_shown_is_refused(tmp_path, capsys, name):
+    make(tmp_path / "set", {"cat": 4, name: 4})
+    assert data.main(["--dataset", str(tmp_path / "set")]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "control character, or bytes that are not UTF-8" in error
+
+
+@pytest.mark.parametrize("name", ["花", "Blüten", unicodedata.normalize("NFD", "Blüten"), "हिन्दी"])
+def test_a_data_set_may_have_any_letters(tmp_path, capsys, name):
+    folder = make(tmp_path / name, {"cat": 20, "dog": 20}, size=(12, 12))
+    assert train.main([*FLAGS, "--dataset", str(folder), "--runs", str(tmp_path / "runs")]) == 0
+    (result,) = (tmp_path / "runs").rglob("result.json")
+    assert result.parents[3].name == name
+
+
+@pytest.mark.parametrize(("name", "wrong"), [("two words", "' '"), ("a$b", "'$'"), ("a'b", '"\'"')])
+def test_a_data_set_s_name_is_refused_for_what_is_wrong_with_it(tmp_path, capsys, name, wrong):
+    make(tmp_path / name, {"cat": 4, "dog": 4})
+    with pytest.raises(SystemExit, match="2"):
+        data.main(["--dataset", str(tmp_path / name)])
+    assert f"{wrong} cannot stand in" in capsys.readouterr().err
+
+
+def test_a_path_that_leads_nowhere_is_one_line(tmp_path, capsys):
+    os.symlink("loop", tmp_path / "loop")
+    assert data.main(["--dataset", str(tmp_path / "loop")]) == 1
+    assert is_one_line(error := capsys.readouterr().err) and "is no folder" in error
+    for path in ("/", "a\0b/c"):
+        with pytest.raises(SystemExit, match="2"):
+            data.main(["--dataset", path])
+        assert is_one_line(capsys.readouterr().err)
+
+
+# --- What is read, and what is left out -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ending", "form"),
+    [
+        (".jfif", "JPEG"), (".jpe", "JPEG"), (".avif", "AVIF"), (".jp2", "JPEG2000"),
+        (".JPG", "JPEG"), (".Png", "PNG"), ("", "PNG"), ("", "WEBP"), ("", "BMP"),
+        (".tga", "TGA"), (".pcx", "PCX"), (".dib", "DIB"), (".qoi", "QOI"), (".mpo", "MPO"),
+        (".png", "GIF"),
+    ],
+)  # fmt: skip
+def test_whatever_pillow_reads_is_read(tmp_path, capsys, ending, form):
+    folder = make(tmp_path / "set", {"a": 4, "b": 4}, size=(16, 16))
+    for path in sorted(folder.rglob("*.png")):
+        image = Image.open(path).convert("RGB")
+        path.unlink()
+        image.save(path.with_suffix(ending), form)
+    read = data.load_dataset(str(folder))
+    assert len(read.train_images) + len(read.test_images) == 8
+    assert note(capsys) == ""
+
+
+HIDDEN = [".ipynb_checkpoints/a.png", ".DS_Store", "._a.png", "__MACOSX/a.png", "Thumbs.db"]
+
+
+@pytest.mark.parametrize("where", ["", "cat", "cat/deep/er"])
+@pytest.mark.parametrize("name", [*HIDDEN, ".git/a.png", "@eaDir/a.png", "desktop.ini"])
+def test_nothing_hidden_is_read(tmp_path, capsys, where, name):
+    folder = make(tmp_path / "set", {"cat": 6, "dog": 6})
+    make(folder / "cat" / "deep", {"er": 1}, seed=1)
+    before = data.load_dataset(str(folder)).digest
+    path = folder / where / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(folder / "cat" / "cat000.png", path)
+    capsys.readouterr()
+    assert data.load_dataset(str(folder)).digest == before
+    shown = os.path.join(where, name.split("/")[0])
+    assert f"left out: hidden: 1 ({shown})" in note(capsys)
+
+
+def leave_something(folder):
+    """In every class: what is neither read nor a class."""
+    for name in ("cat", "dog"):
+        (folder / name / "labels.txt").write_text("no image")
+        (folder / name / "README").write_text("no image, and no ending")
+        (folder / name / "paper.pdf").write_text("Pillow writes it, but cannot read it")
+        os.symlink("/nowhere/else.png", folder / name / "dangling.png")
+        os.symlink("loop.png", folder / name / "loop.png")
+        os.symlink(folder, folder / name / "up")
+        os.symlink(".", folder / name / "here")
+    (folder / "list.csv").write_text("beside the classes")
+    (folder / "docs").mkdir()
+    (folder / "docs" / "notes.txt").write_text("a folder that is no class")
+
+
+def test_what_is_left_out_is_counted_and_named_in_one_line(tmp_path, capsys):
+    folder = make(tmp_path / "set", {"cat": 6, "dog": 6})
+    before = data.load_dataset(str(folder)).digest
+    assert note(capsys) == ""
+    leave_something(folder)
+    for _ in range(2):  # when it is decoded, and as it is kept
+        assert data.load_dataset(str(folder)).digest == before
+        said = note(capsys)
+        assert "ending not read: 7 (cat/README, cat/labels.txt" in said
+        assert "link to nothing, or no file: 4 (cat/dangling.png, cat/loop.png, dog/d" in said
+        assert "circular link: 4 (cat/here, cat/up, dog/here, ...)" in said
+        assert "file beside the folders: 1 (list.csv)" in said
+        assert "folder without images: 1 (docs)" in said
+
+
+def test_the_data_dir_may_be_in_the_folder(tmp_path, monkeypatch, capsys):
+    folder = make(tmp_path / "set", {"cat": 6, "dog": 6})
+    monkeypatch.chdir(folder)
+    before = data.load_dataset(str(folder)).digest
+    for where, said in (
+        ("data", "folder without images: 1 (data)"),
+        (".", "hidden: 2 (.decoded, data/.decoded)"),
+    ):
+        for _ in range(2):
+            assert data.load_dataset(str(folder), where).digest == before
+        assert said in capsys.readouterr().err
+
+
+def test_links_that_lead_into_each_other_end(tmp_path, capsys):
+    folder = make(tmp_path / "set", {"cat": 6, "dog": 6})
+    os.symlink(folder / "dog", folder / "cat" / "to_dog")
+    os.symlink(folder / "cat", folder / "dog" / "to_cat")
+    read = data.load_dataset(str(folder))
+    assert len(read.train_images) + len(read.test_images) == 24
+    assert "circular link: 2 (cat/to_dog/to_cat, dog/to_cat/to_dog)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", [None, "a.heic", ".DS_Store", "drawing.svg"])
+def test_a_class_without_images_that_can_be_read_is_refused(tmp_path, capsys, file):
+    folder = make(tmp_path / "set", {"cat": 6, "dog": 6, "bird": 0})
+    if file:
+        (folder / "bird" / file).write_bytes(b"something")
+    assert data.main(["--dataset", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "bird has no images that Pillow reads" in error
+
+
+def test_the_first_lines_of_both_scripts_say_what_was_found(tmp_path, capsys):
+    names = [f"class{i:02d}" for i in range(13)]
+    make(tmp_path / "set" / "Training", dict.fromkeys(names, 4), size=(12, 12))
+    make(tmp_path / "set" / "valid", dict.fromkeys(names, 2), size=(12, 12), seed=1)
+    assert data.main(["--dataset", str(tmp_path / "set")]) == 0
+    said = [capsys.readouterr().out]
+    assert train.main([*FLAGS, "--dataset", str(tmp_path / "set"), "--dry-run"]) == 0
+    said.append(capsys.readouterr().out)
+    for text in said:
+        assert "training set Training, test set valid" in text
+        assert ", ".join(f"{name} 4 + 2" for name in names[:10]) + ", and 3 more" in text
+
+
+# --- A part of a data set -------------------------------------------------------------------------
+
+
+def test_a_part_of_the_test_set_has_every_class_for_every_seed(tmp_path):
+    folder = tmp_path / "pets"
+    for part, n in (("train", 20), ("test", 40)):
+        make(folder / part, {"cat": n, "dog": n, "zebra": n}, size=(12, 12), seed=n)
+    for seed in ("0", "1"):
+        flags = ["--dataset", str(folder), "--limit-test", "30", "--seed", seed]
+        assert train.main([*FLAGS, *flags, "--runs", str(tmp_path / "runs")]) == 0
+    labels = [np.load(path) for path in (tmp_path / "runs").rglob("test_labels.npy")]
+    assert np.bincount(labels[0]).tolist() == [10, 10, 10]
+    assert np.array_equal(*labels)
+
+
+def test_tensorboard_shows_every_class_and_the_same_images_for_every_model(monkeypatch):
+    labels = torch.arange(6).repeat_interleave(50)  # sorted, as by the names of files
+    images = torch.arange(300).view(300, 1, 1, 1).expand(-1, 1, 4, 4)
+    shown = {"gates": [], "wrong": [], "cam": []}
+    for name, found in (
+        ("gates_by_stage", lambda _, images: shown["gates"].append(images[:, 0, 0, 0]) or {}),
+        ("grad_cam", lambda _, images, classes: shown["cam"].append(images[:, 0, 0, 0])),
+        ("with_maps", lambda *_: None),
+        ("draw_confusion", lambda *_: None),
+        ("draw_misclassified", lambda images, *_: shown["wrong"].append(images[:, 0, 0, 0])),
+        ("hparams", lambda *_: ()),
+    ):
+        monkeypatch.setattr(tensorboard_log, name, found)
+    writer = SimpleNamespace(**dict.fromkeys(
+        ("add_scalar", "add_histogram", "add_images", "add_figure"), lambda *_: None
+    ))  # fmt: skip
+    loader = SimpleNamespace(
+        test=(images, labels), test_order=data.sampling_order(labels), classes=list("abcdef"),
+        normalize=lambda images: images,
+    )  # fmt: skip
+    config = dict.fromkeys(("model", "seed", *tensorboard_log.HPARAMS))
+    every_other = torch.where(torch.arange(300) % 2 == 0, labels, (labels + 1) % 6)
+    for predictions in ((labels + 1) % 6, (labels + 2) % 6, every_other):
+        tensorboard_log.log_test(writer, config, 1, None, loader, predictions)
+    assert all(torch.equal(first, second) for first, second, _ in shown.values())
+    assert labels[shown["gates"][0]].bincount().min() >= 32 // 6
+    for wrong in shown["wrong"]:
+        assert len(wrong) == 12 and len(labels[wrong].unique()) >= 5
+    assert torch.equal(torch.stack(shown["wrong"]), torch.stack(shown["cam"]))
+    both = set(shown["wrong"][0].tolist()) & set(shown["wrong"][2].tolist())
+    assert both == {i for i in shown["wrong"][0].tolist() if i % 2}
