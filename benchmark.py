@@ -41,7 +41,7 @@ from kit import fast
 from kit.command_line import UserError, exit_code, is_out_of_memory, make_parser
 from kit.environment import choose_device, device_name, source_hashes
 from kit.files import check_writable, locked, write_atomically
-from kit.results import read_rows
+from kit.results import rows_that_stay
 from models import MODELS, build_model, count_parameters
 
 IMAGE = "1x28x28"  # channels, height, width: as published
@@ -275,28 +275,23 @@ def main(argv: list[str] | None = None) -> int:
     check_writable(args.out)
     common = {"device": device_name(args.device), "torch": torch.__version__}
     common |= {"width": args.width, "image": args.image, "classes": args.classes}
-    common["sha256"] = {name: source_hashes()[name] for name in SOURCES}
+    common["sha256"] = source_hashes(SOURCES)
     keys = "precision", "batch_size", "model", "mode"
     asked = itertools.product(args.precisions, args.batch_sizes, args.models, args.modes)
     cases = [dict(zip(keys, values, strict=True)) | common for values in asked]
     with locked(args.out):
-        there, damaged = read_rows(args.out / "benchmark.json")
-        for line in damaged:
-            print(f"note: {line}", file=sys.stderr)
-        rows = {place(row): row for row in there if not args.overwrite}
+        there = [] if args.overwrite else rows_that_stay(args.out / "benchmark.json")
+        rows = {place(row): row for row in there}
         kept = {at for at, row in rows.items() if args.keep and common.items() <= row.items()}
-        missing, failed = [case for case in cases if place(case) not in kept], False
+        missing, new, failed = [case for case in cases if place(case) not in kept], 0, False
         for _, group in itertools.groupby(missing, itemgetter(*keys[:2])):
-            group = list(group)
-            found, wrong = measure(group, args)
-            failed |= wrong
-            for case in group:
-                rows.pop(place(case), None)  # what cannot be measured now is not shown either
+            found, wrong = measure(list(group), args)
+            failed, new = failed | wrong, new + len(found)
             rows |= {place(row): row for row in found}
             write(args.out, rows)  # now already, for --keep after a stop
         print(write(args.out, rows))
     print("MFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs.")
-    print(f"Written to {args.out / 'benchmark.json'}: {len(missing)} of {len(rows)} rows are new.")
+    print(f"Written to {args.out / 'benchmark.json'}: {new} of {len(rows)} rows are new.")
     return 1 if failed or not rows else 0
 
 

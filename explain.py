@@ -23,9 +23,9 @@ import hashlib
 import json
 import re
 import sys
+from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
@@ -34,25 +34,27 @@ import data
 from kit import attribution
 from kit.checkpoint import load_weights
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
-from kit.environment import choose_device
+from kit.environment import choose_device, source_hashes
 from kit.fast import set_up_torch
 from kit.files import check_writable, locked, write_atomically
-from kit.finished import digest_of, read_classes
+from kit.finished import COUNT, check, digest_of, read_classes
 from kit.identity import settings_of
 from kit.pictures import Explained, draw_comparison, draw_model
 from kit.plots import legible
-from kit.results import read_rows
+from kit.results import rows_that_stay
 from models import build_model
 
 LIMIT_TEST = 2000
 CLASSES_SHOWN = 10
 OTHER_SEED = 10**6  # of the random weights
 # What is used of a config.json, and what older ones lack.
-KINDS = {"model": str, "dataset": str, "data_dir": str, "width": int, "seed": int}
-KINDS |= {"base_model": str, "limit_test": int | None, "image_size": int | None}
-KINDS |= {"position": str | None, "reduction": int | None, "recipe": str | None, "overrides": dict}
-DEFAULTS = dict.fromkeys(key for key, kind in KINDS.items() if kind not in (str, int))
-DEFAULTS |= {"overrides": {}, "quick": False}
+KINDS = {
+    str: "model dataset data_dir base_model position? recipe?", dict: "overrides",
+    int: "width seed", COUNT: "limit_test? image_size? reduction?",
+}  # fmt: skip
+DEFAULTS = {"overrides": {}, "quick": False}
+DEFAULTS |= dict.fromkeys(("limit_test", "image_size", "position", "reduction", "recipe"))
+CODE = ("explain.py", "models.py", "kit/attention.py", "kit/attribution.py")  # --keep compares it
 TOLERANCE = 0.01  # share of predictions that rounding may change: a run may have been in bfloat16
 
 
@@ -61,16 +63,18 @@ def read_config(path: Path) -> dict:
     try:
         config = json.loads((path.parent / "config.json").read_text())
         place = config.get("place")  # as older runs call the position
-        config = DEFAULTS | {"base_model": config["model"], "position": place} | config
-        for key, kind in KINDS.items():
-            if not isinstance(config[key], kind):
-                raise TypeError(f"{key} is {config[key]}")
-        if config["width"] < 1 or not config["model"].isidentifier():  # it names the pictures
+        config = check(
+            DEFAULTS | {"base_model": config["model"], "position": place} | config, KINDS
+        )
+        if not 1 <= config["width"] <= 2**16 or not config["model"].isidentifier():
             raise ValueError(f"no model {config['model']} has width {config['width']}")
-        if not re.fullmatch(r"[\w.+-]+", config["recipe"] or "none"):  # likewise
+        if not re.fullmatch(r"[\w.+-]+", config["recipe"] or "none"):  # it may name the pictures
             raise ValueError(f"recipe is {config['recipe']}")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path.parent} is not the folder of a run: config.json: {error}") from None
+        if not config["data_dir"].isprintable():
+            raise ValueError(f"data_dir is {config['data_dir']!a}")
+    except Exception as error:  # whatever a damaged file leads to
+        reason = f"config.json: {in_one_line(error)}"
+        raise UserError(f"{path.parent} is not the folder of a run: {reason}") from None
     return config
 
 
@@ -133,6 +137,10 @@ def check_predictions(path: Path, config: dict, dataset, idx, predictions) -> st
     """Raises UserError if `predictions` of the test images `idx` are not those that the run has
     left; the digest of these, None where there are none."""
     own = data.stratified(dataset.test_labels, config["limit_test"] or len(dataset.test_labels))
+    with suppress(OSError, ValueError, AttributeError):  # a checkpoint alone, or an older run
+        weights = json.loads((path.parent / "result.json").read_text()).get("weights")
+        if weights not in (None, sha256_of(path)):
+            raise UserError(f"{path} is not the one of the run, by its sha256 in result.json")
     try:
         left = read_classes(path.parent / "test_predictions.npy", {"test_images": len(own)})
     except ValueError as error:
@@ -146,6 +154,8 @@ def check_predictions(path: Path, config: dict, dataset, idx, predictions) -> st
             f"{path}: {differ:,} of {len(idx):,} predictions are not those of the run: it was "
             "trained with other weights, code or images than there are now"
         )
+    if differ:
+        print(f"note: {path}: {differ:,} predictions of {len(idx):,} differ", file=sys.stderr)
     return digest_of(left)
 
 
@@ -185,6 +195,7 @@ def explain(name: str, path: Path, config: dict, dataset: data.ImageData, idx, a
         "picture": f"explain_{name}.png",
         "predictions": predicted,
         "asked": asked(path, config, args),
+        "compared": [],
     }
     shown, size = normalized(args.images), images.shape[2:]
     probabilities = attribution.predict(model, shown)
@@ -229,12 +240,15 @@ def ablation(model, images, labels, predictions, means: dict[str, nn.Module]) ->
     }
 
 
+def sha256_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def asked(path: Path, config: dict, args) -> dict:
-    """What a row of explain.json was asked for; `path`, the weights, by content."""
-    weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
-    data_key = settings_of(config).get("data")
-    own = {"limit_test": args.limit_test, "limit_cam": args.limit_cam}
-    return {"run": key_of(config), "data": data_key, "weights": weights} | own
+    """What a row of explain.json was asked for; weights and code by content."""
+    own = {"limit_test": args.limit_test, "limit_cam": args.limit_cam, "code": source_hashes(CODE)}
+    weights = sha256_of(path) if path.exists() else None
+    return own | {"data": settings_of(config).get("data"), "weights": weights}
 
 
 def is_kept(rows: list[dict], configs: list[dict], args) -> bool:
@@ -242,17 +256,18 @@ def is_kept(rows: list[dict], configs: list[dict], args) -> bool:
 
     (Results that were committed and cloned have no weights.)
     """
-    by_key = {key_of(row): row for row in rows}
+    by_key, keys = {key_of(row): row for row in rows}, list(map(key_of, configs))
     try:
-        for path, config in zip(args.paths, configs, strict=True):
-            row, wanted = by_key[key_of(config)], asked(path, config, args)
+        for path, config, key in zip(args.paths, configs, keys, strict=True):
+            row, wanted = by_key[key], asked(path, config, args)
             wanted["weights"] = wanted["weights"] or row["asked"]["weights"]
-            predictions = path.parent / "test_predictions.npy"
+            left = read_classes(path.parent / "test_predictions.npy", {"test_images": None})
             if (
                 row["asked"] != wanted
                 or args.images not in (None, row["images"])
                 or not (args.out / row["picture"]).is_file()
-                or (predictions.exists() and digest_of(np.load(predictions)) != row["predictions"])
+                or (left is not None and digest_of(left) != row["predictions"])
+                or (len(keys) > 1 and row["compared"] != keys)
             ):
                 return False
         return True
@@ -297,14 +312,12 @@ def main(argv: list[str] | None = None) -> None:
     configs = [read_config(path) for path in args.paths]
     check_writable(args.out)
     with locked(args.out):
-        rows, damaged = read_rows(args.out / "explain.json")
-        for line in damaged:
-            print(f"note: {line}", file=sys.stderr)
+        rows = [] if args.overwrite else rows_that_stay(args.out / "explain.json")
         if args.keep and is_kept(rows, configs, args):
             print(f"kept: {args.out / 'explain.json'}")
             return
         keys = list(map(key_of, configs))
-        others = [row for row in rows if key_of(row) not in keys and not args.overwrite]
+        others = [row for row in rows if key_of(row) not in keys]
         names = names_of(configs, {row["picture"] for row in others})
         dataset, idx = load_dataset(configs, args)
         if args.images and not 0 <= min(args.images) <= max(args.images) < len(dataset.test_labels):
@@ -322,6 +335,8 @@ def main(argv: list[str] | None = None) -> None:
         if len(runs) > 1:
             with noted("no explain_compare.png"):
                 draw_comparison(drawn, args.out / "explain_compare.png")
+        for row in [*others, *new] if len(runs) > 1 else []:  # whom that picture shows
+            row["compared"] = keys if row in new else []
         body = json.dumps([*others, *new], indent=2, allow_nan=False) + "\n"
         write_atomically(args.out / "explain.json", body)
         print(f"written: {args.out / 'explain.json'} and its pictures")

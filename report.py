@@ -3,13 +3,14 @@
     python report.py                                  # runs/ -> results/
     python report.py --runs DIR --out DIR             # either may hold benchmark.json, explain.json
     python report.py --compare DIR                    # with another recipe, precision or GPU
+    python report.py --formats png pdf svg            # figures for a paper; its table: results.tex
     python report.py --out results/mine --readme README.md    # rewrites the README's blocks
     python report.py --power --sd 0.15 --difference 0.2       # how many seeds does that take?
 
 Reads files alone and needs no torch: copy the small files of a run folder to a laptop and it works
 there, in a few seconds. Every model is compared with the baseline, seed by seed, and gets a verdict
 (kit/verdicts.py). Writes report.md (from the template kit/report.md), the same as one page with its
-figures inside (report.html), results.csv, summary.json and six figures.
+figures inside (report.html), results.csv, results.tex, summary.json and six figures.
 
 Runs are compared only within a study: one data set, one recipe, the same explicit settings. A study
 that is shorter or narrower than its recipe is marked as a smoke test wherever its numbers appear.
@@ -32,9 +33,10 @@ import markdown
 
 from kit import words
 from kit.command_line import UserError, exit_code, make_parser
-from kit.figures import FIGURES, draw_figures
+from kit.figures import FIGURES, FORMATS, draw_figures
 from kit.files import write_atomically
-from kit.findings import Findings, compare, explained_of
+from kit.findings import Findings, compare, explained_of, have_same_labels
+from kit.identity import different_settings
 from kit.results import PUBLISHED, Study, read_rows, read_studies
 from kit.verdicts import Comparison, seeds_in_words
 
@@ -45,7 +47,9 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
-def make_report(runs_dir: Path, out: Path, other: Path | None, readmes: list[Path]) -> Findings:
+def make_report(
+    runs_dir: Path, out: Path, other: Path | None, readmes: list[Path], formats=("png",)
+) -> Findings:
     """Writes all files of the report; returns what the first study shows. Raises UserError."""
     studies, problems = read_studies(runs_dir)
     if not studies:
@@ -57,25 +61,32 @@ def make_report(runs_dir: Path, out: Path, other: Path | None, readmes: list[Pat
     explained = explained_of(studies, seen, problems)
     found = [Findings(*each, costs) for each in zip(studies, explained, strict=True)]
     first = found[0]
-    figures = draw_figures(first)
-    pictures = figures | explained_pictures(first.explained, out)
+    first.damaged = [line for line in problems if "left out, its files" in line]
+    figures = draw_figures(first, formats)
+    pictures = {name: body for name, body in figures.items() if name in FIGURES}
+    pictures |= explained_pictures(first.explained, out)
     there = compare_runs(first, other, problems) if other else None
     machines = {}  # what inference was timed on -> its rows
     for row in costs:
         name = f"{row['device']}; torch {row.get('torch') or 'unknown'}"
         machines.setdefault(name, []).append(row)
-    report = words.fill("report.md", found=found, figures=list(pictures), other=there,
-                        problems=problems, costs=costs, machines=machines)  # fmt: skip
+    sections = [f for f in found if f is first or f.against]
+    report = words.fill(
+        "report.md", found=found, sections=sections, figures=list(pictures), other=there,
+        problems=problems, costs=costs, machines=machines,
+    )  # fmt: skip
     files = {
-        **{out / name: png for name, png in figures.items()},
+        **{out / name: body for name, body in figures.items()},
+        out / "results.tex": words.fill("results.tex", f=first),
         out / "results.csv": results_csv(studies),
         out / "summary.json": summary_json(found, costs),
         out / "report.md": report,
         out / "report.html": as_page(report, pictures),
         **{readme: with_blocks(readme, out, first) for readme in map(Path.resolve, readmes)},
     }
-    for name in FIGURES.keys() - figures:
-        (out / name).unlink(missing_ok=True)  # one of an earlier report
+    for name in FIGURES:  # those of an earlier report
+        for path in {(out / name).with_suffix(f".{kind}") for kind in FORMATS} - files.keys():
+            path.unlink(missing_ok=True)
     for path, body in files.items():  # names of folders, and so texts, may hold anything
         write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
     return first
@@ -99,16 +110,32 @@ def compare_runs(here: Findings, folder: Path, problems: list[str]) -> dict | No
     for study in studies[1:]:
         problems.append(f"--compare {folder}: {study.title} there is not compared")
     there = Findings(studies[0], [], [])  # its inference times are for a report of its own
+    settings, others = (study.all_runs[0].settings for study in (here.study, studies[0]))
+    of_data = {key: settings.get(key) for key in ("data", "test_images", "image", "classes")}
+    different = different_settings({key: others.get(key) for key in of_data}, of_data)
+    if different or not have_same_labels(here.study.all_runs + studies[0].all_runs):
+        different = "; ".join(different) or "other test labels"
+        problems.append(f"--compare {folder}: not compared, {different}")
+        return None
     models = [model for model in here.models if model in there.models]
     found = compare(here.study, {model: (model, model) for model in models}, there.study)
-    return {"folder": folder, "found": there, "models": models, "against": found}
+    return {
+        "folder": folder, "found": there, "models": models, "against": found,
+        "different": different_settings(others, settings),
+        "notes": list(dict.fromkeys(line for c in found.values() for line in c.unlike)),
+    }  # fmt: skip
 
 
 def explained_pictures(rows: list[dict], out: Path) -> dict[str, bytes]:
     """{file name: PNG}: the models side by side, and each of those with gates."""
-    names = ["explain_compare.png"] if len(rows) > 1 else []
+    # The models side by side, unless it has been drawn of other runs since.
+    names = ["explain_compare.png"] if len(rows) > 1 and all(map(is_compared, rows)) else []
     names += [row["picture"] for row in [row for row in rows if row["gates"]] or rows[:1]]
     return {name: (out / name).read_bytes() for name in names if (out / name).is_file()}
+
+
+def is_compared(row: dict) -> bool:
+    return bool(row.get("compared", True))  # older rows do not say
 
 
 def as_page(report: str, pictures: dict[str, bytes]) -> str:
@@ -182,6 +209,7 @@ def summary_json(found: list[Findings], costs: list[dict]) -> str:
             "by_class": f.by_class,
             "costs": f.relative,
             "pareto_front": f.front,
+            "not_shown_to_be_dominated": f.tied,
             "missing": f.missing,
             "explained": f.explained,
         }
@@ -199,6 +227,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: %(default)s")
     add("--out", type=Path, default=Path("results"), help="where to write; default: %(default)s")
     add("--compare", type=Path, help="folder of other runs to compare the first study with")
+    add("--formats", nargs="+", choices=FORMATS, default=["png"], help="of the figures; PNG always")
     add("--readme", type=Path, nargs="+", default=[], help="files whose blocks are rewritten")
     add("--power", action="store_true", help="print how many seeds --difference takes, no report")
     add("--sd", type=float, help="standard deviation of test accuracy over seeds, in points")
@@ -214,7 +243,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if args.compare and not args.compare.is_dir():
         parser.error(f"--compare: there is no folder {args.compare}")
-    found = make_report(args.runs, args.out, args.compare, args.readme)
+    found = make_report(args.runs, args.out, args.compare, args.readme, args.formats)
     print(words.short_table(found))
     print(f"written: {args.out / 'report.md'}")
 

@@ -87,7 +87,7 @@ def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., i
             if not is_out_of_memory(error):
                 raise
             message = "out of memory: try a smaller batch size or --width"
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)  # a line, whatever is in it
         return 1
 
     return guarded

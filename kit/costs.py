@@ -15,6 +15,7 @@ class Cost:
     values: dict[str, float | None]
     ratios: dict[str, float | None]  # how many times the baseline's that is
     training_spread: tuple[float, float] | None  # of the training ratio, over seeds
+    inference_spread: tuple[float, float] | None  # p10 / p90 of the baseline to p90 / p10
 
 
 def measured(study: Study, rows: list[dict]) -> dict[str, dict]:
@@ -52,7 +53,7 @@ def by_other_code(study: Study, costs: dict[str, dict]) -> dict[str, list[str]]:
 
 def relative(study: Study, costs: dict) -> dict[str, Cost]:
     """Of every model that was trained or timed, the baseline first if it is there."""
-    found, base, baseline = {}, {}, {}
+    found, base, baseline, base_row = {}, {}, {}, costs.get("baseline")
     for model in in_table_order(study.runs.keys() | costs.keys()):
         row = costs.get(model, {})
         results = {seed: run.result for seed, run in study.by_seed(model).items()}
@@ -75,7 +76,10 @@ def relative(study: Study, costs: dict) -> dict[str, Cost]:
         ratios["training"] = median(by_seed) if by_seed else None
         if {r["device"] for r in results.values()} != {r["device"] for r in baseline.values()}:
             ratios["memory"] = None
-        found[model] = Cost(values, ratios, (min(by_seed), max(by_seed)) if by_seed else None)
+        over_seeds = (min(by_seed), max(by_seed)) if by_seed else None
+        p10, p90 = "ms_per_image_p10", "ms_per_image_p90"
+        timed = base_row and row and (row[p10] / base_row[p90], row[p90] / base_row[p10])
+        found[model] = Cost(values, ratios, over_seeds, timed or None)
     return found
 
 

@@ -22,7 +22,7 @@ import numpy as np
 from kit.command_line import UserError
 from kit.files import write_atomically
 
-VERSION = 1  # of what `decode` returns; with another one, what was kept is decoded again
+VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # of this decoder
 DEFAULT_SIZE = 64
 MOST = 0.75  # so many images of one size make it the size of all
 KEPT = ".decoded"  # the folder in --data-dir; hidden, should that be in the data set's own folder

@@ -17,7 +17,8 @@ DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> the oldest driver on
 # What the figures of a run depend on: an edit here makes another experiment.
 SOURCES = (
     "train.py", "models.py", "data.py", "kit/attention.py", "kit/augment.py", "kit/datasets.py",
-    "kit/image_folder.py", "kit/decoding.py", "kit/fast.py", "kit/ema.py",
+    "kit/image_folder.py", "kit/decoding.py", "kit/fast.py", "kit/ema.py", "kit/checkpoint.py",
+    "kit/run.py", "kit/settings.py",
 )  # fmt: skip
 
 
@@ -113,9 +114,9 @@ def image() -> dict | None:
     }
 
 
-def source_hashes() -> dict[str, str]:
-    """sha256 of SOURCES."""
-    return {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in SOURCES}
+def source_hashes(names=SOURCES) -> dict[str, str]:
+    """sha256 of these scripts."""
+    return {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in names}
 
 
 def output_of(*command) -> str | None:

@@ -1,7 +1,9 @@
 """The figures of a report: PNG, in colours that colour-blind readers tell apart."""
 
 import io
+import itertools
 import textwrap
+from statistics import mean
 
 from kit.command_line import noted
 from kit.findings import Findings
@@ -12,11 +14,13 @@ from kit.words import flag, mark, one_line
 # Okabe and Ito's palette (olive for its yellow, which is lost in print) and a mark each, by the
 # order of the models in the table.
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#000000"]
+FORMATS = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}  # what would tell two apart
 MARKS = "os^vPX<"  # seven, so that colour and mark do not come round together
 
 
-def draw_figures(found: Findings) -> dict[str, bytes]:
-    """{file name: PNG} of one study's findings; without those that have no data or that fail."""
+def draw_figures(found: Findings, formats=("png",)) -> dict[str, bytes]:
+    """{file name: figure} of one study's findings, PNG and other formats; without those that have
+    no data or that fail."""
     # The published models first, run or not: a model keeps its style from report to report.
     models = dict.fromkeys([*found.study.published, *found.models, *found.costs])
     styles = {
@@ -27,16 +31,19 @@ def draw_figures(found: Findings) -> dict[str, bytes]:
     for name, (draw, has_data) in FIGURES.items():
         if has_data(found):
             with noted(f"no {name}"):
-                figure, buffer = draw(found, styles), io.BytesIO()
-                figure.savefig(buffer, dpi=150, metadata={"Software": None})
-                made[name] = buffer.getvalue()
+                figure = draw(found, styles)
+                for kind in dict.fromkeys(["png", *formats]):
+                    buffer, undated = io.BytesIO(), FORMATS[kind]
+                    figure.savefig(buffer, format=kind, dpi=150, metadata={undated: None})
+                    made[name.replace("png", kind)] = buffer.getvalue()
             plt.close("all")
     return made
 
 
 def draw_differences(found: Findings, styles: dict) -> plt.Figure:
     """Differences from the baseline: pairs as dots, and the interval the verdict rests on."""
-    figure, axes = frame(title_of(found.study), 7, 1.6 + 0.6 * len(found.against))
+    what = "Difference from the baseline"
+    figure, axes = frame(found.study, what, 7, 1.6 + 0.6 * len(found.against))
     axes.axvline(0, color="0.6", lw=1)
     baseline = found.study.accuracies("baseline")
     for y, (model, c) in enumerate(found.against.items()):
@@ -59,7 +66,7 @@ def draw_differences(found: Findings, styles: dict) -> plt.Figure:
 def draw_accuracy(found: Findings, styles: dict) -> plt.Figure:
     """Mean with standard deviation, every seed a dot, the published figure a diamond."""
     explained, published = "test accuracy (%)", found.published
-    figure, axes = bars(title_of(found.study), found.models)
+    figure, axes = bars(found.study, "Test accuracy", found.models)
     if any(summary["n"] > 1 for summary in found.models.values()):
         explained += "\nmean, standard deviation, seeds as dots"
     for y, (model, summary) in enumerate(found.models.items()):
@@ -76,10 +83,30 @@ def draw_accuracy(found: Findings, styles: dict) -> plt.Figure:
 
 
 def draw_params(found: Findings, styles: dict) -> plt.Figure:
-    params = {model: summary["params"] / 1e6 for model, summary in found.models.items()}
-    published = found.published.items()
-    diamonds = {model: (row["params_m"], row["test_acc"]) for model, row in published}
-    return draw_against(found, styles, params, "parameters (millions)", diamonds)
+    """Parameters on an axis from 0, on which a percent looks like one; written at each model."""
+    base = found.models.get("baseline", next(iter(found.models.values())))["params"]
+    params = {model: 100 * s["params"] / base for model, s in found.models.items()}
+    base = next(iter(found.published.values()), {}).get("params_m")
+    diamonds = {
+        model: (100 * row["params_m"] / base, row["test_acc"])
+        for model, row in found.published.items()
+    }
+    figure = draw_against(found, styles, params, "parameters (% of the baseline's)", diamonds)
+    (axes,) = figure.axes
+    axes.set_xlim(0, 1.45 * max(params.values()))
+    labels = {model: f"{model} {x:.2f}%" for model, x in params.items()}
+    write_beside(axes, {m: (params[m], found.models[m]["test_acc_mean"]) for m in params}, labels)
+    return figure
+
+
+def write_beside(axes, points: dict[str, tuple], labels: dict[str, str]) -> None:
+    """At the right of all points, in their order from below, so that no label hides another."""
+    order, (low, high) = sorted(points, key=lambda model: points[model][1]), axes.get_ylim()
+    right = 1.05 * max(x for x, _ in points.values())
+    for i, model in enumerate(order):
+        y = low + (high - low) * (i + 0.5) / len(order)
+        axes.annotate(labels[model], points[model], (right, y), va="center", fontsize=9,
+                      arrowprops=dict(arrowstyle="-", color="0.7", lw=0.7))  # fmt: skip
 
 
 def draw_latency(found: Findings, styles: dict) -> plt.Figure:
@@ -92,12 +119,13 @@ def draw_latency(found: Findings, styles: dict) -> plt.Figure:
 
 def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -> plt.Figure:
     """Test accuracy over `x`; diamonds are the published figures, rings the Pareto front."""
-    figure, axes = frame(title_of(found.study), 8, max(4.5, 1 + 0.25 * len(x)))
+    title = "Test accuracy (mean, standard deviation over seeds) against cost"
+    figure, axes = frame(found.study, title, 8, max(4.5, 1 + 0.25 * len(x)))
     for model in x:
         accuracy, sd = (found.models[model][f"test_acc_{key}"] for key in ("mean", "sd"))
-        xerr = spread and spread[model]
-        label = model + flag(xerr and found.stale.get(model))
-        axes.errorbar(x[model], accuracy, yerr=sd, xerr=xerr, label=label, **styles[model])
+        xerr, label = spread and spread[model], model + flag(spread and found.stale.get(model))
+        style = styles[model] | {"mfc": "none", "mew": 1.8}  # so that no mark hides another
+        axes.errorbar(x[model], accuracy, yerr=sd, xerr=xerr, label=label, **style)
         if model in rings:
             axes.plot(x[model], accuracy, "o", ms=14, mfc="none", mec="black")
     for model in (model for model in diamonds if model in x):
@@ -114,7 +142,8 @@ def draw_time(found: Findings, styles: dict) -> plt.Figure:
     rows, first = found.costs, found.timed
     models = [model for model in styles if model in rows]
     how = f"batch {first['batch_size']}, {first['precision']}, {first['mode']}"
-    figure, axes = bars(f"{how}\n{one_line(first['device'])}", models)
+    what = f"Inference time, {how}, {one_line(first['device'])}"
+    figure, axes = bars(found.study, what, models)
     for y, model in enumerate(models):
         axes.barh(
             y, rows[model]["ms_per_image"], xerr=spread_of(rows[model]), capsize=3,
@@ -131,36 +160,40 @@ def spread_of(row: dict) -> list[list[float]]:
 
 
 def draw_curves(found: Findings, styles: dict) -> plt.Figure:
-    """Validation accuracy and training loss by epoch; a thin line a seed."""
-    runs = found.study.runs
-    size = (11, max(4, 1 + 0.25 * len(runs)))
-    figure, (left, right) = plt.subplots(1, 2, figsize=size, layout="constrained")
-    for model, run in ((name, run) for name in runs for run in runs[name]):
-        epochs = [row["epoch"] for row in run.metrics]
-        style = dict(color=styles[model]["color"], lw=1, marker="o" if len(epochs) == 1 else None)
-        left.plot(epochs, [row["val_acc"] for row in run.metrics], **style)
-        style["label"] = model if run is runs[model][0] else None
-        right.plot(epochs, [row["train_loss"] for row in run.metrics], **style)
-    left.set_ylabel("validation accuracy (%)")
-    right.set_ylabel("training loss")
-    longest = max(len(run.metrics) for run in found.study.all_runs)
-    for axes in (left, right):
+    """Validation accuracy and training loss by epoch: the mean over seeds, and their range."""
+    study = found.study
+    size = (11, max(4, 1 + 0.25 * len(study.runs)))
+    figure, both = plt.subplots(1, 2, figsize=size, layout="constrained")
+    keys = {"val_acc": "validation accuracy (%)", "train_loss": "training loss"}
+    longest = max(len(run.metrics) for run in study.all_runs)
+    for axes, (key, name) in zip(both, keys.items(), strict=True):
+        for model, runs in study.runs.items():
+            by_epoch = itertools.zip_longest(*([row[key] for row in r.metrics] for r in runs))
+            values = [[v for v in row if v is not None] for row in by_epoch]
+            epochs, color = range(1, len(values) + 1), styles[model]["color"]
+            axes.plot(epochs, list(map(mean, values)), color=color, label=model)
+            if len(runs) > 1:
+                band = list(map(min, values)), list(map(max, values))
+                axes.fill_between(epochs, *band, color=color, alpha=0.15, lw=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel="epoch", xlim=(0, longest + 1))
-    add_legend(right)
-    figure.suptitle(title_of(found.study), fontsize=10)
+        axes.set(xlabel="epoch", ylabel=name, xlim=(1, longest))
+    add_legend(both[1])
+    several = max(map(len, study.runs.values())) > 1
+    what = "Learning curves" + ": mean over seeds, band from lowest to highest" * several
+    figure.suptitle(f"{what}\n{title_of(study)}", fontsize=10)
     return figure
 
 
-def frame(title: str, width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
+def frame(study: Study, what: str, width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
+    """With what is shown, and of which study, in the title."""
     figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    axes.set_title(title, fontsize=10)
+    axes.set_title(f"{what}\n{title_of(study)}", fontsize=10)
     return figure, axes
 
 
-def bars(title: str, models) -> tuple[plt.Figure, plt.Axes]:
+def bars(study: Study, what: str, models) -> tuple[plt.Figure, plt.Axes]:
     """A frame with a line a model, the first on top."""
-    figure, axes = frame(title, 7, max(4, 1.5 + 0.4 * len(models)))
+    figure, axes = frame(study, what, 7, max(4, 1.5 + 0.4 * len(models)))
     axes.set_yticks(range(len(models)), models)
     axes.invert_yaxis()
     return figure, axes
@@ -180,6 +213,9 @@ FIGURES = {  # file name -> (what draws it, whether there is data for it)
     "inference_time.png": (draw_time, lambda found: found.costs),
     "accuracy_vs_params.png": (draw_params, lambda found: found.models),
     "accuracy_vs_latency.png": (draw_latency, lambda found: found.costs.keys() & found.models),
-    "learning_curves.png": (draw_curves, lambda found: found.models),
+    "learning_curves.png": (
+        draw_curves,
+        lambda found: max(len(run.metrics) for run in found.study.all_runs) > 1,
+    ),
     "differences.png": (draw_differences, lambda found: found.against),
 }

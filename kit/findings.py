@@ -30,6 +30,7 @@ class Findings:
 
     def __init__(self, study: Study, explained: list[dict], cost_rows: list[dict]):
         self.study, self.explained = study, explained  # rows of explain.json, of this study's runs
+        self.damaged: list[str] = []  # runs that are left out, in words
         # On one table or axis with a smoke test, the published figures would only mislead.
         self.published = {} if study.result["quick"] else study.published
         # All by model, in the order of the table: its summary, its comparison with the baseline
@@ -46,7 +47,7 @@ class Findings:
         self.costs = costs.measured(study, cost_rows)
         self.stale = costs.by_other_code(study, self.costs)
         self.relative = costs.relative(study, self.costs)
-        self.front = self.pareto_front()
+        self.front, self.tied = self.pareto_front()
         # Batch size, mode, precision and device of all of `costs`.
         self.timed = next(iter(self.costs.values()), None)
         # The models of the table, seeds of runs that would complete it; models without a verdict.
@@ -58,37 +59,33 @@ class Findings:
         pairs = {model: study.runs[model] + study.runs["baseline"] for model in unjudged}
         self.unjudged = {model: unlike(runs) for model, runs in pairs.items()}
 
-    def pareto_front(self) -> list[str]:
-        """The models that no other on the front beats: better in one thing, worse in none.
+    def pareto_front(self) -> tuple[list[str], list[str]]:
+        """(the Pareto front, models that are not on it by what may be chance).
 
-        Ties count as ties: accuracies whose verdict is "not distinguishable", and inference times
-        whose ranges from p10 to p90 overlap. Pairs without the baseline are compared too, corrected
-        over these pairs. Only models with a verdict and a time are judged. Ties may go round in a
-        circle, so the front is built from the fastest model on, each against those already on it.
+        On the front no other model is both more accurate and faster by the measured means. Of the
+        rest, those are dominated of which that is shown: by the verdict, pairs without the
+        baseline corrected among themselves, or by inference times whose ranges from p10 to p90 do
+        not overlap. Only models with a verdict and a time are judged.
         """
         costs = self.costs
         timed = [m for m in ("baseline", *self.against) if m in self.models and m in costs]
         if len(timed) < 2 or "baseline" not in timed:
-            return []
+            return [], []
         pairs = compare(self.study, {pair: pair for pair in itertools.combinations(timed[1:], 2)})
         pairs |= {(model, "baseline"): c for model, c in self.against.items()}
         verdict = {pair: comparison.verdict for pair, comparison in pairs.items()}
+        measured = {m: (self.models[m]["test_acc_mean"], -costs[m]["ms_per_image"]) for m in timed}
 
-        def more_accurate(a, b):
-            return verdict.get((a, b)) == "better" or verdict.get((b, a)) == "worse"
+        def dominates(a, b):
+            return measured[a] != measured[b] and all(map(float.__ge__, measured[a], measured[b]))
 
-        def faster(a, b):
-            return costs[a]["ms_per_image_p90"] < costs[b]["ms_per_image_p10"]
+        def is_shown(a, b):
+            more_accurate = verdict.get((a, b)) == "better" or verdict.get((b, a)) == "worse"
+            return more_accurate or costs[a]["ms_per_image_p90"] < costs[b]["ms_per_image_p10"]
 
-        def beats(a, b):
-            won = more_accurate(a, b) or faster(a, b)
-            return won and not more_accurate(b, a) and not faster(b, a)
-
-        front = []
-        for model in sorted(timed, key=lambda model: costs[model]["ms_per_image"]):
-            if not any(beats(other, model) for other in front):
-                front = [other for other in front if not beats(model, other)] + [model]
-        return in_table_order(front)
+        above = {m: [other for other in timed if dominates(other, m)] for m in timed}
+        tied = [m for m in timed if above[m] and not any(is_shown(o, m) for o in above[m])]
+        return [m for m in timed if not above[m]], tied
 
     def with_verdict(self, verdict: str) -> list[str]:
         return [model for model, c in self.against.items() if c.verdict == verdict]
@@ -141,9 +138,16 @@ def compared(values: dict[str, tuple[dict, dict]], n_images: int | None) -> dict
     return found
 
 
+def have_same_labels(runs: list[Run]) -> bool:
+    """Whether these runs were tested on the same images, as far as their labels are there."""
+    labels = [run.labels for run in runs if run.labels is not None]
+    return all(np.array_equal(other, labels[0]) for other in labels)
+
+
 def same_labels(runs: list[Run]) -> bool:
     """Whether the predictions of these runs are there, and of the same images."""
-    return all(r.labels is not None and np.array_equal(r.labels, runs[0].labels) for r in runs)
+    labels = runs[0].labels
+    return all(r.correct is not None and np.array_equal(r.labels, labels) for r in runs)
 
 
 def resample(study: Study, model: str, seeds: list[int]) -> tuple[float, float] | None:

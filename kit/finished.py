@@ -42,12 +42,13 @@ RESULT = {
 }  # fmt: skip
 DEFAULTS = {"classes": range(10), "image": (1, 28, 28), "test_images": None}
 FILES = {
-    "result": RESULT, "config": {NAME: "model", COUNT: "seed epochs? limit_train? limit_test?"},
+    "result": RESULT,
+    "config": {NAME: "model", COUNT: "seed epochs? limit_train? limit_test?", dict: "overrides?"},
     "env": {list: "changes?", str: "torch?", HASHES: "sha256?"},
 }  # fmt: skip
 METRICS = {NUMBER: "epoch train_loss", PERCENT: "val_acc"}
 COST = {
-    NAME: "model precision mode", str: "device torch?", SIZE: "batch_size width?",
+    NAME: "model precision mode", str: "device torch? image?", SIZE: "batch_size width? classes?",
     HASHES: "sha256?",
     POSITIVE: "params flops flops_aten ms_per_image ms_per_image_p10 ms_per_image_p90 "
     "ms_per_image_p99?",
@@ -56,8 +57,8 @@ STAGE = {NUMBER: "mean spread_over_channels spread_over_images", SHARE: "hardly_
 EXPLAINED = {
     NAME: "model dataset recipe picture", dict: "overrides", COUNT: "seed cam_images won lost",
     SIZE: "test_images", PERCENT: "test_acc test_acc_gates_fixed?", GATES: "gates",
-    str: "predictions?", SHARE: "deletion deletion_random insertion insertion_random",
-    CORRELATIONS: "correlation_with_random_weights",
+    SHARE: "deletion deletion_random insertion insertion_random",
+    str: "predictions?", list: "compared?", CORRELATIONS: "correlation_with_random_weights",
 }  # fmt: skip
 ROWS = {"benchmark": COST, "explain": EXPLAINED}
 
@@ -163,10 +164,10 @@ def read_classes(path: Path, result: dict) -> np.ndarray | None:
         return None
     try:
         classes = np.load(path)
+        if classes.dtype.kind not in "iu" or classes.max(initial=0) > 9999:
+            raise ValueError("something else than classes")
     except Exception as error:  # a damaged file raises what it likes
         raise ValueError(f"{path.name}: {in_one_line(error)}") from error
-    if classes.dtype.kind not in "iu" or classes.max(initial=0) > 9999:
-        raise ValueError(f"{path.name} holds something else than classes")
     n_images = result["test_images"] = result["test_images"] or classes.size
     if classes.shape != (n_images,):
         raise ValueError(f"{path.name} has shape {classes.shape}, {n_images:,} images were tested")

@@ -88,8 +88,9 @@ def unlike(runs: list) -> list[str]:
             groups.setdefault(run.circumstances[key], []).append(run)
         if len(groups) > 1:
             found.append(f"{key} " + "; ".join(f"{who(own)}: {v}" for v, own in groups.items()))
-    codes = [run.circumstances["code"] for run in runs]
-    usual = max(codes, key=codes.count, default={})
+    baseline_first = sorted(runs, key=lambda run: run.result["model"] != "baseline")
+    codes = [run.circumstances["code"] for run in baseline_first]
+    usual = max(codes, key=codes.count, default={})  # of those that as many have, the first
     others = [run for run in runs if run.circumstances["code"] != usual]
     if others:
         names = sorted(

@@ -23,6 +23,7 @@ matplotlib.rcdefaults()
 plt.rcParams.update({
     "font.size": 11, "axes.spines.top": False, "axes.spines.right": False, "text.parse_math": False,
     "pdf.fonttype": 42,  # no Type 3 fonts, which journals refuse
+    "svg.hashsalt": "the same figure is the same file",
 })  # fmt: skip
 
 

@@ -6,6 +6,8 @@ damaged or does not fit the others is named in one line and left out.
 
 import glob
 import json
+import shutil
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,8 +97,11 @@ def run_folders(runs_dir: Path) -> list[Path]:
         for pattern in ("**/result.json", "**/seed[0-9]*/config.json")
         for path in glob.glob(pattern, root_dir=runs_dir, recursive=True)
     }
-    # The highest comes first, so that of a run and a copy of it the run is kept.
-    return sorted(found, key=lambda path: (len(path.parts), path.parent, len(path.name), path.name))
+    # The highest comes first, so that of a run and a copy of it the run is kept; links come last.
+    real = {path.resolve(): path for path in sorted(found, key=lambda path: path == path.resolve())}
+    return sorted(
+        real.values(), key=lambda path: (len(path.parts), path.parent, len(path.name), path.name)
+    )
 
 
 def comparable(runs: list[Run]) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
@@ -213,3 +218,13 @@ def read_rows(path: Path) -> tuple[list[dict], list[str]]:
         return found, []
     which = f"{len(wrong)} of its {len(rows)} rows left out"
     return found, [f"{path}: {which}, they are damaged ({wrong[0]}): {again}"]
+
+
+def rows_that_stay(path: Path) -> list[dict]:
+    """Of a file that is about to be written again. What is damaged is named, and a copy kept."""
+    rows, problems = read_rows(path)
+    for problem in problems:
+        copy = path.with_name(f"{path.name}.damaged")
+        shutil.copyfile(path, copy)
+        print(f"note: {problem} (a copy is kept as {copy.name})", file=sys.stderr)
+    return rows

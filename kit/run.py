@@ -13,6 +13,7 @@ Step, loop and data are train.py's. last.pt is saved at the end of an epoch, but
 saving takes more than 1% of the time, and always when a signal stops the run.
 """
 
+import hashlib
 import json
 import os
 import sys
@@ -244,6 +245,7 @@ class Run:
             "device": device_name(self.device),
             "quick": s.quick,
             "overrides": s.overrides,
+            "weights": hashlib.sha256((self.folder / "best.pt").read_bytes()).hexdigest(),
         }
         self.stack.callback(run_folder.discard_states, self.folder, s.keep_last)
         self.writer.close()

@@ -65,7 +65,8 @@ def state_of(run: Job) -> str:
     settings = train_script()["parse"](list(map(str, run.command[1:])))
     config = as_config(settings)
     try:
-        if Path(settings.dataset).is_absolute():  # the others are verified when they are read
+        if not settings.dataset.isidentifier() or settings.dataset == "tiny_imagenet":
+            # The others are verified when they are read, and a plan fetches nothing.
             config["data"] = digest_of(settings.dataset, settings.data_dir, settings.image_size)
         completed(run.folder, config)
     except UserError as error:
@@ -96,8 +97,8 @@ def table(s: SimpleNamespace, quick: bool, planning: bool) -> Iterator[list[Job]
         return  # the rest is for a last call without SHARD
     size, result = [], read(done[0].folder / "result.json") if done else {}
     if s.dataset != "fashion_mnist":
-        image = "x".join(map(str, result.get("image", "CHW")))
-        size = ["--image", image, "--classes", len(result.get("classes", [])) or "N"]
+        image = "x".join(map(str, result.get("image") or "CHW"))
+        size = ["--image", image, "--classes", len(result.get("classes") or []) or "N"]
     cheap = ["--modes", "eager", "--batch-sizes", 64] if quick else []
     yield one("benchmark.py", "--models", *s.models, "--keep", "--out", s.out, *size, *cheap)
     limit = ["--limit-cam", 40] if quick else ["--limit-test", 10000]

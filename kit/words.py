@@ -14,6 +14,7 @@ from kit.results import Study, in_table_order
 
 # What Markdown would act upon; an underscore inside a word means nothing to it.
 SPECIAL = re.compile(r"[\\`*\[\]|#<~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
+TEX = {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
 UNSEEN = re.compile(r"[\x00-\x20\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
 # --- Values ---------------------------------------------------------------------------------------
@@ -28,6 +29,12 @@ def text(value) -> str:
     as_entity = "<~$&"  # Markdown has no backslash for these
     line = one_line(value)
     return SPECIAL.sub(lambda m: f"&#{ord(m[0])};" if m[0] in as_entity else "\\" + m[0], line)
+
+
+def tex(value) -> str:
+    """As text that LaTeX prints as it is; what pdflatex has no character for is a question mark."""
+    line = one_line(value).encode("latin-1", errors="replace").decode("latin-1")
+    return re.sub(r"[\\{}$&#^_~%]", lambda m: TEX.get(m[0], "\\" + m[0]), line)
 
 
 def fmt(value: float | None, form: str = ".2f", unit: str = "") -> str:
@@ -131,6 +138,37 @@ def table(columns: list[str], rows: list[list[str]]) -> str:
     return "\n".join([header(" | ".join(columns)), *(f"| {' | '.join(row)} |" for row in rows)])
 
 
+def filled(columns: dict[str, list[str | None]]) -> str:
+    """A table of the columns that hold something."""
+    kept = {name: cells for name, cells in columns.items() if any(cells)}
+    rows = zip(*kept.values(), strict=True)
+    return table(list(kept), [[cell or "-" for cell in row] for row in rows])
+
+
+def main_table(f: Findings, quick: str) -> str:
+    """Ours, and of a full study the published figures beside them."""
+    columns = {"model": [], "seeds": [], "test accuracy %": [], "published accuracy %": [],
+               "parameters M": [], "published parameters M": [], "GFLOPs": [],
+               "published GFLOPs": [], "ms/image": [], "published ms/image": []}  # fmt: skip
+    for model in f.wanted if f.published else f.models:
+        s, cost, published = (x.get(model, {}) for x in (f.models, f.costs, f.published))
+        ms, sizes = cost.get("ms_per_image"), s or cost
+        cells = (
+            text(model) + quick, str(s.get("n", 0)), mean_and_sd(s),
+            maybe(published.get("test_acc")),
+            maybe(sizes and sizes["params"] / 1e6), maybe(published.get("params_m")),
+            maybe(cost and cost["flops"] / 1e9), maybe(published.get("flops_g")),
+            ms and f"{ms:#.3g}{flag(f.stale.get(model))}", maybe(published.get("ms_per_image")),
+        )  # fmt: skip
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell)
+    return filled(columns)
+
+
+def maybe(value: float | None) -> str | None:
+    return f"{value:.2f}" if value else None
+
+
 def cost_table(f: Findings, quick: str) -> str:
     """The baseline as measured, every other model relative to it."""
     columns = {
@@ -140,21 +178,20 @@ def cost_table(f: Findings, quick: str) -> str:
         "training": ("training", ".1f", " s/epoch"),
         "memory": ("memory", ",.0f", " MB"),
     }
-    measured = [k for k in columns if any(c.values[k] is not None for c in f.relative.values())]
 
-    def cell(model: str, key: str) -> str:
+    def cell(model: str, key: str) -> str | None:
         cost, ratio = f.relative[model], f.relative[model].ratios[key]
+        if cost.values[key] is None:
+            return None
         if ratio is None or model == "baseline":
             return fmt(cost.values[key], *columns[key][1:])
         if key in ("params", "flops"):
             return change(ratio, "+.2f") + "%"
         return training_ratio(cost) if key == "training" else f"{ratio:.2f}x"
 
-    rows = [
-        [text(model) + quick + flag(f.stale.get(model)), *(cell(model, key) for key in measured)]
-        for model in f.relative
-    ]
-    return table(["model", *(columns[key][0] for key in measured)], rows)
+    names = [text(model) + quick + flag(f.stale.get(model)) for model in f.relative]
+    cells = {columns[key][0]: [cell(model, key) for model in f.relative] for key in columns}
+    return filled({"model": names} | cells)
 
 
 def mode_table(rows: list[dict]) -> str:
@@ -193,6 +230,7 @@ def short_table(f: Findings) -> str:
     lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
     lines += [f"† {line}" for line in notes(f)]
     lines += [one_line(f"left out, {who(runs)}: {why}") for why, runs in f.study.left_out.items()]
+    lines += map(one_line, f.damaged)
     return "\n".join([one_line(f.study.title), *filter(None, [mark(f.study)]), *lines])
 
 
@@ -215,8 +253,9 @@ TEMPLATES = jinja2.Environment(
     keep_trailing_newline=True,
 )
 FILTERS = (
-    text, flag, flagged, who, one_line, fmt, change, interval, mean_and_sd, how, training_ratio,
-    ablation, mark, environments, devices, notes, header, cost_table, mode_table,
+    text, tex, flag, flagged, who, one_line, fmt, change, interval, mean_and_sd, how,
+    training_ratio, ablation, mark, environments, devices, notes, header, main_table, cost_table,
+    mode_table,
 )  # fmt: skip
 TEMPLATES.filters |= {function.__name__: function for function in FILTERS} | {
     "names": lambda models: ", ".join(f"`{model}`" for model in models),

@@ -20,7 +20,6 @@ TOP = {f"{name}.py" for name in SCRIPTS} | {
 NO_FIGURE_DEPENDS_ON = {
     "kit/__init__.py",
     "kit/attribution.py",
-    "kit/checkpoint.py",
     "kit/command_line.py",
     "kit/environment.py",
     "kit/files.py",
@@ -28,9 +27,7 @@ NO_FIGURE_DEPENDS_ON = {
     "kit/identity.py",
     "kit/pictures.py",
     "kit/plots.py",
-    "kit/run.py",
     "kit/run_folder.py",
-    "kit/settings.py",
     "kit/tensorboard_log.py",
 }
 
