@@ -74,7 +74,9 @@ class Findings:
         pairs = compare(self.study, {pair: pair for pair in itertools.combinations(timed[1:], 2)})
         pairs |= {(model, "baseline"): c for model, c in self.against.items()}
         verdict = {pair: comparison.verdict for pair, comparison in pairs.items()}
-        measured = {m: (self.models[m]["test_acc_mean"], -costs[m]["ms_per_image"]) for m in timed}
+        measured = {
+            m: (round(self.models[m]["test_acc_mean"], 9), -costs[m]["ms_per_image"]) for m in timed
+        }
 
         def dominates(a, b):
             return measured[a] != measured[b] and all(map(float.__ge__, measured[a], measured[b]))

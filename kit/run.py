@@ -257,13 +257,12 @@ class Run:
         if self.settings.dry_run:
             print("dry run: one batch each was trained, validated and tested; nothing was saved")
             return 0
+        smoke_test = "; a smoke test, not a result" * result["quick"]
         print(
             f"test accuracy {result['test_acc']:.2f}% with the best weights (epoch "
             f"{result['best_epoch']}, validation {result['val_acc']:.2f}%), "
             f"{result['test_acc_last']:.2f}% with the last; epochs: {result['epochs_run']}, "
-            f"training: {result['train_seconds']:.0f} s"
-            + "; a smoke test, not a result"
-            * result["quick"]
+            f"training: {result['train_seconds']:.0f} s{smoke_test}"
         )
         accuracy, target = result["test_acc"], self.settings.target_acc
         if target is not None and accuracy < target:

@@ -274,7 +274,7 @@ def test_what_was_explained_before_stays(finished_run, tmp_path, capsys):
     assert list(rows_after(short, "--overwrite")) == [1]
 
 
-@pytest.mark.parametrize("change", ["weights", "predictions", "labels", "no file"])
+@pytest.mark.parametrize("change", ["weights", "other weights", "predictions", "labels", "no file"])
 def test_a_run_is_explained_with_its_own_weights_and_images(finished_run, tmp_path, capsys, change):
     """Else refused in one line that says how many predictions differ; --keep looks at content."""
     run = tmp_path / "run"
@@ -285,15 +285,19 @@ def test_a_run_is_explained_with_its_own_weights_and_images(finished_run, tmp_pa
     times = {path.name: path.stat().st_mtime_ns for path in run.iterdir()}
     capsys.readouterr()
     if change == "weights":
+        (run / "result.json").unlink()  # which has their sha256
         torch.save(build_model("cbam_blocks", width=8, seed=7).state_dict(), run / "best.pt")
     elif change == "labels":
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps(config | {"data": "0" * 16}))
-    else:
+    elif change == "predictions":
         predictions = np.load(run / "test_predictions.npy")
         np.save(run / "test_predictions.npy", (predictions + 1) % 10)
     if change == "no file":
         (run / "test_predictions.npy").unlink()
+    if change == "other weights":  # of the same predictions
+        weights = torch.load(run / "best.pt", weights_only=True)
+        torch.save(weights, run / "best.pt")
     for name, time in times.items():
         if (run / name).exists():
             os.utime(run / name, ns=(time, time))  # as if nothing had happened
@@ -302,6 +306,8 @@ def test_a_run_is_explained_with_its_own_weights_and_images(finished_run, tmp_pa
     assert is_one_line(error)
     if change == "no file":  # a checkpoint alone
         assert code == 0 and f"note: {run} has no test_predictions.npy" in error
+    elif change == "other weights":
+        assert code == 1 and f"{run}/best.pt is not the one of the run" in error
     elif change == "labels":
         assert code == 1 and f"{run} was trained on other images or labels" in error
     else:

@@ -48,24 +48,26 @@ LESS = [92.0, 92.12, 92.19, 92.3, 92.4]
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "ms", "front"),
+    ("accuracies", "ms", "front", "tied"),
     [
-        ({"se": SAME}, {"se": 2.0}, ["baseline"]),  # slower, a tie in accuracy
-        ({"se": MORE}, {"se": 2.0}, ["baseline", "se"]),  # slower but better
-        ({"se": SAME}, {"se": 1.01}, ["baseline", "se"]),  # a tie in both
-        ({"se": MORE}, {"se": 1.01}, ["se"]),  # better at the same time
-        ({"se": LESS}, {"se": 1.01}, ["baseline"]),
-        ({"se": LESS}, {"se": 0.5}, ["baseline", "se"]),  # worse but faster
-        ({"se": MORE, "eca": MORE}, {"se": 2.0, "eca": 3.0}, ["baseline", "se"]),
-        ({"se": SAME, "eca": MORE}, {"se": 2.0, "eca": 3.0}, ["baseline", "eca"]),
-        # eca is better than the baseline but not than se, which the baseline beats.
-        ({"se": WIDE, "eca": MORE}, {"se": 2.0, "eca": 3.0}, ["baseline", "eca"]),
+        ({"se": SAME}, {"se": 2.0}, ["baseline"], []),  # slower, as accurate
+        ({"se": MORE}, {"se": 2.0}, ["baseline", "se"], []),  # slower but better
+        ({"se": SAME}, {"se": 1.01}, ["baseline"], ["se"]),  # slower, which may be chance
+        ({"se": MORE}, {"se": 1.01}, ["baseline", "se"], []),
+        ({"se": LESS}, {"se": 1.01}, ["baseline"], []),
+        ({"se": LESS}, {"se": 0.5}, ["baseline", "se"], []),  # worse but faster
+        ({"se": MORE, "eca": MORE}, {"se": 2.0, "eca": 3.0}, ["baseline", "se"], []),
+        ({"se": SAME, "eca": MORE}, {"se": 2.0, "eca": 3.0}, ["baseline", "eca"], []),
+        ({"se": WIDE, "eca": LESS}, {"se": 2.0, "eca": 2.01}, ["baseline", "se"], []),
+        # Less accurate than se, at the same time: neither is shown.
+        ({"se": MORE, "eca": WIDE}, {"se": 0.5, "eca": 0.501}, ["se"], ["eca"]),
     ],
 )
-def test_pareto_front_counts_ties_as_ties(make_study, accuracies, ms, front):
+def test_pareto_front_by_the_means_and_what_is_not_shown(make_study, accuracies, ms, front, tied):
     study = make_study({"baseline": BASE, **accuracies})
     rows = [row("baseline", 1.0), *(row(model, time) for model, time in ms.items())]
-    assert Findings(study, [], rows).front == front
+    found = Findings(study, [], rows)
+    assert (found.front, found.tied) == (front, tied)
 
 
 def test_no_front_without_verdicts_or_times(make_study):

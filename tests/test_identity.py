@@ -35,7 +35,7 @@ def master(finished_run, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
     """They take most of the time, and test_report.py looks at them."""
-    monkeypatch.setattr(report, "draw_figures", lambda found: {})
+    monkeypatch.setattr(report, "draw_figures", lambda found, formats: {})
 
 
 @pytest.fixture
