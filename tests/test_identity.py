@@ -335,3 +335,58 @@ def test_no_damaged_value_ends_a_report_or_changes_a_verdict_in_silence(reported
 @pytest.mark.slow
 def test_no_damaged_value_at_all(reported):
     assert check_mutations(reported, FILES, lambda: True) >= 2000
+
+
+# --- Two sets of runs, links, missing files -------------------------------------------------------
+
+
+def compared(runs, change_there):
+    """What report.py --compare says of a copy of the runs that was changed."""
+    other = runs.parent / "other"
+    shutil.copytree(runs, other)
+    for folder in other.glob("*/*/*/*"):
+        change_there(folder)
+    found_in(runs, "--compare", str(other))
+    text = (runs.parent / "out/report.md").read_text()
+    return text.partition("## Compared with")[2].partition("\n## ")[0], text
+
+
+def test_compared_with_runs_on_other_data(runs):
+    section, text = compared(runs, lambda folder: change(folder, "config", data="0" * 16))
+    assert section == "" and "not compared, other images or labels" in text
+
+
+def test_compared_with_runs_with_other_settings(runs):
+    """Which may be on purpose: it is said in which."""
+    section, _ = compared(runs, lambda folder: change(folder, "config", label_smoothing=0.5))
+    assert "Settings that differ: there label_smoothing 0.5 instead of none here" in section
+
+
+def test_compared_with_runs_by_other_code(runs):
+    section, _ = compared(runs, lambda folder: change(folder, "env", sha256={"models.py": "0"}))
+    assert "not distinguishable † |" in section
+    assert re.search(r"- † .*trained by other code \(models.py\)", section)
+
+
+@pytest.mark.parametrize("name", ["predictions", "labels"])
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_without_predictions_or_labels_there_is_still_a_report(runs, name, everywhere):
+    model = "*" if everywhere else "se"
+    for path in runs.glob(f"*/*/{model}/*/test_{name}.npy"):
+        path.unlink()
+    finding, row, _ = found_in(runs)
+    assert BETTER in finding and "| better |" in row
+
+
+def test_links_to_a_run_count_once(runs):
+    (runs / "latest").symlink_to(folder_of(runs, "se", 0))
+    (runs / "loop").symlink_to(runs)
+    finding, _, _ = found_in(runs)
+    assert BETTER in finding and "eft out" not in (runs.parent / "out/report.md").read_text()
+
+
+def test_a_damaged_run_is_named_wherever_its_verdict_stands(runs, capsys):
+    (folder_of(runs, "se", 1) / "result.json").write_text("{")
+    finding, _, block = found_in(runs)
+    for text in (finding, block, capsys.readouterr().out):
+        assert "se/seed1 left out, its files are damaged" in text

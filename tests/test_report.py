@@ -14,7 +14,7 @@ from conftest import copy_run, is_one_line, script
 from PIL import Image
 
 import report
-from kit import verdicts
+from kit import verdicts, words
 from kit.figures import FIGURES
 from kit.findings import ablation
 from kit.results import Study, read_rows, read_studies
@@ -713,3 +713,45 @@ def test_the_page_fits_the_screen(study, tmp_path, width):
     inner, scroll, figures = map(int, re.search(r"measured (.*) end", done.stdout)[1].split())
     assert inner == width and scroll <= width
     assert figures == len(list(out.glob("*.png")))
+
+
+def test_a_table_for_a_paper(study):
+    runs, out = study
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    lines = (out / "results.tex").read_text().splitlines()
+    assert all(line.startswith("%") or line.isascii() for line in lines)
+    table = [line for line in lines if not line.startswith("%")]
+    assert table[0] == r"\begin{tabular}{lrrrrllrr}" and table[-1] == r"\end{tabular}"
+    assert all(line.count("&") == 8 for line in table if line.endswith(r" \\"))
+    (row,) = [line for line in table if line.startswith(r"cbam\_blocks ")]
+    assert row.startswith(r"cbam\_blocks & 92.60 & 0.14 & 2 & $-0.60$ & ")
+
+
+def test_what_latex_would_act_upon_is_escaped():
+    assert words.tex("a_b & 5% of $1 #2 {x} ~y ^z \\w") == (
+        r"a\_b \& 5\% of \$1 \#2 \{x\} \~{}y \^{}z \textbackslash{}w"
+    )
+    assert words.tex("é狗\n%x") == "é? \\%x"
+
+
+def test_figures_in_other_formats(study):
+    runs, out = study
+    flags = ["--runs", str(runs), "--out", str(out)]
+    assert report.main([*flags, "--formats", "pdf", "svg"]) == 0
+    for name in FIGURES:
+        pdf, svg = ((out / name).with_suffix(f".{kind}").read_bytes() for kind in ("pdf", "svg"))
+        assert pdf[:5] == b"%PDF-" and b"/Type3" not in pdf and b"<svg" in svg
+        assert (out / name).exists()
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert report.main([*flags, "--formats", "pdf", "svg"]) == 0
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert report.main(flags) == 0
+    assert {path.suffix for path in out.glob("*_*")} == {".png"}
+
+
+def test_without_a_second_epoch_there_are_no_curves(finished_run, tmp_path):
+    run = copy_run(finished_run, tmp_path / "runs", "se", 0, epochs_run=1)
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text().splitlines()[0])
+    assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out/learning_curves.png").exists()
+    assert "learning_curves" not in (tmp_path / "out/report.md").read_text()
