@@ -721,7 +721,7 @@ def test_a_table_for_a_paper(study):
     lines = (out / "results.tex").read_text().splitlines()
     assert all(line.startswith("%") or line.isascii() for line in lines)
     table = [line for line in lines if not line.startswith("%")]
-    assert table[0] == r"\begin{tabular}{lrrrrllrr}" and table[-1] == r"\end{tabular}"
+    assert table[1] == r"\begin{tabular}{lrrrrllrr}" and table[-1] == r"\end{tabular}}"
     assert all(line.count("&") == 8 for line in table if line.endswith(r" \\"))
     (row,) = [line for line in table if line.startswith(r"cbam\_blocks ")]
     assert row.startswith(r"cbam\_blocks & 92.60 & 0.14 & 2 & $-0.60$ & ")
