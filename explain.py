@@ -190,7 +190,8 @@ def explain(name: str, path: Path, config: dict, dataset: data.ImageData, idx, a
     probabilities = attribution.predict(model, shown)
     predictions = probabilities.argmax(1)
     cams = attribution.grad_cam(model, shown, predictions)
-    words = f"{config['model']}, {name.removeprefix(config['model'] + '_').replace('_', ', ')}"
+    more = name.removeprefix(f"{config['model']}_seed").replace("_", ", ")
+    words = f"{config['model']}, seed {more}"
     return numbers, Explained(
         name=words + ", smoke test" * bool(numbers["quick"]),
         classes=legible(dataset.classes),
