@@ -36,7 +36,7 @@ from kit.checkpoint import load_weights
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
 from kit.environment import choose_device
 from kit.fast import set_up_torch
-from kit.files import check_writable, locked, write_atomically
+from kit.files import check_writable, locked, only_read, write_atomically
 from kit.finished import digest_of, read_classes
 from kit.identity import settings_of
 from kit.pictures import Explained, draw_comparison, draw_model
@@ -65,12 +65,15 @@ def read_config(path: Path) -> dict:
         for key, kind in KINDS.items():
             if not isinstance(config[key], kind):
                 raise TypeError(f"{key} is {config[key]}")
+        if not 0 <= config["seed"] <= 1e9:
+            raise ValueError("seed is not from 0 to 10^9")
         if config["width"] < 1 or not config["model"].isidentifier():  # it names the pictures
             raise ValueError(f"no model {config['model']} has width {config['width']}")
         if not re.fullmatch(r"[\w.+-]+", config["recipe"] or "none"):  # likewise
             raise ValueError(f"recipe is {config['recipe']}")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"{path.parent} is not the folder of a run: config.json: {error}") from None
+        wrong = in_one_line(error)
+        raise UserError(f"{path.parent} is not the folder of a run: config.json: {wrong}") from None
     return config
 
 
@@ -79,8 +82,9 @@ def load_dataset(configs: list[dict], args) -> tuple[data.ImageData, torch.Tenso
     first, n_test = configs[0], [config["limit_test"] for config in configs if config["limit_test"]]
     name, folder = args.dataset or first["dataset"], args.data_dir or Path(first["data_dir"])
     try:
-        dataset = data.load_dataset(name, folder, first["image_size"])
-    except UserError as error:
+        with only_read(*[] if args.data_dir else [folder]):  # a config.json may name any folder
+            dataset = data.load_dataset(name, folder, first["image_size"])
+    except (UserError, PermissionError) as error:
         raise UserError(f"{error}; --dataset and --data-dir say where the images are now") from None
     for path, config in zip(args.paths, configs, strict=True):
         if settings_of(config).get("data") not in (None, dataset.digest):

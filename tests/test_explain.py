@@ -20,7 +20,7 @@ from PIL import Image
 import data
 import explain
 import train
-from kit import attribution, pictures
+from kit import attribution, datasets, pictures
 from kit.attribution import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
 from kit.command_line import UserError
 from models import ATTENTION, MODELS, build_model
@@ -400,6 +400,13 @@ def test_runs_that_share_model_and_seed_have_pictures_of_their_own():
         ({"reduction": "x"}, "reduction is x"),
         ({"recipe": "../x"}, "recipe is ../x"),
         ({"overrides": None}, "overrides is"),
+        ({"model": "/tmp/evil"}, "no model /tmp/evil"),
+        ({"model": "a\0b"}, "no model"),
+        ({"recipe": "/tmp/evil"}, "recipe is /tmp/evil"),
+        ({"recipe": "..\n/x"}, "recipe is"),
+        ({"seed": -1}, "seed is not from"),
+        ({"data_dir": "a\0b"}, "unless --data-dir names it"),
+        ({"data_dir": "/dev/null/x", "dataset": "mnist"}, "--data-dir"),
     ],
 )
 def test_an_odd_config_is_one_line(finished_run, tmp_path, capsys, change, words):
@@ -410,6 +417,35 @@ def test_an_odd_config_is_one_line(finished_run, tmp_path, capsys, change, words
     assert explain.main(flags) == 1
     error = capsys.readouterr().err
     assert is_one_line(error) and words in error
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10", "pets"])
+def test_a_folder_that_only_a_config_names_is_not_written_to(
+    finished_run, tmp_path, capsys, monkeypatch, dataset
+):
+    """Nothing is fetched into it, and no decoded images are kept there, unless --data-dir does."""
+    monkeypatch.setattr(datasets, "download", lambda *_: pytest.fail("fetched"))
+    for k in range(10):
+        (tmp_path / f"pets/{k}").mkdir(parents=True)
+        for i in range(12):
+            pixels = np.full((28, 28), 20 * k + i, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"pets/{k}/{i}.png")
+    config = json.loads((finished_run / "config.json").read_text()) | {"data": None}
+    own = {"dataset": str(tmp_path / "pets") if dataset == "pets" else dataset, "limit_test": None}
+    own |= {"data_dir": str(tmp_path / "elsewhere/data"), "dataset_name": "pets"}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(config | own))
+    shutil.copy(finished_run / "best.pt", run)
+    flags = ["--run", str(run), "--limit-cam", "2", "--out", str(tmp_path / "out")]
+    assert explain.main(flags) == (0 if dataset == "pets" else 1)
+    assert not (tmp_path / "elsewhere").exists()
+    assert "--data-dir" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"pets", "run", "out"}
+    assert {path.name for path in run.iterdir()} == {"config.json", "best.pt"}
+    if dataset == "pets":
+        assert explain.main([*flags, "--data-dir", own["data_dir"]]) == 0
+        assert list((tmp_path / "elsewhere/data/.decoded").iterdir())
 
 
 @pytest.mark.parametrize("key", ["position", "place"])
