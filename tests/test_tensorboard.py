@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import train_small
+from conftest import REPO, train_small
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -141,6 +141,14 @@ def test_images_are_shown_with_their_maps(channels):
     assert found.shape == (2, 3, 8, 18) and found.min() >= 0 and found.max() <= 1
     left = (images.float() / 255).expand(-1, 3, -1, -1)
     torch.testing.assert_close(found[..., :6].float(), left)
+
+
+def test_nobody_is_told_to_open_tensorboard_to_the_network():
+    """In a container it listens to all, and the port is published to this machine alone."""
+    pages = [REPO / "README.md", REPO / "Dockerfile", *(REPO / "docs").glob("*.md")]
+    words = "\n".join(page.read_text() for page in pages)
+    ports = re.findall(r"-p\s+(\S*6006\S*)", words)
+    assert "bind_all" not in words and set(ports) == {"127.0.0.1:6006:6006"}
 
 
 @pytest.mark.slow
