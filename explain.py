@@ -7,7 +7,8 @@
 Writes OUT/explain.json, which becomes a section of the report (rows of other runs stay in it), and
 pictures: Grad-CAM of the predicted class, gates that depend on the position, and each channel's
 mean gate by class. They show --images, by default for each class the first that the (first) model
-gets right, and wrong. Half a minute for a model of full width on two CPU cores.
+gets right, and wrong. Half a minute for a model of full width on two CPU cores. Nothing else is
+written: the data folder that a run's config.json names is only read.
 
 A run is explained with its own weights and images: if too many predictions are not those that it
 left in test_predictions.npy, it is refused.

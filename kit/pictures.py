@@ -22,10 +22,10 @@ STEP = (WIDTH - LABEL) / COLUMNS
 TILE = STEP - GAP  # an image's width
 COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="lightgrey")
 LEGEND = """\
-Of each class, up to ten, the first test image that the (first) model classifies correctly and the \
-first that it misclassifies (an empty cell: none), unless chosen with --images. Below an image: \
-predicted class, its probability; red with ✗: wrong. Each Grad-CAM map has its own scale, dark \
-blue (lowest) to yellow; pale: no evidence for the predicted class."""
+For each of the first ten classes, unless --images chose others: the first test image that the \
+(first) model classifies correctly, and the first that it misclassifies; an empty cell: none. \
+Below an image: predicted class, probability, red with ✗ if wrong. Each Grad-CAM map has its own \
+scale, dark blue (lowest) to yellow; pale: no evidence for the predicted class."""
 GATES = " All gates have the scale below; grey: no input (inactive)."
 
 
@@ -159,7 +159,7 @@ def draw(title: str, e: Explained, rows: list[tuple], path: Path, gates: dict, s
                     text(x + TILE / 2, y + tile_height + 0.02, caption, color=colour)
             y += max(tile_height + (2.5 * LINE if captions else GAP), least + GAP)
     if gates:
-        y = draw_strips(axes, text, y + 2 * LINE, gates, e.classes, scale)
+        y = draw_strips(axes, text, y + 2 * LINE, gates, e.classes, *scale)
     axes.set(xlim=(0, WIDTH), ylim=(y + 0.1, 0), aspect="auto")
     axes.axis("off")
     figure.set_size_inches(WIDTH, y + 0.1)
@@ -180,7 +180,7 @@ def draw_scale(axes, text, y: float, low: int, high: int) -> float:
     return y + 2.2 * LINE
 
 
-def draw_strips(axes, text, y: float, gates: dict, classes: list[str], scale: tuple) -> float:
+def draw_strips(axes, text, y: float, gates: dict, classes: list[str], low, high) -> float:
     """Mean gates (classes, C) of each stage; where they end."""
     text(LABEL, y, "Mean gate of each class (row) and channel (column, sorted by mean)", ha="left")
     y += 2.7 * LINE
@@ -188,11 +188,10 @@ def draw_strips(axes, text, y: float, gates: dict, classes: list[str], scale: tu
     height, step = LINE * (len(names) or 12), (WIDTH - LABEL) / len(gates)
     for i, name in enumerate(names):
         text(LABEL - 0.08, y + (i + 0.5) * LINE, name, ha="right", va="center")
-    low, high = scale
     for k, (stage, of_stage) in enumerate(gates.items()):
         left, right = LABEL + k * step, LABEL + (k + 1) * step - GAP
         text((left + right) / 2, y - 0.03, f"{stage}: {span(of_stage)}", va="bottom")
         ordered = of_stage[:, of_stage.nanmean(0).argsort()].numpy()
-        extent = (left, right, y + height, y)
-        axes.imshow(ordered, COLOURS, vmin=low, vmax=high, extent=extent)
+        options = {"vmin": low, "vmax": high, "extent": (left, right, y + height, y)}
+        axes.imshow(ordered, COLOURS, **options)
     return y + height
