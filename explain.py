@@ -7,7 +7,8 @@
 Writes OUT/explain.json, which becomes a section of the report (rows of other runs stay in it), and
 pictures: Grad-CAM of the predicted class, gates that depend on the position, and each channel's
 mean gate by class. They show --images, by default for each class the first that the (first) model
-gets right, and wrong. Half a minute for a model of full width on two CPU cores.
+gets right, and wrong. Half a minute for a model of full width on two CPU cores. Nothing else is
+written: the data folder that a run's config.json names is only read.
 
 A run is explained with its own weights and images: if too many predictions are not those that it
 left in test_predictions.npy, it is refused.
@@ -36,7 +37,7 @@ from kit.checkpoint import load_weights
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
 from kit.environment import choose_device, source_hashes
 from kit.fast import set_up_torch
-from kit.files import check_writable, locked, write_atomically
+from kit.files import check_writable, locked, only_read, write_atomically
 from kit.finished import COUNT, check, digest_of, read_classes
 from kit.identity import settings_of
 from kit.pictures import Explained, draw_comparison, draw_model
@@ -66,6 +67,8 @@ def read_config(path: Path) -> dict:
         config = check(
             DEFAULTS | {"base_model": config["model"], "position": place} | config, KINDS
         )
+        if not 0 <= config["seed"] <= 1e9:
+            raise ValueError("seed is not from 0 to 10^9")
         if not 1 <= config["width"] <= 2**16 or not config["model"].isidentifier():
             raise ValueError(f"no model {config['model']} has width {config['width']}")
         if not re.fullmatch(r"[\w.+-]+", config["recipe"] or "none"):  # it may name the pictures
@@ -83,8 +86,9 @@ def load_dataset(configs: list[dict], args) -> tuple[data.ImageData, torch.Tenso
     first, n_test = configs[0], [config["limit_test"] for config in configs if config["limit_test"]]
     name, folder = args.dataset or first["dataset"], args.data_dir or Path(first["data_dir"])
     try:
-        dataset = data.load_dataset(name, folder, first["image_size"])
-    except UserError as error:
+        with only_read(*[] if args.data_dir else [folder]):  # a config.json may name any folder
+            dataset = data.load_dataset(name, folder, first["image_size"])
+    except (UserError, PermissionError) as error:
         raise UserError(f"{error}; --dataset and --data-dir say where the images are now") from None
     for path, config in zip(args.paths, configs, strict=True):
         if settings_of(config).get("data") not in (None, dataset.digest):
@@ -201,7 +205,8 @@ def explain(name: str, path: Path, config: dict, dataset: data.ImageData, idx, a
     probabilities = attribution.predict(model, shown)
     predictions = probabilities.argmax(1)
     cams = attribution.grad_cam(model, shown, predictions)
-    words = f"{config['model']}, {name.removeprefix(config['model'] + '_').replace('_', ', ')}"
+    more = name.removeprefix(f"{config['model']}_seed").replace("_", ", ")
+    words = f"{config['model']}, seed {more}"
     return numbers, Explained(
         name=words + ", smoke test" * bool(numbers["quick"]),
         classes=legible(dataset.classes),

@@ -45,7 +45,7 @@ SETTINGS = {
     "warmup": (0, "epochs in which the learning rate rises to lr"),
     "label_smoothing": (0.0, "share of each label that is spread over all classes"),
     "ema": (0.0, "EMA decay; the EMA weights are validated and tested"),
-    "normalize": ("half", "half: pixels scaled to [-1, 1]; data: by mean and std of the data"),
+    "normalize": ("half", "half: pixels scaled to [-1, 1]; data: mean 0, std 1 in each channel"),
     "crop": (0, "pixels of random-crop padding"),
     "flip": (False, "mirror images with probability 1/2"),
     "randaugment": (0, "operations per image"),

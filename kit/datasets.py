@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from kit.command_line import UserError
-from kit.files import write_atomically
+from kit.files import check_allowed, is_only_read, write_atomically
 
 
 @dataclass
@@ -93,10 +93,9 @@ def from_torchvision(name: str, data_dir: Path) -> ImageData:
     import torchvision  # here, for it takes a second to import
 
     try:
-        train, test = (
-            getattr(torchvision.datasets, name)(data_dir, train=part, download=True)
-            for part in (True, False)
-        )
+        fetch = not is_only_read(data_dir)
+        load = partial(getattr(torchvision.datasets, name), data_dir, download=fetch)
+        train, test = load(train=True), load(train=False)
     except Exception as error:  # of networks, archives, checksums and pickles: they are many
         raise UserError(
             f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read "
@@ -216,13 +215,13 @@ def parse_idx(body: bytes) -> torch.Tensor:
 
 def fetch(name: str, files: list[str], raw: Path, ways: str) -> tuple[dict[str, bytes], str]:
     """({file: its content}, the source used): brought into `raw`, as torchvision has them."""
+    check_allowed(raw)
     import torchvision
 
-    mirrors = getattr(torchvision.datasets, name).mirrors
+    failures, mirrors = [], getattr(torchvision.datasets, name).mirrors
     sources = [(f"torchvision's mirror {url}", partial(download, url)) for url in mirrors]
     if name == "FashionMNIST":
         sources.append((f"the Debian package {DEBIAN_PACKAGE}", download_from_debian))
-    failures = []
     for source, get in sources:
         print(f"{name} is not here yet: trying {source}", file=sys.stderr, flush=True)
         try:

@@ -12,6 +12,27 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+_only_read: list[Path] = []
+
+
+@contextmanager
+def only_read(*folders: Path) -> Iterator[None]:
+    """Until its end nothing is written below these folders: a PermissionError says so."""
+    _only_read.extend(folders)
+    try:
+        yield
+    finally:
+        _only_read.clear()
+
+
+def is_only_read(path: Path) -> bool:
+    return any(path.is_relative_to(folder) for folder in _only_read)
+
+
+def check_allowed(path: Path) -> None:
+    if is_only_read(path):
+        raise PermissionError(f"nothing is fetched or kept in {path} unless --data-dir names it")
+
 
 def write_atomically(path: Path | str, body: bytes | str, previous: Path | None = None) -> None:
     """Write `body` (text as UTF-8) to `path` by temporary file, fsync and rename.
@@ -21,6 +42,7 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
     is left.
     """
     path = Path(path)
+    check_allowed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
     try:

@@ -2,6 +2,8 @@
 
 import functools
 import io
+import itertools
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,18 +12,21 @@ import numpy as np
 import torch
 
 from kit.files import write_atomically
-from kit.plots import matplotlib, plt
+from kit.plots import matplotlib, plt, shortened
 
-WIDTH, LABEL, LINE, GAP = 7.2, 0.9, 0.12, 0.04  # inches: page, names at its left, text, tiles
+# Inches: a page between its margins, names at its left, a line of text, the gap between tiles.
+WIDTH, LABEL, LINE, GAP = 6.5, 0.9, 0.12, 0.04
+FONT_SIZE = 7  # points
 COLUMNS = 10  # images side by side
+STEP = (WIDTH - LABEL) / COLUMNS
+TILE = STEP - GAP  # an image's width
 COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="lightgrey")
-LEGEND = textwrap.fill(
-    "Images, unless chosen by hand: for each class the first that the (first) model gets right, "
-    "then the first that it gets wrong. Above an image its class; below, the predicted class and "
-    "its probability, bold red if wrong. Dark blue: low, yellow: high; each Grad-CAM map has its "
-    "own scale. Grey: no evidence for the predicted class, or no input (the gate is inactive).",
-    width=140,
-)
+LEGEND = """\
+For each of the first ten classes, unless --images chose others: the first test image that the \
+(first) model classifies correctly, and the first that it misclassifies; an empty cell: none. \
+Below an image: predicted class, probability, red with ✗ if wrong. Each Grad-CAM map has its own \
+scale, dark blue (lowest) to yellow; pale: no evidence for the predicted class."""
+GATES = " All gates have the scale below; grey: no input (inactive)."
 
 
 @dataclass
@@ -38,16 +43,19 @@ class Explained:
     gate_maps: dict[str, torch.Tensor]  # stage -> (n, h, w)
     gates_by_class: dict[str, torch.Tensor]  # stage -> mean gates (classes, C), NaN: not seen
 
+    def __post_init__(self):
+        self.classes = [shortened(name, TILE, FONT_SIZE) for name in self.classes]
+
 
 def draw_model(e: Explained, path: Path) -> None:
     """Every image, its Grad-CAM and gate maps, and the channels' gates of each class."""
     rows = [("image", e.pixels.expand(-1, 3, -1, -1) / 255, predicted(e))]
     rows += [(f"Grad-CAM\n{k}", over_image(e.pixels, maps), None) for k, maps in e.cams.items()]
+    low, high = scale = gate_scale([*e.gate_maps.values(), *e.gates_by_class.values()])
     for stage, maps in e.gate_maps.items():
-        low, high = np.nanmin(maps), np.nanmax(maps)
         tiles = coloured((maps - low) / (high - low))
-        rows.append((f"gate, {stage}\n{low:.2f} to {high:.2f}", tiles, None))
-    draw(e.name, e, rows, e.gates_by_class, path)
+        rows.append((f"gate, {stage}\n{span(maps)}", tiles, None))
+    draw(e.name, e, rows, path, e.gates_by_class, scale)
 
 
 def draw_comparison(models: list[Explained], path: Path) -> None:
@@ -56,7 +64,18 @@ def draw_comparison(models: list[Explained], path: Path) -> None:
     for e in models:
         heat = over_image(e.pixels, e.cams["layer4"])
         rows.append((e.name.replace(", ", "\n"), heat, predicted(e)))
-    draw("Grad-CAM at layer4", models[0], rows, {}, path)
+    draw("Grad-CAM at layer4", models[0], rows, path, {})
+
+
+def gate_scale(gates: list[torch.Tensor]) -> tuple[int, int]:
+    """From 0 to 1, however little gates vary; wider where they go beyond, for they need not be
+    sigmoids."""
+    every = np.concatenate([[0, 1], *(g.flatten() for g in gates)])
+    return math.floor(np.nanmin(every) + 1e-3), math.ceil(np.nanmax(every) - 1e-3)
+
+
+def span(gates: torch.Tensor) -> str:
+    return f"{np.nanmin(gates):.2f} to {np.nanmax(gates):.2f}"
 
 
 def coloured(maps: torch.Tensor) -> torch.Tensor:
@@ -74,53 +93,73 @@ def over_image(pixels: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
     return 0.35 * grey + 0.65 * torch.where(empty, 0.83, coloured(heat))
 
 
-def short(name: str) -> str:
-    return name if len(name) <= 11 else f"{name[:5]}…{name[-5:]}"
-
-
 def wrapped(name: str) -> str:
     """Lines as long as fit to the left of the tiles; a long model's name breaks after a "_"."""
     lines = name.replace("_", "_ ").split("\n")
     return "\n".join(textwrap.fill(line, 15) for line in lines).replace("_ ", "_")
 
 
-def predicted(e: Explained) -> list[tuple[str, dict]]:
-    """For each image the predicted class and its probability, and the style of a wrong one."""
-    wrong = {"weight": "bold", "color": "firebrick"}
+def predicted(e: Explained) -> list[tuple[str, str]]:
+    """For each image the predicted class and its probability, and the text's colour."""
     shown = zip(e.predictions, e.probabilities, e.labels, strict=True)
-    return [(f"{short(e.classes[k])}\n{p:.0%}", wrong if k != i else {}) for k, p, i in shown]
+    marks = {True: ("", "black"), False: ("✗ ", "firebrick")}
+    found = [(e.classes[k], p, *marks[k == label]) for k, p, label in shown]
+    return [(f"{name}\n{mark}{p:.0%}", colour) for name, p, mark, colour in found]
 
 
-def draw(title: str, e: Explained, rows: list[tuple], gates_by_class: dict, path: Path) -> None:
-    """Bands of up to COLUMNS images, each with all rows; below, a strip of gates for each stage.
+def columns_of(e: Explained) -> list[tuple[int, int | None, int | None]]:
+    """(class, an image that is right or None, one that is wrong or None) for each column."""
+    columns = []
+    for label in sorted(set(e.labels)):
+        shown = [i for i, own in enumerate(e.labels) if own == label]
+        right = [i for i in shown if e.predictions[i] == label]
+        wrong = [i for i in shown if i not in right]
+        columns += [(label, *pair) for pair in itertools.zip_longest(right, wrong)]
+    return columns
 
-    rows: (name, tiles (n, 3, H, W), what predicted() gives or None). All is drawn in one axes, with
-    coordinates in inches from the upper left corner.
+
+def draw(title: str, e: Explained, rows: list[tuple], path: Path, gates: dict, scale=None) -> None:
+    """Bands of up to COLUMNS images that `e` gets right, or wrong, each with all rows; below, a
+    strip of `gates` (classes, C) for each stage.
+
+    rows: (name, tiles (n, 3, H, W), what predicted() gives or None). scale: of the gates. All is
+    drawn in one axes, with coordinates in inches from the upper left corner.
     """
-    figure = plt.figure()
-    axes = figure.add_axes((0, 0, 1, 1))
-    text = functools.partial(axes.text, fontsize=7, va="top", ha="center", parse_math=False)
+    figure, axes = plt.subplots()
+    axes.set_position((0, 0, 1, 1))
+    text = functools.partial(axes.text, fontsize=FONT_SIZE, va="top", ha="center")
     text(WIDTH / 2, 0.08, title, fontsize=10)
-    text(WIDTH / 2, 0.3, LEGEND)
-    y = 0.4 + LINE * (LEGEND.count("\n") + 1)
-    n, _, height, width = e.pixels.shape
-    step = (WIDTH - LABEL) / COLUMNS
-    tile_width, tile_height = step - GAP, (step - GAP) * height / width
-    for first in range(0, n, COLUMNS):
-        columns = {i: LABEL + (i - first) * step for i in range(first, min(first + COLUMNS, n))}
-        y += 2 * LINE
-        for i, x in columns.items():
-            text(x + tile_width / 2, y - 0.03, short(e.classes[e.labels[i]]), va="bottom")
+    legend = textwrap.fill(LEGEND + GATES * bool(gates), width=122)
+    text(0.1, 0.32, legend, ha="left")
+    y = 0.4 + LINE * (legend.count("\n") + 1)
+    if gates:
+        y = draw_scale(axes, text, y, *scale)
+    columns, (height, width) = columns_of(e), e.pixels.shape[2:]
+    tile_height = TILE * height / width
+    by = f" by {e.name}" if title != e.name else ""
+    for first, band in itertools.product(range(0, len(columns), COLUMNS), (1, 2)):
+        part = columns[first : first + COLUMNS]
+        cells = {LABEL + k * STEP: (column[0], column[band]) for k, column in enumerate(part)}
+        if all(i is None for _, i in cells.values()):
+            continue
+        heading = ("Correctly classified", "Misclassified")[band - 1] + by
+        text(LABEL, y + LINE, heading, ha="left", weight="bold")
+        y += 3.5 * LINE
+        for x, (label, _) in cells.items():
+            text(x + TILE / 2, y - 0.03, e.classes[label], va="bottom")
         for name, tiles, captions in rows:
-            text(LABEL - 0.08, y + tile_height / 2, wrapped(name), ha="right", va="center")
-            for i, x in columns.items():
-                extent = (x, x + tile_width, y + tile_height, y)
-                axes.imshow(tiles[i].permute(1, 2, 0).numpy(), extent=extent)
-                caption, style = captions[i] if captions else ("", {})
-                text(x + tile_width / 2, y + tile_height + 0.02, caption, **style)
-            y += tile_height + (2.5 * LINE if captions else GAP)
-    if gates_by_class:
-        y = draw_strips(axes, text, y + 2 * LINE, gates_by_class, e.classes)
+            label = wrapped(name)
+            least = LINE * (label.count("\n") + 1)
+            text(LABEL - 0.08, y + max(tile_height, least) / 2, label, ha="right", va="center")
+            for x, (_, i) in cells.items():
+                if i is not None:
+                    extent = (x, x + TILE, y + tile_height, y)
+                    axes.imshow(tiles[i].permute(1, 2, 0).numpy(), extent=extent)
+                    caption, colour = captions[i] if captions else ("", "black")
+                    text(x + TILE / 2, y + tile_height + 0.02, caption, color=colour)
+            y += max(tile_height + (2.5 * LINE if captions else GAP), least + GAP)
+    if gates:
+        y = draw_strips(axes, text, y + 2 * LINE, gates, e.classes, *scale)
     axes.set(xlim=(0, WIDTH), ylim=(y + 0.1, 0), aspect="auto")
     axes.axis("off")
     figure.set_size_inches(WIDTH, y + 0.1)
@@ -130,19 +169,29 @@ def draw(title: str, e: Explained, rows: list[tuple], gates_by_class: dict, path
     write_atomically(path, buffer.getbuffer())
 
 
-def draw_strips(axes, text, y: float, gates_by_class: dict, classes: list[str]) -> float:
-    """Mean gates (classes, C) of each stage, on a scale of its own; where they end."""
+def draw_scale(axes, text, y: float, low: int, high: int) -> float:
+    """The gates' colour bar; where it ends."""
+    left, width, y = LABEL, 4 * STEP - GAP, y + LINE
+    extent = (left, left + width, y + LINE, y)
+    axes.imshow(np.linspace(0, 1, 256)[None], COLOURS, extent=extent)
+    text(left - 0.08, y + LINE / 2, "gate", ha="right", va="center")
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        text(left + share * width, y + LINE + 0.02, f"{low + share * (high - low):g}")
+    return y + 2.2 * LINE
+
+
+def draw_strips(axes, text, y: float, gates: dict, classes: list[str], low, high) -> float:
+    """Mean gates (classes, C) of each stage; where they end."""
     text(LABEL, y, "Mean gate of each class (row) and channel (column, sorted by mean)", ha="left")
     y += 2.7 * LINE
     names = classes if len(classes) <= 20 else []  # more would not be legible
-    height, step = LINE * (len(names) or 12), (WIDTH - LABEL) / len(gates_by_class)
+    height, step = LINE * (len(names) or 12), (WIDTH - LABEL) / len(gates)
     for i, name in enumerate(names):
-        text(LABEL - 0.08, y + (i + 0.5) * LINE, short(name), ha="right", va="center")
-    for k, (stage, gates) in enumerate(gates_by_class.items()):
+        text(LABEL - 0.08, y + (i + 0.5) * LINE, name, ha="right", va="center")
+    for k, (stage, of_stage) in enumerate(gates.items()):
         left, right = LABEL + k * step, LABEL + (k + 1) * step - GAP
-        low, high = np.nanmin(gates), np.nanmax(gates)
-        title = f"{stage}: {low:.2f} to {high:.2f}"
-        text((left + right) / 2, y - 0.03, title, va="bottom")
-        ordered = gates[:, gates.nanmean(0).argsort()].numpy()
-        axes.imshow(ordered, cmap=COLOURS, extent=(left, right, y + height, y))
+        text((left + right) / 2, y - 0.03, f"{stage}: {span(of_stage)}", va="bottom")
+        ordered = of_stage[:, of_stage.nanmean(0).argsort()].numpy()
+        options = {"vmin": low, "vmax": high, "extent": (left, right, y + height, y)}
+        axes.imshow(ordered, COLOURS, **options)
     return y + height

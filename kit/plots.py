@@ -4,6 +4,7 @@ No window (MPLBACKEND), no LaTeX, none of the user's own settings (matplotlibrc)
 class names, where the machine has any.
 """
 
+import bisect
 import logging
 import os
 import sys
@@ -14,9 +15,10 @@ os.environ["MPLBACKEND"] = "Agg"  # before the import, which fails for one that 
 import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib import font_manager
+from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.ft2font import FT2Font
 
-__all__ = ["legible", "matplotlib", "plt"]
+__all__ = ["legible", "matplotlib", "plt", "shortened"]
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 matplotlib.rcdefaults()
@@ -25,6 +27,7 @@ plt.rcParams.update({
     "pdf.fonttype": 42,  # no Type 3 fonts, which journals refuse
     "svg.hashsalt": "the same figure is the same file",
 })  # fmt: skip
+MEASURE = RendererAgg(1, 1, dpi=200)
 
 
 def legible(names: list[str]) -> list[str]:
@@ -45,3 +48,19 @@ def legible(names: list[str]) -> list[str]:
     example = chr(min(missing))
     print(f"note: no font here has {example!r}: figures show class numbers", file=sys.stderr)
     return list(map(str, range(len(names))))
+
+
+def shortened(name: str, width: float, size: float) -> str:
+    """The name in one line, its middle left out if it is wider than `width` inches; size: pt."""
+    name, font = " ".join(name.split()), font_manager.FontProperties(size=size)
+
+    def text(kept):
+        left_out = "…" if kept < len(name) else ""
+        return name[: kept - kept // 2] + left_out + name[len(name) - kept // 2 :]
+
+    def inches(kept):
+        return MEASURE.get_text_width_height_descent(text(kept), font, ismath=False)[0] / 200
+
+    if inches(len(name)) <= width:
+        return name
+    return text(max(0, bisect.bisect(range(len(name)), width, key=inches) - 1))

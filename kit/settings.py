@@ -40,47 +40,62 @@ def folder(text: str) -> Path:
 
 
 def train_parser(description: str, table: dict, recipes: dict, models, data):
-    """All flags of train.py. table: {setting: (published value, what it is)}."""
+    """All flags of train.py, in groups. table: {setting: (published value, what it is)}."""
     parser = make_parser(description)
-    add, default = parser.add_argument, "default: %(default)s"
-    count = number(int, 1, 1e9)
-    add("--model", required=True, choices=models.MODELS)
-    add("--position", choices=models.POSITIONS, help="put the model's attention there instead")
-    add("--reduction", type=count, help="of the module's hidden width; default: the module's own")
-    add(
-        "--dataset",
-        default="fashion_mnist",
-        help=f"{', '.join(data.DATASETS)}, or a folder of images; {default}",
-    )
-    add("--image-size", type=int, help="pixels that the images of a folder are resized to")
-    add("--data-dir", type=folder, default=Path("data"), help=default)
+    default, count = "default: %(default)s", number(int, 1, 1e9)
+
+    add = parser.add_argument_group("what to train").add_argument
+    add("--model", required=True, choices=models.MODELS, help="see docs/attention.md")
+    add("--position", choices=models.POSITIONS, help="of the attention; default: the model's own")
+    add("--reduction", type=count, metavar="N",
+        help="its hidden width is channels / N; default: the module's own")  # fmt: skip
+    add("--width", type=count, default=WIDTH, metavar="N", help=f"channels of stage 1; {default}")
+    known = ", ".join(data.DATASETS)
+    add("--dataset", default="fashion_mnist", help=f"{known}, or a folder of images; {default}")
+    add("--image-size", type=int, metavar="N", help="a folder's images are resized to N x N")
+    add("--data-dir", type=folder, default=Path("data"), metavar="DIR",
+        help=f"where data sets are, or are downloaded to; {default}")  # fmt: skip
+
+    about = "Defaults are those of published, and of recipes that differ; flags override them."
+    add = parser.add_argument_group("recipe", about).add_argument
     add("--recipe", default="published", choices=recipes, help=default)
     for name, (value, what) in table.items():
-        values = {recipe: settings[name] for recipe, settings in recipes.items()}
-        others = "".join(f", {r}: {v}" for r, v in values.items() if v != value)
-        text = f"{what}; default: {value}{others}"
+        values = {recipe: in_words(settings[name]) for recipe, settings in recipes.items()}
+        others = "".join(f", {r}: {v}" for r, v in values.items() if v != in_words(value))
+        text = f"{what}; default: {in_words(value)}{others}"
         if isinstance(value, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(value, str):
             kind = {"choices": CHOICES.get(name)}
         else:
             kind = {"type": number(type(value), *BOUNDS.get(name, (0, 1e9)))}
+            kind["metavar"] = "N" if isinstance(value, int) else "X"
         add(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **kind)
-    add("--seed", type=number(int, 0, 1e9), default=0, help=f"random seed; {default}")
-    add("--width", type=count, default=WIDTH, help=f"channels of stage 1; {default}")
-    add("--precision", default="auto", choices=["auto", *PRECISIONS], help="see docs/speed.md")
-    add("--mode", default="auto", choices=["auto", *MODES], help="see docs/speed.md")
-    add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
-    add("--runs", type=folder, default=Path("runs"), help=f"folder of all runs; {default}")
-    add("--target-acc", type=number(float, 0, 100), help="exit 1 if test accuracy (%%) is below")
+
+    add = parser.add_argument_group("the run").add_argument
+    add("--seed", type=number(int, 0, 1e9), default=0, metavar="N",
+        help=f"of split, initial weights, order of images, augmentation; {default}")  # fmt: skip
+    add("--runs", type=folder, default=Path("runs"), metavar="DIR", help=f"of all runs; {default}")
+    add("--target-acc", type=number(float, 0, 100), metavar="X",
+        help="exit with code 1 if test accuracy is below X%%")  # fmt: skip
     add("--overwrite", action="store_true", help="discard what the run's folder holds")
     add("--keep-last", action="store_true", help="keep last.pt when the run is complete")
-    add(
-        "--dry-run",
-        action="store_true",
-        help="one batch each to train, validate and test; saves nothing",
-    )
+    add("--dry-run", action="store_true",
+        help="train, validate and test on one batch each; saves nothing")  # fmt: skip
+
+    add = parser.add_argument_group("the machine").add_argument
+    add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
+    add("--precision", default="auto", choices=["auto", *PRECISIONS],
+        help="auto: bf16 on GPUs made for it, otherwise fp32; see docs/speed.md")  # fmt: skip
+    add("--mode", default="auto", choices=["auto", *MODES],
+        help="auto: compile if the run is long enough, and a CUDA graph on GPUs")  # fmt: skip
     return parser
+
+
+def in_words(value: bool | int | float | str) -> str:
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
 def parse_settings(argv, description, table, recipes, models, data) -> argparse.Namespace:

@@ -3,23 +3,24 @@
 tensorboard --logdir runs
 """
 
+import math
 import threading
 from contextlib import ExitStack
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from kit.attribution import attention_modules, enlarged, gates_of, grad_cam, scaled, stage_of
-from kit.pictures import over_image
-from kit.plots import legible, plt
+from kit.identity import NO_SETTING
+from kit.pictures import FONT_SIZE, over_image
+from kit.plots import legible, plt, shortened
 
-HPARAMS = ("model", "dataset", "recipe", "seed", "width", "epochs", "batch_size", "lr", "precision")
 SHOWN = 12  # misclassified images: the first ones in the order of samples of the test set
 GATED = 32  # test images whose gates are shown: enough for a histogram, and soon done
+LINE = 0.13  # inches that a label takes, written in FONT_SIZE
 
 
 def open_writer(folder: Path, stack: ExitStack) -> SummaryWriter:
@@ -55,70 +56,91 @@ def log_test(writer: SummaryWriter, config: dict, epoch: int, model, loader, pre
     accuracy = 100 * (predictions == labels).double().mean().item()
     writer.add_scalar("accuracy/test", accuracy, epoch)
     # Not writer.add_hparams: that opens a second run in a folder of its own.
-    for summary in hparams({key: config[key] for key in HPARAMS}, {"accuracy/test": accuracy}):
+    settings = {key: value for key, value in config.items() if key not in NO_SETTING}
+    settings |= {key: "none" for key, value in settings.items() if value is None}
+    for summary in hparams(settings, {"accuracy/test": accuracy}):
         writer.file_writer.add_summary(summary)
     order = loader.test_order
     for stage, gates in gates_by_stage(model, loader.normalize(images[order[:GATED]])).items():
         writer.add_histogram(f"gates/{stage}", gates, epoch)
-    wrong = order[(predictions != labels)[order]][:SHOWN]
-    if len(wrong):
-        maps = grad_cam(model, loader.normalize(images[wrong]), predictions[wrong])
-        writer.add_images("grad_cam", with_maps(images[wrong], maps), epoch)
-    images, labels, predictions = images.cpu(), labels.cpu(), predictions.cpu()
     title = f"{config['model']}, seed {config['seed']}, test set"
-    confusion = draw_confusion(labels, predictions, classes, title)
+    confusion = draw_confusion(labels.cpu(), predictions.cpu(), classes, title)
     writer.add_figure("confusion_matrix", confusion, epoch)
-    shown = (part[wrong.cpu()] for part in (images, labels, predictions))
-    writer.add_figure("misclassified", draw_misclassified(*shown, classes), epoch)
+    wrong = order[(predictions != labels)[order]][:SHOWN]
+    if not len(wrong):
+        return
+    images, labels, predictions = (part[wrong] for part in (images, labels, predictions))
+    maps = grad_cam(model, loader.normalize(images), predictions)
+    names = labels.tolist(), predictions.tolist(), classes
+    writer.add_figure("misclassified", draw_misclassified(images.cpu(), *names), epoch)
+    writer.add_figure("grad_cam", draw_misclassified(with_maps(images, maps), *names), epoch)
 
 
 def gates_by_stage(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{stage: the gates of all its modules, flat}, of normalised images; see kit/attribution.py."""
+    """{stage: the gates of all its modules, flat}, of normalised images; see kit/attribution.py.
+
+    Without NaN (inactive gates), of which there is no histogram.
+    """
     if not attention_modules(model):
         return {}
     found = {}
     for name, gates in gates_of(model, images)[1].items():
         found.setdefault(stage_of(name), []).append(gates.flatten())
-    return {stage: torch.cat(parts) for stage, parts in found.items()}
+    found = {stage: torch.cat(parts) for stage, parts in found.items()}
+    found = {stage: gates[gates.isfinite()] for stage, gates in found.items()}
+    return {stage: gates for stage, gates in found.items() if len(gates)}
 
 
 def with_maps(images: torch.Tensor, maps: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Each image with its maps to the right, fourfold, and a white gap: float (N, 3, h, w)."""
+    """Each image with its maps to the right: float (N, 3, H, W times how many they are)."""
     images = images.cpu()
     tiles = [(images.float() / 255).expand(-1, 3, -1, -1)]
     for heat in maps.values():
         tiles.append(over_image(images, enlarged(scaled(heat), tuple(images.shape[2:])).cpu()))
-    tiles = torch.cat(tiles, dim=3).repeat_interleave(4, dim=2).repeat_interleave(4, dim=3)
-    return F.pad(tiles, (0, 16, 0, 16), value=1.0)
+    return torch.cat(tiles, dim=3)
 
 
 def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
-    """Counts of true class by predicted class; labels, predictions: int64 (N,) on the CPU."""
+    """Counts of true class by predicted class; labels, predictions: int64 (N,) on the CPU.
+
+    With many classes colours alone, in a larger figure, and a label for every few of them.
+    """
     k = len(classes)
     matrix = torch.bincount(labels * k + predictions, minlength=k * k).view(k, k).numpy()
-    figure, axes = plt.subplots(figsize=(7, 7), layout="constrained")
-    axes.imshow(matrix, cmap="Blues")
+    side, margin = min(max(5.5, LINE * k), 100 * LINE), 1.2  # inches
+    size = side + 1.5 * margin
+    figure = plt.figure(figsize=(size, size))
+    axes = figure.add_axes([inches / size for inches in (margin, margin, side, side)])
+    shades = axes.imshow(matrix, cmap="Blues", vmin=0)
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    axes.set_xticks(range(k), classes, rotation=90, parse_math=False)
-    axes.set_yticks(range(k), classes, parse_math=False)
-    if k <= 20:  # more numbers would not be legible
-        for (true, predicted), count in np.ndenumerate(matrix):
-            color = "white" if count > matrix.max() / 2 else "black"
-            axes.text(predicted, true, count, ha="center", va="center", color=color)
+    ticks = range(0, k, math.ceil(LINE * k / side))
+    names = [shortened(classes[i], margin - 0.45, FONT_SIZE) for i in ticks]
+    axes.set_xticks(ticks, names, rotation=90, fontsize=FONT_SIZE)
+    axes.set_yticks(ticks, names, fontsize=FONT_SIZE)
+    if k > 20:  # numbers would not be legible
+        figure.colorbar(shades, cax=axes.inset_axes((1 + 0.1 / side, 0, 0.1 / side, 1)))
+        return figure
+    style = {"ha": "center", "va": "center", "fontsize": 11 if k <= 10 else FONT_SIZE}
+    for (true, predicted), count in np.ndenumerate(matrix):
+        red, green, blue = shades.cmap(shades.norm(count))[:3]
+        luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
+        color = "white" if luminance < 0.18 else "black"  # the one with more contrast
+        axes.text(predicted, true, count, color=color, **style)
     return figure
 
 
 def draw_misclassified(images, labels, predictions, classes) -> plt.Figure:
-    """Misclassified images, SHOWN at most, with their labels and predictions."""
-    figure, grid = plt.subplots(3, SHOWN // 3, figsize=(8, 7))
-    figure.subplots_adjust(0, 0.01, 1, 0.93, 0.05, 0.3)  # a layout that is found costs more time
+    """SHOWN images (N, C, H, W) at most, each with its class and the predicted one."""
+    shape = images.shape[2] / images.shape[3]
+    columns = 4 if shape > 0.5 else 2
+    text, tile = 0.4, min(7.6 / columns * shape, 3)  # inches
+    height = SHOWN // columns * (text + tile)
+    figure, grid = plt.subplots(SHOWN // columns, columns, figsize=(8, height))
+    figure.subplots_adjust(0.01, 0, 0.99, 1 - text / height, 0.05, text / tile)
     for axes in grid.flat:
         axes.axis("off")
-    for axes, i in zip(grid.flat, range(len(images)), strict=False):
-        axes.imshow(images[i].permute(1, 2, 0).numpy(), cmap="gray")
-        axes.set_title(
-            f"{classes[labels[i]]}\npredicted {classes[predictions[i]]}",
-            fontsize=8,
-            parse_math=False,
-        )
+    names = [shortened(name, 1.2, 8) for name in classes]
+    for axes, image, label, k in zip(grid.flat, images, labels, predictions, strict=False):
+        axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(f"{names[label]}\npredicted {names[k]}", fontsize=8)
     return figure

@@ -29,6 +29,13 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def figures_closed():
+    yield
+    if plt := sys.modules.get("matplotlib.pyplot"):
+        plt.close("all")
+
+
 @pytest.fixture(scope="session")
 def fashion_mnist():
     return data.load_dataset("fashion_mnist", REPO / "data")

@@ -205,7 +205,7 @@ def test_two_sizes_lie_side_by_side_and_nothing_in_the_folder(tmp_path, monkeypa
             assert torch.equal(again.train_images, first.train_images)
     monkeypatch.setattr(decoding, "VERSION", "another")
     data.load_dataset(str(folder))
-    assert len(kept()) == 3 and sum(name.endswith("-2.npz") for name in kept()) == 1
+    assert len(kept()) == 3 and sum(name.endswith("-another.npz") for name in kept()) == 1
 
 
 def test_an_edited_copy_is_not_believed(tmp_path, capsys):

@@ -8,6 +8,7 @@ import re
 import shutil
 from pathlib import Path
 
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from PIL import Image
 import data
 import explain
 import train
-from kit import attribution, pictures
+from kit import attribution, datasets, pictures
 from kit.attribution import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
 from kit.command_line import UserError
 from models import ATTENTION, MODELS, build_model
@@ -406,6 +407,13 @@ def test_runs_that_share_model_and_seed_have_pictures_of_their_own():
         ({"reduction": "x"}, "reduction is x"),
         ({"recipe": "../x"}, "recipe is ../x"),
         ({"overrides": None}, "overrides is"),
+        ({"model": "/tmp/evil"}, "no model /tmp/evil"),
+        ({"model": "a\0b"}, "no model"),
+        ({"recipe": "/tmp/evil"}, "recipe is /tmp/evil"),
+        ({"recipe": "..\n/x"}, "recipe is"),
+        ({"seed": -1}, "seed is not from"),
+        ({"data_dir": "a\0b"}, "data_dir is"),
+        ({"data_dir": "/dev/null/x", "dataset": "mnist"}, "--data-dir"),
     ],
 )
 def test_an_odd_config_is_one_line(finished_run, tmp_path, capsys, change, words):
@@ -416,6 +424,35 @@ def test_an_odd_config_is_one_line(finished_run, tmp_path, capsys, change, words
     assert explain.main(flags) == 1
     error = capsys.readouterr().err
     assert is_one_line(error) and words in error
+
+
+@pytest.mark.parametrize("dataset", ["mnist", "cifar10", "pets"])
+def test_a_folder_that_only_a_config_names_is_not_written_to(
+    finished_run, tmp_path, capsys, monkeypatch, dataset
+):
+    """Nothing is fetched into it, and no decoded images are kept there, unless --data-dir does."""
+    monkeypatch.setattr(datasets, "download", lambda *_: pytest.fail("fetched"))
+    for k in range(10):
+        (tmp_path / f"pets/{k}").mkdir(parents=True)
+        for i in range(12):
+            pixels = np.full((28, 28), 20 * k + i, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f"pets/{k}/{i}.png")
+    config = json.loads((finished_run / "config.json").read_text()) | {"data": None}
+    own = {"dataset": str(tmp_path / "pets") if dataset == "pets" else dataset, "limit_test": None}
+    own |= {"data_dir": str(tmp_path / "elsewhere/data"), "dataset_name": "pets"}
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.json").write_text(json.dumps(config | own))
+    shutil.copy(finished_run / "best.pt", run)
+    flags = ["--run", str(run), "--limit-cam", "2", "--out", str(tmp_path / "out")]
+    assert explain.main(flags) == (0 if dataset == "pets" else 1)
+    assert not (tmp_path / "elsewhere").exists()
+    assert "--data-dir" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"pets", "run", "out"}
+    assert {path.name for path in run.iterdir()} == {"config.json", "best.pt"}
+    if dataset == "pets":
+        assert explain.main([*flags, "--data-dir", own["data_dir"]]) == 0
+        assert list((tmp_path / "elsewhere/data/.decoded").iterdir())
 
 
 @pytest.mark.parametrize("key", ["position", "place"])
@@ -443,30 +480,100 @@ def test_runs_with_other_data_are_not_compared(fashion_mnist):
         indices(run, older, run | {"data": "b"})
 
 
-def test_texts_of_the_pictures_do_not_touch(fashion_mnist, tmp_path, monkeypatch):
-    n, figures = 10, []
+def drawn(patch, tmp_path, classes, shape, predictions, gates):
+    """(what is explained of random images, two of each class; the figures of both pictures)."""
+    n, figures = len(predictions), []
     shown = pictures.Explained(
         name="cbam_blocks_static, seed 0, published, smoke test",
-        classes=fashion_mnist.classes,
-        pixels=fashion_mnist.test_images[:n],
-        labels=[0] * n,
-        predictions=[9] * n,  # "Ankle boot" everywhere, bold
+        classes=classes,
+        pixels=torch.randint(0, 256, (n, 3, *shape), dtype=torch.uint8),
+        labels=[i // 2 for i in range(n)],
+        predictions=predictions,
         probabilities=[1.0] * n,
-        cams={layer: torch.rand(n, 28, 28) for layer in attribution.LAYERS},
-        gate_maps={f"layer{i}": torch.rand(n, 4, 4) for i in range(1, 5)},
-        gates_by_class={f"layer{i}": torch.rand(10, 16) for i in range(1, 5)},
+        cams={layer: torch.rand(n, *shape) for layer in attribution.LAYERS},
+        gate_maps={f"layer{i}": gates(n, 4, 4) for i in range(1, 5)},
+        gates_by_class={f"layer{i}": gates(len(classes), 16) for i in range(1, 5)},
     )
-    monkeypatch.setattr(pictures.plt, "close", figures.append)
+    patch.setattr(pictures.plt, "close", figures.append)
     pictures.draw_model(shown, tmp_path / "model.png")
     pictures.draw_comparison([shown] * 3, tmp_path / "compare.png")
+    return shown, figures
+
+
+HOSTILE = ["$\\frac{1}$", "W" * 40, "Ankle boot", "a\nb\nc", "_" * 30, "<b>"]
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (20, 60), (60, 30)])
+def test_texts_of_the_pictures_do_not_touch(tmp_path, monkeypatch, shape):
+    """At least 7 pt on a page of 6.5 inches; and images keep their shape."""
+    predictions = [0, 1, 1, 1, 0, 0, 3, 2, 4, 4, 0, 0]
+    _, figures = drawn(monkeypatch, tmp_path, HOSTILE, shape, predictions, torch.rand)
     for figure in figures:
         figure.set_dpi(200)
         figure.canvas.draw()
-        texts = [text for text in figure.axes[0].texts if text.get_text()]
-        assert min(text.get_fontsize() for text in texts) >= 7 and figure.get_figwidth() <= 7.2
+        (axes,) = figure.axes
+        texts = [text for text in axes.texts if text.get_text()]
+        assert min(text.get_fontsize() for text in texts) >= 7 and figure.get_figwidth() <= 6.5
         boxes = [text.get_window_extent() for text in texts]
         assert all(b.x0 >= 0 and b.x1 <= figure.bbox.x1 and b.y0 >= 0 for b in boxes)
         assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+        images = [image for image in axes.images if image.get_array().shape[:2] == shape]
+        for box in (image.get_window_extent() for image in images):
+            assert box.height / box.width == pytest.approx(shape[0] / shape[1], rel=0.01)
+        headings = [text for text in texts if text.get_weight() == "bold"]
+        words = [text.get_text().split(" by ")[0] for text in headings]
+        assert words == ["Correctly classified", "Misclassified"]
+
+
+def test_classes_have_a_column_in_both_bands(tmp_path, monkeypatch):
+    """One correct and one wrong image of class 0, two correct of 1, two wrong of 2."""
+    predictions = [2, 0, 1, 1, 0, 0]
+    shown, figures = drawn(monkeypatch, tmp_path, ["a", "b", "c"], (8, 8), predictions, torch.rand)
+    columns = [(0, 1, 0), (1, 2, None), (1, 3, None), (2, None, 4), (2, None, 5)]
+    assert pictures.columns_of(shown) == columns
+    of_images = [shown.pixels[i].permute(1, 2, 0).numpy() / 255 for i in range(6)]
+    cells = {}  # of each image (column, height)
+    for image in figures[0].axes[0].images:
+        for i, pixels in enumerate(of_images):
+            if image.get_array().shape == (8, 8, 3) and np.allclose(image.get_array(), pixels):
+                x, _, _, y = image.get_extent()
+                cells[i] = round((x - pictures.LABEL) / pictures.STEP), y
+    assert {i: column for i, (column, _) in cells.items()} == {1: 0, 0: 0, 2: 1, 3: 2, 4: 3, 5: 4}
+    assert cells[1][1] == cells[2][1] == cells[3][1] < cells[0][1] == cells[4][1] == cells[5][1]
+
+
+def test_gates_that_hardly_vary_do_not_look_like_attention(tmp_path, monkeypatch):
+    """From 0.24 to 0.25: one colour, that of the bar at about a quarter; inactive ones are grey."""
+
+    def gates(*shape):
+        found = 0.24 + 0.01 * torch.rand(*shape)
+        found[0, 0] = torch.nan
+        return found
+
+    _, figures = drawn(monkeypatch, tmp_path, ["a", "b", "c"], (8, 8), [0, 0, 1, 0, 2, 1], gates)
+    images = [image.get_array() for image in figures[0].axes[0].images]
+    assert "0.24 to 0.25" in " ".join(text.get_text() for text in figures[0].axes[0].texts)
+    maps = np.stack([image for image in images if image.shape == (4, 4, 3)])
+    assert len(maps) == 4 * 6 and np.ptp(maps[:, 1:], axis=(0, 1, 2)).max() < 0.01
+    assert np.allclose(maps[:, 1:], pictures.COLOURS(0.245)[:3], atol=0.01)
+    inactive = (maps == matplotlib.colors.to_rgb("lightgrey")).all(-1)
+    assert inactive.sum() == 4 * 4 and not inactive[:, 1:].any()  # a row of the first image each
+    strips = [image for image in figures[0].axes[0].images if image.get_array().shape == (3, 16)]
+    assert [strip.get_clim() for strip in strips] == [(0, 1)] * 4
+
+
+@pytest.mark.parametrize(
+    ("gates", "scale"),
+    [
+        ([0.24, 0.25], (0, 1)),
+        ([0.0, 1.0005, float("nan")], (0, 1)),  # rounding
+        ([1.4, 1.6], (0, 2)),  # BAM: 1 + a sigmoid
+        ([-0.3, 2.2], (-1, 3)),
+    ],
+)
+def test_one_scale_for_all_gates(gates, scale):
+    assert pictures.gate_scale([torch.tensor(gates), torch.tensor([[0.5]])]) == scale
+    assert pictures.gate_scale([]) == (0, 1)
 
 
 def test_weights_that_give_nan_are_one_line(finished_run, tmp_path, capsys):

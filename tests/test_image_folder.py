@@ -1,5 +1,6 @@
 """Folders of images, and torchvision's data sets, with files made here in their layouts."""
 
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -56,11 +57,13 @@ def test_fashion_mnist_as_pngs_gives_the_same_tensors_and_metrics(fashion_mnist,
     assert read.classes == list("0123456789")
 
     def idx_files(monkeypatch):  # as many of the idx files
-        for part, n in (("train", n_train), ("test", n_test)):
-            for what in ("images", "labels"):
-                key = f"{part}_{what}"
-                monkeypatch.setattr(fashion_mnist, key, getattr(fashion_mnist, key)[:n])
-        monkeypatch.setitem(data.DATASETS, "fashion_mnist", lambda _: fashion_mnist)
+        fewer = {
+            f"{part}_{what}": getattr(fashion_mnist, f"{part}_{what}")[:n]
+            for part, n in (("train", n_train), ("test", n_test))
+            for what in ("images", "labels")
+        }
+        few = dataclasses.replace(fashion_mnist, **fewer)
+        monkeypatch.setitem(data.DATASETS, "fashion_mnist", lambda _: few)
 
     flags = ["--model", "se", "--width", "8", "--epochs", "2", "--device", "cpu"]
     assert train.main([*flags, "--dataset", str(folder), "--runs", str(tmp_path / "runs")]) == 0

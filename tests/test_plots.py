@@ -8,7 +8,7 @@ import pytest
 from conftest import REPO, is_one_line, train_small
 
 from kit import plots, run
-from kit.plots import legible, plt
+from kit.plots import legible, plt, shortened
 
 
 def python(code, **variables):
@@ -66,6 +66,19 @@ def test_another_font_is_taken_where_one_has_the_characters(monkeypatch):
     monkeypatch.setitem(plt.rcParams, "font.family", ["DejaVu Sans"])
     assert legible(["a", lacking]) == ["a", lacking]
     assert len(plt.rcParams["font.family"]) == 2
+
+
+def test_names_are_shortened_to_the_width_that_they_have():
+    assert shortened("Ankle boot", 1, 7) == "Ankle boot" and shortened("", 1, 7) == ""
+    assert shortened("a\nb\t c", 1, 7) == "a b c"
+    long = shortened("golden retriever, 0123456789", 0.8, 7)
+    assert long.startswith("golden") and long.endswith("6789") and "…" in long
+    widths = {}
+    for name in (long, "golden retriever, 0123456789"):
+        box = plt.figure(dpi=200).text(0, 0, name, fontsize=7).get_window_extent()
+        widths[name] = box.width / 200
+    assert 0.7 < widths.pop(long) <= 0.81 < min(widths.values())
+    assert len(shortened("W" * 99, 0.3, 7)) < len(shortened("i" * 99, 0.3, 7))
 
 
 def test_a_picture_that_fails_costs_a_note(monkeypatch, tmp_path, capsys):

@@ -1,5 +1,6 @@
 """What TensorBoard gets, and what a browser shows of it."""
 
+import itertools
 import json
 import re
 import shutil
@@ -10,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import train_small
+from conftest import REPO, train_small
+from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
+import train
 from kit import tensorboard_log
 from kit.attribution import gates_of
 from models import build_model
@@ -26,15 +30,27 @@ def test_curves_hparams_pictures_and_gates_in_one_run(finished_run):
     assert set(tags["scalars"]) == {
         "loss/train", "loss/val", "accuracy/train", "accuracy/val", "lr", "accuracy/test",
     }  # fmt: skip
-    assert set(tags["images"]) >= {"confusion_matrix", "misclassified"}
-    assert any(tag.startswith("grad_cam") for tag in tags["images"])
+    assert set(tags["images"]) == {"confusion_matrix", "misclassified", "grad_cam"}
     assert set(tags["histograms"]) == {f"gates/layer{i}" for i in (1, 2, 3, 4)}
     rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     for tag, key in (("loss/val", "val_loss"), ("accuracy/train", "train_acc"), ("lr", "lr")):
         values = [(event.step, event.value) for event in events.Scalars(tag)]
         assert values == [(row["epoch"], pytest.approx(row[key])) for row in rows]
-    plugins = events.summary_metadata
-    assert any("hparams" in str(metadata.plugin_data) for metadata in plugins.values())
+    (started,) = (
+        plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
+        for tag, metadata in events.summary_metadata.items()
+        if tag.endswith("session_start_info")
+    )
+    hparams = {
+        key: getattr(value, value.WhichOneof("kind"))
+        for key, value in started.session_start_info.hparams.items()
+    }
+    assert hparams.keys() > train.SETTINGS.keys() | {"model", "seed", "width", "optimizer"}
+    config = json.loads((finished_run / "config.json").read_text())
+    assert {key: hparams[key] for key in train.SETTINGS} == {
+        key: config[key] for key in train.SETTINGS
+    }
+    assert (hparams["epochs"], hparams["flip"], hparams["position"]) == (2, False, "none")
 
 
 def test_confusion_matrix_counts():
@@ -45,6 +61,67 @@ def test_confusion_matrix_counts():
     for label, prediction in zip(labels.tolist(), predictions.tolist()):
         expected[prediction, label] += 1
     assert shown == expected
+
+
+def luminance(rgb):
+    """Relative, of sRGB (WCAG 2)."""
+    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in rgb]
+    return np.dot(linear, (0.2126, 0.7152, 0.0722))
+
+
+@pytest.mark.parametrize("correct", [0.53, 0.97])
+@pytest.mark.parametrize("k", [2, 10, 20])
+def test_every_number_of_a_confusion_matrix_can_be_read(k, correct):
+    """Contrast of at least 4.5 with what is behind it, and within its cell."""
+    labels = torch.randint(0, k, (2000,))
+    wrong = torch.rand(2000) > correct
+    figure = tensorboard_log.draw_confusion(labels, (labels + wrong) % k, list("ab" * 10)[:k], "")
+    axes = figure.axes[0]
+    shades, cell = axes.images[0], axes.get_window_extent().width / k
+    for text in axes.texts:
+        behind = luminance(shades.cmap(shades.norm(int(text.get_text())))[:3])
+        dark, light = sorted((behind, luminance(to_rgb(text.get_color()))))
+        assert (light + 0.05) / (dark + 0.05) > 4.5
+        assert text.get_window_extent().width < cell
+
+
+@pytest.mark.parametrize("k", [2, 100, 200])
+def test_labels_of_a_confusion_matrix_never_overlap(k):
+    names = [f"a long name, too long for any figure {i}" for i in range(k)]
+    figure = tensorboard_log.draw_confusion(torch.arange(k), torch.arange(k), names, "title")
+    figure.draw_without_rendering()
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        extents = [label.get_window_extent() for label in axis.get_ticklabels()]
+        assert len(extents) == min(k, 100)
+        assert not any(a.overlaps(b) for a, b in itertools.pairwise(extents))
+        title = axis.label.get_window_extent()
+        assert min(title.x0, title.y0) > 0 and not any(map(title.overlaps, extents))
+
+
+def test_misclassified_images_keep_their_shape_and_say_what_they_are():
+    images = torch.zeros(5, 3, 10, 30, dtype=torch.uint8)
+    figure = tensorboard_log.draw_misclassified(images, [0] * 5, [1, 1, 1, 1, 0], ["$^", "dog"])
+    figure.draw_without_rendering()
+    shown = [axes for axes in figure.axes if axes.images]
+    assert [axes.get_title() for axes in shown][3:] == [
+        "$^\npredicted dog",
+        "$^\npredicted $^",
+    ]
+    for axes in shown:
+        box = axes.get_window_extent()
+        assert box.width / box.height == pytest.approx(3, rel=0.01)
+
+
+def test_inactive_gates_have_no_histogram():
+    """Of a stage without any input there is none; NaN among others is left out."""
+    model = build_model("se", width=8, seed=0).eval()
+    torch.nn.init.zeros_(model.layer1[0].bn2.weight)
+    torch.nn.init.zeros_(model.layer1[1].bn2.weight)
+    torch.nn.init.zeros_(model.layer2[1].bn2.weight)
+    found = tensorboard_log.gates_by_stage(model, torch.randn(3, 1, 28, 28))
+    assert list(found) == ["layer2", "layer3", "layer4"]
+    assert all(gates.isfinite().all() for gates in found.values())
+    assert len(found["layer2"]) == len(found["layer3"]) / 4
 
 
 def test_gates_of_a_stage_are_those_of_all_its_blocks():
@@ -61,9 +138,17 @@ def test_images_are_shown_with_their_maps(channels):
     images = torch.randint(0, 256, (2, channels, 8, 6), dtype=torch.uint8)
     maps = {"layer3": torch.rand(2, 4, 3), "layer4": torch.zeros(2, 2, 2)}
     found = tensorboard_log.with_maps(images, maps)
-    assert found.shape == (2, 3, 32 + 16, 72 + 16) and found.min() >= 0 and found.max() <= 1
+    assert found.shape == (2, 3, 8, 18) and found.min() >= 0 and found.max() <= 1
     left = (images.float() / 255).expand(-1, 3, -1, -1)
-    torch.testing.assert_close(found[:, :, :32:4, :24:4].float(), left)
+    torch.testing.assert_close(found[..., :6].float(), left)
+
+
+def test_nobody_is_told_to_open_tensorboard_to_the_network():
+    """In a container it listens to all, and the port is published to this machine alone."""
+    pages = [REPO / "README.md", REPO / "Dockerfile", *(REPO / "docs").glob("*.md")]
+    words = "\n".join(page.read_text() for page in pages)
+    ports = re.findall(r"-p\s+(\S*6006\S*)", words)
+    assert "bind_all" not in words and set(ports) == {"127.0.0.1:6006:6006"}
 
 
 @pytest.mark.slow

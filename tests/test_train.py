@@ -51,6 +51,37 @@ def test_explicit_flags_win_over_the_recipe():
     assert bf16.overrides == {"precision": "bf16"} and not bf16.quick
 
 
+def test_help_has_groups_and_each_default_of_a_recipe_that_differs(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--help"])
+    words = " ".join(capsys.readouterr().out.split())
+    assert stopped.value.code == 0
+    titles = (
+        "what to train: --model",
+        "recipe: Defaults",
+        "the run: --seed",
+        "the machine: --device",
+    )
+    places = [words.index(title) for title in titles]
+    assert places == sorted(places) and "options:" in words[: places[0]]
+    for flag in train.SETTINGS:
+        assert places[1] < words.index(f" --{flag.replace('_', '-')}", places[1]) < places[2]
+    assert "default: 50, quick: 1 " in words and "default: off, strong: on " in words
+    assert "per image; default: 0, strong: 0.25 " in words
+    assert "the last partial batch is kept; default: 64 --lr" in words
+
+
+def test_normalize_does_what_its_help_says(fashion_mnist):
+    """half: pixels scaled to [-1, 1]; data: mean 0, std 1 in each channel."""
+    scaled = {}
+    for name in ("half", "data"):
+        mean, std = fashion_mnist.mean_and_std(name, torch.device("cpu"))
+        scaled[name] = (fashion_mnist.train_images[::10] / 255 - mean) / std
+    assert (scaled["half"].min(), scaled["half"].max()) == (-1, 1)
+    assert scaled["data"].mean().item() == pytest.approx(0, abs=0.01)
+    assert scaled["data"].std().item() == pytest.approx(1, abs=0.01)
+
+
 def test_a_short_recipe_is_quick_whatever_its_name(monkeypatch):
     monkeypatch.setitem(train.RECIPES, "toy", train.PUBLISHED | {"limit_train": 128})
     settings = settings_of("--model", "se", "--recipe", "toy")
