@@ -121,6 +121,8 @@ def load_model(path: Path, config: dict, dataset: data.ImageData, seed=None) -> 
     try:
         if seed is None:
             model.load_state_dict(load_weights(path))
+    except UserError:
+        raise
     except Exception as error:  # damaged files raise what they like
         raise UserError(
             f"{path} does not load as {config['model']} ({in_one_line(error)}): train it (Git "
