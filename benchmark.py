@@ -39,8 +39,9 @@ from tqdm import tqdm
 
 from kit import fast
 from kit.command_line import UserError, exit_code, is_out_of_memory, make_parser
-from kit.environment import choose_device, device_name, source_hashes
+from kit.environment import device_name, source_hashes
 from kit.files import check_writable, locked, write_atomically
+from kit.preflight import choose_device, preflight
 from kit.results import read_rows
 from models import MODELS, build_model, count_parameters
 
@@ -260,8 +261,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     numbers += [] if args.repeats is None else [args.repeats]
     if not 1 <= min(numbers) <= max(numbers) <= 10**9:
         parser.error("--batch-sizes, --repeats, --width and --classes must be from 1 to 10^9")
-    args.modes = args.modes or [m for m in fast.MODES if not fast.why_not(m, "fp32", args.device)]
-    args.precisions = args.precisions or ["fp32", "bf16"][: 1 + (args.device.type == "cuda")]
+    if not args.modes:
+        args.modes = [mode for mode in fast.MODES if not fast.why_not(mode, "fp32", args.device)]
+        if missing := fast.why_no_compiler(args.device):
+            print(f"note: {missing}; compiled modes left out", file=sys.stderr)
+            args.modes = [mode for mode in args.modes if "compile" not in mode]
+    args.precisions = args.precisions or [
+        precision for precision in ("fp32", "bf16")[: 1 + (args.device.type == "cuda")]
+        if not fast.why_not("eager", precision, args.device)
+    ]  # fmt: skip
     for mode, precision in itertools.product(args.modes, args.precisions):
         if impossible := fast.why_not(mode, precision, args.device):
             parser.error(impossible)
@@ -273,6 +281,7 @@ def main(argv: list[str] | None = None) -> int:
     """The script, with `argv` in place of the command line; the exit code."""
     args = parse(argv)
     check_writable(args.out)
+    preflight(args.device, args.out)
     common = {"device": device_name(args.device), "torch": torch.__version__}
     common |= {"width": args.width, "image": args.image, "classes": args.classes}
     common["sha256"] = {name: source_hashes()[name] for name in SOURCES}

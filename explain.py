@@ -34,13 +34,13 @@ import data
 from kit import attribution
 from kit.checkpoint import load_weights
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
-from kit.environment import choose_device
 from kit.fast import set_up_torch
 from kit.files import check_writable, locked, write_atomically
 from kit.finished import digest_of, read_classes
 from kit.identity import settings_of
 from kit.pictures import Explained, draw_comparison, draw_model
 from kit.plots import legible
+from kit.preflight import choose_device, preflight
 from kit.results import read_rows
 from models import build_model
 
@@ -298,6 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     args.paths = [folder / "best.pt" for folder in args.runs or []] or [args.checkpoint]
     configs = [read_config(path) for path in args.paths]
     check_writable(args.out)
+    preflight(args.device, args.out)
     with locked(args.out):
         rows, damaged = read_rows(args.out / "explain.json")
         for line in damaged:

@@ -16,8 +16,11 @@ That is what a graph is for. tests/test_fast.py compares every mode with eager f
 
 import logging
 import os
+import shutil
+import sysconfig
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read as CUDA starts
 
@@ -59,8 +62,24 @@ def why_not(mode: str, precision: str, device: torch.device) -> str | None:
         return f"mode {mode} needs a CUDA GPU"
     if precision == "tf32" and device.type != "cuda":
         return "precision tf32 needs a CUDA GPU"
-    if precision == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "precision tf32 needs a GPU of compute capability 8.0 or more"
+    fast = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision in ("tf32", "bf16") and not fast:  # emulated, if at all
+        return f"precision {precision} needs a GPU of compute capability 8.0 or more: use fp32"
+    return None
+
+
+def why_no_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks here, and what to do; None if nothing. It compiles C++ for a CPU and
+    C for a GPU, both with Python's own headers."""
+    variable, usual = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++"])
+    names = [os.environ[variable].split()[0]] if os.environ.get(variable) else usual
+    if not any(map(shutil.which, names)):
+        return (
+            f"torch.compile finds no {' or '.join(names)}: apt-get install g++, or set {variable}"
+        )
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if not headers.exists():
+        return f"torch.compile finds no {headers}: apt-get install python3-dev"
     return None
 
 
@@ -150,6 +169,8 @@ def fast(step: Callable, forward: Callable, mode: str, example: tuple, restore: 
     failures, size = [], len(example[0])
     while mode != "eager":
         try:
+            if "compile" in mode and (missing := why_no_compiler(example[0].device)):
+                raise RuntimeError(missing)
             run = compiled(forward) if "compile" in mode else forward
 
             def fast_step(*batch, run=run):
