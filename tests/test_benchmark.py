@@ -176,6 +176,7 @@ def test_timing_waits_for_the_work():
         ["--models", "vgg"],
         ["--modes", "graph"],
         ["--precisions", "tf32"],
+        ["--precisions", "default"],
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(flags, capsys):

@@ -142,11 +142,11 @@ def test_gpus_that_are_hidden(tmp_path, monkeypatch, hidden):
 @pytest.mark.parametrize("gpu", [T4, RTX])
 def test_precisions_that_a_gpu_has(monkeypatch, capsys, gpu):
     with_gpus(monkeypatch, gpu)
-    monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
     device, new = torch.device("cuda", 0), gpu[1] >= (8, 0)
     assert fast.choose_precision("auto", device) == ("bf16" if new else "fp32")
     precisions = benchmark.parse(["--device", "cuda"]).precisions
-    assert precisions == ["fp32", "bf16"][: 1 + new]
+    assert precisions == ["default", "fp32", "bf16"][: 2 + new]
+    assert benchmark.parse(["--device", "cpu"]).precisions == ["fp32"]
     for precision in ("tf32", "bf16"):
         if new:
             assert fast.why_not("graph", precision, device) is None
