@@ -296,7 +296,7 @@ def main(argv: list[str] | None = None) -> int:
     keys = "precision", "batch_size", "model", "mode"
     asked = itertools.product(args.precisions, args.batch_sizes, args.models, args.modes)
     cases = [dict(zip(keys, values, strict=True)) | common for values in asked]
-    with locked(args.out):
+    with locked(args.out, "benchmark*"):
         there, damaged = read_rows(args.out / "benchmark.json")
         for line in damaged:
             print(f"note: {line}", file=sys.stderr)

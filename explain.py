@@ -25,7 +25,6 @@ import re
 import sys
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 from tqdm import tqdm
@@ -35,7 +34,7 @@ from kit import attribution
 from kit.checkpoint import load_weights
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
 from kit.fast import set_up_torch
-from kit.files import check_writable, locked, write_atomically
+from kit.files import check_writable, locked, read_small, write_atomically
 from kit.finished import digest_of, read_classes
 from kit.identity import settings_of
 from kit.pictures import Explained, draw_comparison, draw_model
@@ -59,7 +58,7 @@ TOLERANCE = 0.01  # share of predictions that rounding may change: a run may hav
 def read_config(path: Path) -> dict:
     """The settings of the run that the checkpoint `path` belongs to. Raises UserError."""
     try:
-        config = json.loads((path.parent / "config.json").read_text())
+        config = json.loads(read_small(path.parent / "config.json"))
         place = config.get("place")  # as older runs call the position
         config = DEFAULTS | {"base_model": config["model"], "position": place} | config
         for key, kind in KINDS.items():
@@ -233,7 +232,10 @@ def ablation(model, images, labels, predictions, means: dict[str, nn.Module]) ->
 
 def asked(path: Path, config: dict, args) -> dict:
     """What a row of explain.json was asked for; `path`, the weights, by content."""
-    weights = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+    weights = None
+    if path.is_file():
+        with open(path, "rb") as file:
+            weights = hashlib.file_digest(file, "sha256").hexdigest()
     data_key = settings_of(config).get("data")
     own = {"limit_test": args.limit_test, "limit_cam": args.limit_cam}
     return {"run": key_of(config), "data": data_key, "weights": weights} | own
@@ -249,12 +251,12 @@ def is_kept(rows: list[dict], configs: list[dict], args) -> bool:
         for path, config in zip(args.paths, configs, strict=True):
             row, wanted = by_key[key_of(config)], asked(path, config, args)
             wanted["weights"] = wanted["weights"] or row["asked"]["weights"]
-            predictions = path.parent / "test_predictions.npy"
+            left = read_classes(path.parent / "test_predictions.npy", {"test_images": None})
             if (
                 row["asked"] != wanted
                 or args.images not in (None, row["images"])
                 or not (args.out / row["picture"]).is_file()
-                or (predictions.exists() and digest_of(np.load(predictions)) != row["predictions"])
+                or (left is not None and digest_of(left) != row["predictions"])
             ):
                 return False
         return True
@@ -299,7 +301,7 @@ def main(argv: list[str] | None = None) -> None:
     configs = [read_config(path) for path in args.paths]
     check_writable(args.out)
     preflight(args.device, args.out)
-    with locked(args.out):
+    with locked(args.out, "explain*"):
         rows, damaged = read_rows(args.out / "explain.json")
         for line in damaged:
             print(f"note: {line}", file=sys.stderr)

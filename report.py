@@ -33,7 +33,7 @@ import markdown
 from kit import words
 from kit.command_line import UserError, exit_code, make_parser
 from kit.figures import FIGURES, draw_figures
-from kit.files import write_atomically
+from kit.files import check_writable, locked, write_atomically
 from kit.findings import Findings, compare, explained_of
 from kit.results import PUBLISHED, Study, read_rows, read_studies
 from kit.verdicts import Comparison, seeds_in_words
@@ -76,8 +76,10 @@ def make_report(runs_dir: Path, out: Path, other: Path | None, readmes: list[Pat
     }
     for name in FIGURES.keys() - figures:
         (out / name).unlink(missing_ok=True)  # one of an earlier report
-    for path, body in files.items():  # names of folders, and so texts, may hold anything
-        write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
+    check_writable(out)
+    with locked(out, "report.*", "results.*", "summary.json", *FIGURES):
+        for path, body in files.items():  # names of folders, and so texts, may hold anything
+            write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
     return first
 
 

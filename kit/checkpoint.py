@@ -172,10 +172,20 @@ def copied(state):
 
 def load(path: Path) -> dict:
     """What was saved in `path`, on the CPU. Raises some exception if it is damaged."""
-    body = path.read_bytes()
+    body = path.read_bytes() if ends_with_digest(path) else b""
     if body[-64:] != digest_of(body[:-64]):
         raise ValueError("it is damaged or incomplete: its sha256 is not the one at its end")
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+
+
+def ends_with_digest(path: Path) -> bool:
+    """Whether it may be a file of ours. Looked at first: a pipe would be waited for, and a sparse
+    file would fill the memory."""
+    if not path.is_file():
+        raise ValueError("there is no such file")
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, io.SEEK_END) - 66))
+        return file.read(2) == LENGTH
 
 
 def load_weights(path: Path) -> dict:
@@ -186,7 +196,7 @@ def load_weights(path: Path) -> dict:
     """
     warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # of TorchScript
     try:
-        own = path.read_bytes()[-66:-64] == LENGTH
+        own = ends_with_digest(path)
         weights = load(path) if own else torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise what they like
         if "weights_only" not in str(error):

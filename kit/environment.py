@@ -13,8 +13,8 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 LOCK = Path("/opt/requirements.lock")  # the Dockerfile puts it there, and sets IMAGE_REVISION
-VARIABLES = ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "MKL_NUM_THREADS",
-             "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")  # fmt: skip
+# Of the shell: how many threads, and which instructions. Another one rounds differently.
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 # What the figures of a run depend on: an edit here makes another experiment.
 SOURCES = (
     "train.py", "models.py", "data.py", "kit/attention.py", "kit/augment.py", "kit/datasets.py",
@@ -59,17 +59,12 @@ def describe_environment(device: torch.device) -> dict:
         "driver": driver_version(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
-        "variables": variables(),
+        "variables": {name: os.environ.get(name) for name in VARIABLES},
         "git_commit": output_of("git", "-C", HERE, "rev-parse", "HEAD"),
         "git_dirty": is_dirty(),
         "image": image(),
         "sha256": source_hashes(),
     }
-
-
-def variables() -> dict[str, str | None]:
-    """What of the shell decides which device, threads and instructions are used; None: unset."""
-    return {name: os.environ.get(name) for name in VARIABLES}
 
 
 def image() -> dict | None:

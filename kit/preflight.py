@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from kit.command_line import UserError, exit_code, make_parser
-from kit.environment import HERE, device_name, driver_version, image, output_of, variables
+from kit.environment import HERE, VARIABLES, device_name, driver_version, image, output_of
 from kit.fast import MODES, PRECISIONS, choose_precision, first_line, why_no_compiler, why_not
 
 DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> the oldest driver on Linux
@@ -169,7 +169,8 @@ def table(device: torch.device) -> Iterator[tuple[str, str, str | None]]:
         found, little = free_space(Path(folder))
         locked = not os.access(existing(Path(folder)), os.W_OK)
         yield "folder", found, "it cannot be written" if locked else little
-    yield "variables", " ".join(f"{k}={v}" for k, v in variables().items() if v is not None), None
+    names = [name for name in ("CUDA_VISIBLE_DEVICES", *VARIABLES) if name in os.environ]
+    yield "variables", " ".join(f"{name}={os.environ[name]}" for name in names), None
     yield (
         "image",
         f"{image() or 'none'}; commit {output_of('git', '-C', HERE, 'rev-parse', 'HEAD')}",
