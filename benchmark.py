@@ -4,6 +4,7 @@
     python benchmark.py --models baseline se --modes eager --batch-sizes 64
     python benchmark.py --batch-sizes 1 64 1024 --out /tmp/sweep
     python benchmark.py --image 3x32x32 --classes 100       # as for CIFAR-100
+    python benchmark.py --train --models baseline se        # training steps, and a plain loop's
 
 Writes OUT/benchmark.json, and its gist as OUT/benchmark.md, after each batch size and precision:
 --keep resumes after a stop. Other rows that are there stay. Batches of 64 of all models take four
@@ -17,6 +18,8 @@ BatchNorm folded into the convolutions. Figures are medians over many batches af
 warm-up, the device synchronised at both ends of each; compiling and capturing are off the clock.
 Models and modes take turns, so a machine that slows down slows them all. A mode whose logits differ
 from those of eager fp32 by more than TOLERANCE is left out, and the exit code is 1.
+
+--train writes OUT/benchmark_train.json and .md instead: see kit/training_speed.py.
 """
 
 import argparse
@@ -38,7 +41,8 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from kit import fast
+import train
+from kit import fast, training_speed
 from kit.command_line import UserError, exit_code, is_out_of_memory, make_parser
 from kit.environment import device_name, source_hashes
 from kit.files import check_writable, locked, write_atomically
@@ -49,12 +53,8 @@ from models import MODELS, build_model, count_parameters
 IMAGE = "1x28x28"  # channels, height, width: as published
 CLASSES = 10
 PRECISIONS = (fast.DEFAULT, *fast.PRECISIONS)
-TOLERANCE = {
-    "default": 2e-2,
-    "fp32": 1e-4,
-    "tf32": 2e-2,
-    "bf16": 1e-1,
-}  # of logits, relative to the largest one
+# Of logits, relative to the largest one.
+TOLERANCE = {"default": 2e-2, "fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}
 REPEATS = {"cuda": (1000, 200), "cpu": (200, 10)}  # of one image (enough for a p99), of more
 SOURCES = ("models.py", "kit/attention.py", "kit/fast.py")  # an edit makes another model or mode
 SETTING = ("device", "torch", "width", "image", "classes")  # what rows of one table share
@@ -244,14 +244,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add, default = parser.add_argument, "default: %(default)s"
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help="or all")
-    add("--batch-sizes", nargs="+", type=int, default=[1, 64], metavar="N", help=default)
+    add("--train", action="store_true", help="time training steps, compared with a plain loop's")
+    add("--batch-sizes", nargs="+", type=int, metavar="N", help="default: 1 64; with --train 64")
     add("--modes", nargs="+", choices=fast.MODES, metavar="MODE",
         help=f"of {', '.join(fast.MODES)}; default: all that the device can run")  # fmt: skip
     add("--precisions", nargs="+", choices=PRECISIONS, metavar="PRECISION",
         help=f"of {', '.join(PRECISIONS)}; default: fp32; on a GPU default fp32 bf16")  # fmt: skip
-    add(
-        "--repeats", type=int, help="timed batches; default: 10 (GPU: 200), of one image 200 (1000)"
-    )
+    add("--repeats", type=int,
+        help="timed batches; default: 10 (GPU: 200), of one image 200 (1000); with --train turns: 7"
+    )  # fmt: skip
     add("--width", type=int, default=64, help=f"channels of the first stage; {default}")
     add("--image", default=IMAGE, help=f"channels x height x width; {default}")
     add("--classes", type=int, default=CLASSES, help=default)
@@ -264,6 +265,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.device, _ = choose_device(args.device), shape_of(args.image)
     except ValueError as error:
         parser.error(str(error))
+    args.batch_sizes = args.batch_sizes or ([64] if args.train else [1, 64])
+    others = args.keep or args.overwrite or (args.image, args.classes) != (IMAGE, CLASSES)
+    if args.train and (others or fast.DEFAULT in (args.precisions or [])):
+        parser.error(
+            "--train takes no --keep, --overwrite, --image, --classes or default precision"
+        )
     numbers = [*args.batch_sizes, args.width, args.classes]
     numbers += [] if args.repeats is None else [args.repeats]
     if not 1 <= min(numbers) <= max(numbers) <= 10**9:
@@ -274,7 +281,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
             print(f"note: {missing}; compiled modes left out", file=sys.stderr)
             args.modes = [mode for mode in args.modes if "compile" not in mode]
     args.precisions = args.precisions or [
-        precision for precision in (fast.DEFAULT, "fp32", "bf16")
+        precision
+        for precision in (fast.PRECISIONS if args.train else (fast.DEFAULT, "fp32", "bf16"))
         if not fast.why_not("eager", precision, args.device)
         and (args.device.type, precision) != ("cpu", "bf16")  # slower on most: ask for it
     ]  # fmt: skip
@@ -292,6 +300,15 @@ def main(argv: list[str] | None = None) -> int:
     preflight(args.device, args.out)
     common = {"device": device_name(args.device), "torch": torch.__version__}
     common |= {"width": args.width, "image": args.image, "classes": args.classes}
+    if args.train:
+        common["sha256"] = source_hashes()
+        rows = training_speed.measure(train, build_model, args, common)
+        with locked(args.out, "benchmark_train*"):
+            body = json.dumps(rows, indent=2) + "\n"
+            write_atomically(args.out / "benchmark_train.json", body)
+            write_atomically(args.out / "benchmark_train.md", training_speed.markdown(rows))
+        print(training_speed.markdown(rows))
+        return 0
     common["sha256"] = {name: source_hashes()[name] for name in SOURCES}
     keys = "precision", "batch_size", "model", "mode"
     asked = itertools.product(args.precisions, args.batch_sizes, args.models, args.modes)

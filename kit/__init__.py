@@ -25,6 +25,7 @@ The report and the pictures
     attribution     Grad-CAM and gates, measured;  pictures: drawn
 
 All of it
+    training_speed  benchmark.py --train: steps of train.py, and of a plain loop
     study           quick, full, study: lists of commands;  runner: runs them, JOBS at a time
 """
 

@@ -181,8 +181,8 @@ def load(path: Path) -> dict:
 def ends_with_digest(path: Path) -> bool:
     """Whether it may be a file of ours. Looked at first: a pipe would be waited for, and a sparse
     file would fill the memory."""
-    if not path.is_file():
-        raise ValueError("there is no such file")
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, io.SEEK_END) - 66))
         return file.read(2) == LENGTH
