@@ -4,18 +4,22 @@
     python benchmark.py --models baseline se --modes eager --batch-sizes 64
     python benchmark.py --batch-sizes 1 64 1024 --out /tmp/sweep
     python benchmark.py --image 3x32x32 --classes 100       # as for CIFAR-100
+    python benchmark.py --train --models baseline se        # training steps, and a plain loop's
 
 Writes OUT/benchmark.json, and its gist as OUT/benchmark.md, after each batch size and precision:
 --keep resumes after a stop. Other rows that are there stay. Batches of 64 of all models take four
 minutes on two CPU cores.
 
 Measured is inference on float32 images that are already on the device, in evaluation mode, with
-random weights: no data loading, no pre-processing. The modes are those of kit/fast.py: `eager` in
-fp32 is the published way, the others use the channels_last layout, and compiled models have frozen
-weights and BatchNorm folded into the convolutions. Figures are medians over many batches after a
+random weights: no data loading, no pre-processing. The modes are those of kit/fast.py: `eager` is
+the published way, in the precision `default` (PyTorch's own flags: TF32 convolutions; on a CPU that
+is fp32). The others use the channels_last layout, and compiled models have frozen weights and
+BatchNorm folded into the convolutions. Figures are medians over many batches after a
 warm-up, the device synchronised at both ends of each; compiling and capturing are off the clock.
 Models and modes take turns, so a machine that slows down slows them all. A mode whose logits differ
 from those of eager fp32 by more than TOLERANCE is left out, and the exit code is 1.
+
+--train writes OUT/benchmark_train.json and .md instead: see kit/training_speed.py.
 """
 
 import argparse
@@ -37,16 +41,20 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from kit import fast
+import train
+from kit import fast, training_speed
 from kit.command_line import UserError, exit_code, is_out_of_memory, make_parser
-from kit.environment import choose_device, device_name, source_hashes
+from kit.environment import device_name, source_hashes
 from kit.files import check_writable, locked, write_atomically
+from kit.preflight import choose_device, preflight
 from kit.results import rows_that_stay
 from models import MODELS, build_model, count_parameters
 
 IMAGE = "1x28x28"  # channels, height, width: as published
 CLASSES = 10
-TOLERANCE = {"fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}  # of logits, relative to the largest one
+PRECISIONS = (fast.DEFAULT, *fast.PRECISIONS)
+# Of logits, relative to the largest one.
+TOLERANCE = {"default": 2e-2, "fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}
 REPEATS = {"cuda": (1000, 200), "cpu": (200, 10)}  # of one image (enough for a p99), of more
 SOURCES = ("models.py", "kit/attention.py", "kit/fast.py")  # an edit makes another model or mode
 SETTING = ("device", "torch", "width", "image", "classes")  # what rows of one table share
@@ -189,7 +197,7 @@ def place(row: dict) -> tuple:
 
 def write(out: Path, rows: dict[tuple, dict]) -> str:
     """Writes benchmark.json and benchmark.md; returns the latter. Raises OSError."""
-    orders = {"precision": fast.PRECISIONS, "model": list(MODELS), "mode": fast.MODES}
+    orders = {"precision": PRECISIONS, "model": list(MODELS), "mode": fast.MODES}
 
     def order(row):
         known = [o.index(row[key]) if row[key] in o else len(o) for key, o in orders.items()]
@@ -236,14 +244,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add, default = parser.add_argument, "default: %(default)s"
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help="or all")
-    add("--batch-sizes", nargs="+", type=int, default=[1, 64], metavar="N", help=default)
+    add("--train", action="store_true", help="time training steps, compared with a plain loop's")
+    add("--batch-sizes", nargs="+", type=int, metavar="N", help="default: 1 64; with --train 64")
     add("--modes", nargs="+", choices=fast.MODES, metavar="MODE",
         help=f"of {', '.join(fast.MODES)}; default: all that the device can run")  # fmt: skip
-    add("--precisions", nargs="+", choices=fast.PRECISIONS, metavar="PRECISION",
-        help=f"of {', '.join(fast.PRECISIONS)}; default: fp32, and bf16 on a GPU")  # fmt: skip
-    add(
-        "--repeats", type=int, help="timed batches; default: 10 (GPU: 200), of one image 200 (1000)"
-    )
+    add("--precisions", nargs="+", choices=PRECISIONS, metavar="PRECISION",
+        help=f"of {', '.join(PRECISIONS)}; default: fp32; on a GPU default fp32 bf16")  # fmt: skip
+    add("--repeats", type=int,
+        help="timed batches; default: 10 (GPU: 200), of one image 200 (1000); with --train turns: 7"
+    )  # fmt: skip
     add("--width", type=int, default=64, help=f"channels of the first stage; {default}")
     add("--image", default=IMAGE, help=f"channels x height x width; {default}")
     add("--classes", type=int, default=CLASSES, help=default)
@@ -256,12 +265,27 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.device, _ = choose_device(args.device), shape_of(args.image)
     except ValueError as error:
         parser.error(str(error))
+    args.batch_sizes = args.batch_sizes or ([64] if args.train else [1, 64])
+    others = args.keep or args.overwrite or (args.image, args.classes) != (IMAGE, CLASSES)
+    if args.train and (others or fast.DEFAULT in (args.precisions or [])):
+        parser.error(
+            "--train takes no --keep, --overwrite, --image, --classes or default precision"
+        )
     numbers = [*args.batch_sizes, args.width, args.classes]
     numbers += [] if args.repeats is None else [args.repeats]
     if not 1 <= min(numbers) <= max(numbers) <= 10**9:
         parser.error("--batch-sizes, --repeats, --width and --classes must be from 1 to 10^9")
-    args.modes = args.modes or [m for m in fast.MODES if not fast.why_not(m, "fp32", args.device)]
-    args.precisions = args.precisions or ["fp32", "bf16"][: 1 + (args.device.type == "cuda")]
+    if not args.modes:
+        args.modes = [mode for mode in fast.MODES if not fast.why_not(mode, "fp32", args.device)]
+        if missing := fast.why_no_compiler(args.device):
+            print(f"note: {missing}; compiled modes left out", file=sys.stderr)
+            args.modes = [mode for mode in args.modes if "compile" not in mode]
+    args.precisions = args.precisions or [
+        precision
+        for precision in (fast.PRECISIONS if args.train else (fast.DEFAULT, "fp32", "bf16"))
+        if not fast.why_not("eager", precision, args.device)
+        and (args.device.type, precision) != ("cpu", "bf16")  # slower on most: ask for it
+    ]  # fmt: skip
     for mode, precision in itertools.product(args.modes, args.precisions):
         if impossible := fast.why_not(mode, precision, args.device):
             parser.error(impossible)
@@ -273,13 +297,23 @@ def main(argv: list[str] | None = None) -> int:
     """The script, with `argv` in place of the command line; the exit code."""
     args = parse(argv)
     check_writable(args.out)
+    preflight(args.device, args.out)
     common = {"device": device_name(args.device), "torch": torch.__version__}
     common |= {"width": args.width, "image": args.image, "classes": args.classes}
+    if args.train:
+        common["sha256"] = source_hashes()
+        rows = training_speed.measure(train, build_model, args, common)
+        with locked(args.out, "benchmark_train*"):
+            body = json.dumps(rows, indent=2) + "\n"
+            write_atomically(args.out / "benchmark_train.json", body)
+            write_atomically(args.out / "benchmark_train.md", training_speed.markdown(rows))
+        print(training_speed.markdown(rows))
+        return 0
     common["sha256"] = source_hashes(SOURCES)
     keys = "precision", "batch_size", "model", "mode"
     asked = itertools.product(args.precisions, args.batch_sizes, args.models, args.modes)
     cases = [dict(zip(keys, values, strict=True)) | common for values in asked]
-    with locked(args.out):
+    with locked(args.out, "benchmark*"):
         there = [] if args.overwrite else rows_that_stay(args.out / "benchmark.json")
         rows = {place(row): row for row in there}
         kept = {at for at, row in rows.items() if args.keep and common.items() <= row.items()}

@@ -35,13 +35,14 @@ import data
 from kit import attribution
 from kit.checkpoint import load_weights
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
-from kit.environment import choose_device, source_hashes
+from kit.environment import source_hashes
 from kit.fast import set_up_torch
-from kit.files import check_writable, locked, only_read, write_atomically
+from kit.files import check_writable, locked, only_read, read_small, write_atomically
 from kit.finished import COUNT, check, digest_of, read_classes
 from kit.identity import settings_of
 from kit.pictures import Explained, draw_comparison, draw_model
 from kit.plots import legible
+from kit.preflight import choose_device, preflight
 from kit.results import rows_that_stay
 from models import build_model
 
@@ -62,7 +63,7 @@ TOLERANCE = 0.01  # share of predictions that rounding may change: a run may hav
 def read_config(path: Path) -> dict:
     """The settings of the run that the checkpoint `path` belongs to. Raises UserError."""
     try:
-        config = json.loads((path.parent / "config.json").read_text())
+        config = json.loads(read_small(path.parent / "config.json"))
         place = config.get("place")  # as older runs call the position
         config = check(
             DEFAULTS | {"base_model": config["model"], "position": place} | config, KINDS
@@ -129,6 +130,8 @@ def load_model(path: Path, config: dict, dataset: data.ImageData, seed=None) -> 
     try:
         if seed is None:
             model.load_state_dict(load_weights(path))
+    except UserError:
+        raise
     except Exception as error:  # damaged files raise what they like
         raise UserError(
             f"{path} does not load as {config['model']} ({in_one_line(error)}): train it (Git "
@@ -246,13 +249,14 @@ def ablation(model, images, labels, predictions, means: dict[str, nn.Module]) ->
 
 
 def sha256_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def asked(path: Path, config: dict, args) -> dict:
     """What a row of explain.json was asked for; weights and code by content."""
     own = {"limit_test": args.limit_test, "limit_cam": args.limit_cam, "code": source_hashes(CODE)}
-    weights = sha256_of(path) if path.exists() else None
+    weights = sha256_of(path) if path.is_file() else None
     return own | {"data": settings_of(config).get("data"), "weights": weights}
 
 
@@ -316,7 +320,8 @@ def main(argv: list[str] | None = None) -> None:
     args.paths = [folder / "best.pt" for folder in args.runs or []] or [args.checkpoint]
     configs = [read_config(path) for path in args.paths]
     check_writable(args.out)
-    with locked(args.out):
+    preflight(args.device, args.out)
+    with locked(args.out, "explain*"):
         rows = [] if args.overwrite else rows_that_stay(args.out / "explain.json")
         if args.keep and is_kept(rows, configs, args):
             print(f"kept: {args.out / 'explain.json'}")

@@ -34,7 +34,7 @@ import markdown
 from kit import words
 from kit.command_line import UserError, exit_code, make_parser
 from kit.figures import FIGURES, FORMATS, draw_figures
-from kit.files import write_atomically
+from kit.files import check_writable, locked, write_atomically
 from kit.findings import Findings, compare, explained_of, have_same_labels
 from kit.identity import different_settings
 from kit.results import PUBLISHED, Study, read_rows, read_studies
@@ -84,11 +84,13 @@ def make_report(
         out / "report.html": as_page(report, pictures),
         **{readme: with_blocks(readme, out, first) for readme in map(Path.resolve, readmes)},
     }
-    for name in FIGURES:  # those of an earlier report
-        for path in {(out / name).with_suffix(f".{kind}") for kind in FORMATS} - files.keys():
-            path.unlink(missing_ok=True)
-    for path, body in files.items():  # names of folders, and so texts, may hold anything
-        write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
+    check_writable(out)
+    with locked(out, "report.*", "results.*", "summary.json", *FIGURES):
+        for name in FIGURES:  # those of an earlier report
+            for path in {(out / name).with_suffix(f".{kind}") for kind in FORMATS} - files.keys():
+                path.unlink(missing_ok=True)
+        for path, body in files.items():  # names of folders, and so texts, may hold anything
+            write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
     return first
 
 

@@ -27,6 +27,7 @@ import models
 from kit.command_line import UserError, exit_code
 from kit.ema import EMA
 from kit.fast import autocast, set_up_torch
+from kit.preflight import preflight
 from kit.run import Run
 from kit.settings import parse_settings
 from models import build_model
@@ -236,6 +237,7 @@ def parse(argv: list[str] | None):
 def main(argv: list[str] | None = None) -> int:
     """The script, with `argv` in place of the command line; the exit code."""
     settings = parse(argv)
+    preflight(settings.device, None if settings.dry_run else settings.runs)
     dataset = data.load_dataset(settings.dataset, settings.data_dir, settings.image_size)
     with Run(settings, dataset.digest) as run:
         result = run.result or run.complete(train(settings, dataset, run))

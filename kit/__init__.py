@@ -14,7 +14,8 @@ A run
     run             resume, signals, saving, logging, result.json;  run_folder: its files
     identity        is it the same run, may runs be compared?  finished: one that is complete, read
     checkpoint      last.pt: states saved, verified, loaded in place
-    tensorboard_log, environment (env.json), command_line (errors, exit codes), files
+    preflight       will this machine do, on which device?  environment: what it is (env.json)
+    tensorboard_log, command_line (errors, exit codes), files
 
 The report and the pictures
     results         studies of comparable runs; rows of benchmark.json and explain.json
@@ -24,6 +25,7 @@ The report and the pictures
     attribution     Grad-CAM and gates, measured;  pictures: drawn
 
 All of it
+    training_speed  benchmark.py --train: steps of train.py, and of a plain loop
     study           quick, full, study: lists of commands;  runner: runs them, JOBS at a time
 """
 

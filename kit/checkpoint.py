@@ -8,6 +8,7 @@ from where each state is copied into place.
 
 import hashlib
 import io
+import re
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from kit.command_line import is_out_of_memory
+from kit.command_line import UserError, is_out_of_memory
 from kit.identity import different_settings, settings_of
 
 LENGTH = (64).to_bytes(2, "little")  # of the sha256 at the end of a file
@@ -171,17 +172,48 @@ def copied(state):
 
 def load(path: Path) -> dict:
     """What was saved in `path`, on the CPU. Raises some exception if it is damaged."""
-    body = path.read_bytes()
+    body = path.read_bytes() if ends_with_digest(path) else b""
     if body[-64:] != digest_of(body[:-64]):
         raise ValueError("it is damaged or incomplete: its sha256 is not the one at its end")
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
 
 
+def ends_with_digest(path: Path) -> bool:
+    """Whether it may be a file of ours. Looked at first: a pipe would be waited for, and a sparse
+    file would fill the memory."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, io.SEEK_END) - 66))
+        return file.read(2) == LENGTH
+
+
 def load_weights(path: Path) -> dict:
-    """A best.pt, or any state_dict that torch.save wrote, which does not end with its sha256."""
-    if path.read_bytes()[-66:-64] == LENGTH:
-        return load(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """A best.pt, or any state_dict that torch.save wrote, which does not end with its sha256.
+
+    It may lie within {"state_dict": ...} or the like, and have the prefixes of torch.compile and
+    of what wraps a model. Raises UserError for a pickled model, which could run code.
+    """
+    warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # of TorchScript
+    try:
+        own = ends_with_digest(path)
+        weights = load(path) if own else torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files raise what they like
+        if "weights_only" not in str(error):
+            raise
+        # PyTorch would advise to switch safety off.
+        if not re.search("global|TorchScript", str(error), re.IGNORECASE):
+            raise ValueError("torch.save did not write it") from None
+        raise UserError(
+            f"{path} holds a pickled model or other objects, which could run code: save its "
+            "weights alone, torch.save(model.state_dict(), FILE)"
+        ) from None
+    for key in ("state_dict", "model_state_dict", "model"):
+        weights = weights[key] if isinstance(weights.get(key), dict) else weights
+    weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}
+    while {key.partition(".")[0] for key in weights} in ({"module"}, {"model"}):
+        weights = {key.partition(".")[2]: value for key, value in weights.items()}
+    return weights
 
 
 def serialized(state: dict) -> memoryview:

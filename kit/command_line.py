@@ -43,8 +43,11 @@ def handle_signals(handler: Callable, stack: ExitStack) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether PyTorch could not get memory, on a GPU or on the CPU."""
-    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))
+    """Whether there was no memory, on a GPU or on the CPU. Libraries and drivers have their own
+    words for it, and not all of them raise OutOfMemoryError."""
+    text = str(error).lower().replace("_", " ")
+    words = "out of memory", "allocate memory", "alloc failed", "allocation failed"
+    return isinstance(error, MemoryError) or any(each in text for each in words)
 
 
 def in_one_line(error: Exception) -> str:
@@ -83,7 +86,7 @@ def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., i
             return 128 + signal.SIGPIPE
         except (UserError, OSError) as error:
             message = str(error)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             message = "out of memory: try a smaller batch size or --width"

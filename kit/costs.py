@@ -19,13 +19,13 @@ class Cost:
 
 
 def measured(study: Study, rows: list[dict]) -> dict[str, dict]:
-    """{model: its row}, measured the published way (eager, fp32) at this study's width and images,
-    and batch 64, or else the largest."""
+    """{model: its row}, measured the published way (eager, with PyTorch's default flags; on a CPU
+    that is fp32) at this study's width and images, and batch 64, or else the largest."""
     result = study.result
     own = (result["width"], "x".join(map(str, result["image"])), len(result["classes"]))
     rows = [
         row for row in rows
-        if (row["mode"], row["precision"]) == ("eager", "fp32")
+        if row["mode"] == "eager" and row["precision"] in ("default", "fp32")
         and (row.get("width", 64), row.get("image", "1x28x28"), row.get("classes", 10)) == own
     ]  # fmt: skip
     # Times are compared on one machine: that of the runs, or else that of most rows.
@@ -33,6 +33,8 @@ def measured(study: Study, rows: list[dict]) -> dict[str, dict]:
     of_runs = {(run.result["device"], run.env.get("torch")) for run in study.all_runs}
     machine = max(machines, key=lambda m: (m in of_runs, machines.count(m)), default=None)
     rows = [row for row, its in zip(rows, machines, strict=True) if its == machine]
+    published = "default" if "default" in {row["precision"] for row in rows} else "fp32"
+    rows = [row for row in rows if row["precision"] == published]
     sizes = {row["batch_size"] for row in rows}
     size = 64 if 64 in sizes else max(sizes, default=64)
     return {row["model"]: row for row in rows if row["batch_size"] == size}

@@ -1,4 +1,4 @@
-"""The machine a run uses: which device, what it is called, and the record kept in env.json."""
+"""The machine a run uses: what it is called, and the record kept in env.json."""
 
 import hashlib
 import os
@@ -13,48 +13,14 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 LOCK = Path("/opt/requirements.lock")  # the Dockerfile puts it there, and sets IMAGE_REVISION
-DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> the oldest driver on Linux
+# Of the shell: how many threads, and which instructions. Another one rounds differently.
+VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
 # What the figures of a run depend on: an edit here makes another experiment.
 SOURCES = (
     "train.py", "models.py", "data.py", "kit/attention.py", "kit/augment.py", "kit/datasets.py",
     "kit/image_folder.py", "kit/decoding.py", "kit/fast.py", "kit/ema.py", "kit/checkpoint.py",
     "kit/run.py", "kit/settings.py",
 )  # fmt: skip
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto`: a CUDA GPU, or the CPU where there is none. A GPU becomes the current one.
-
-    Raises ValueError with one line.
-    """
-    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if name == "cpu" or (name == "auto" and not n_gpus):
-        return torch.device("cpu")
-    if not (found := re.fullmatch(r"auto|cuda(?::(\d+))?", name, re.ASCII)):
-        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
-    if not n_gpus:
-        raise ValueError(f"--device {name}: {why_no_gpu()}; use --device cpu")
-    if (index := int(found[1] or 0)) >= n_gpus:
-        raise ValueError(f"--device {name}: this machine has {n_gpus} CUDA GPU(s)")
-    torch.cuda.set_device(index)  # streams and graphs are made on the current one
-    return torch.device("cuda", index)
-
-
-def why_no_gpu() -> str:
-    """Why PyTorch sees no CUDA GPU, and what to do."""
-    cuda, driver = torch.version.cuda, driver_version()
-    nothing = f"PyTorch {torch.__version__} sees no CUDA GPU"
-    if cuda is None:
-        return f"{nothing}, it is a build for CPUs alone"
-    if driver is None:
-        return f"{nothing}, nor is there an NVIDIA driver (in a container: docker run --gpus all)"
-    needed = DRIVERS.get(cuda.split(".")[0], 0)
-    if int(driver.split(".")[0]) < needed:
-        return (
-            f"the NVIDIA driver {driver} is too old for PyTorch {torch.__version__} with CUDA "
-            f"{cuda}: update it to {needed} or newer"
-        )
-    return f"{nothing}, though there is an NVIDIA driver {driver} (is CUDA_VISIBLE_DEVICES set?)"
 
 
 def driver_version() -> str | None:
@@ -94,6 +60,7 @@ def describe_environment(device: torch.device) -> dict:
         "driver": driver_version(),
         "device": device_name(device),
         "threads": torch.get_num_threads(),
+        "variables": {name: os.environ.get(name) for name in VARIABLES},
         "git_commit": output_of("git", "-C", HERE, "rev-parse", "HEAD"),
         "git_dirty": is_dirty(),
         "image": image(),

@@ -5,6 +5,7 @@
     graph           CUDA: all kernels are captured once, then replayed by a single launch
     compile+graph   both
 
+    default         PyTorch's own flags: on CUDA its convolutions are in TF32, and not deterministic
     fp32            float32 throughout
     tf32            ... but convolutions and matrix multiplications with a mantissa of 10 bits
     bf16            autocast: convolutions and matrix multiplications in bfloat16, a mantissa of 7;
@@ -14,17 +15,24 @@ At batch 64 a large GPU is done with a small CNN sooner than Python has launched
 That is what a graph is for. tests/test_fast.py compares every mode with eager float32.
 """
 
+import gc
 import logging
 import os
+import shutil
+import sysconfig
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read as CUDA starts
 
 import torch
 
+from kit.command_line import is_out_of_memory
+
 MODES = ("eager", "compile", "graph", "compile+graph")
-PRECISIONS = ("fp32", "tf32", "bf16")
+PRECISIONS = ("fp32", "tf32", "bf16")  # of a run
+DEFAULT = "default"  # to be compared with: of benchmark.py, on CUDA; on a CPU it is fp32
 FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}
 # `auto` compiles runs of at least so many steps. On two CPU cores compiling took 50 s and saved
 # about 10 ms a step of the baseline, which gains least. The figure for GPUs is a guess so far.
@@ -57,20 +65,37 @@ def why_not(mode: str, precision: str, device: torch.device) -> str | None:
     """Why `device` cannot run a mode in a precision; None if it can."""
     if device.type != "cuda" and "graph" in mode:
         return f"mode {mode} needs a CUDA GPU"
-    if precision == "tf32" and device.type != "cuda":
-        return "precision tf32 needs a CUDA GPU"
-    if precision == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
-        return "precision tf32 needs a GPU of compute capability 8.0 or more"
+    if precision in ("tf32", DEFAULT) and device.type != "cuda":
+        return f"precision {precision} needs a CUDA GPU: on a CPU use fp32"
+    fast = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision in ("tf32", "bf16") and not fast:  # emulated, if at all
+        return f"precision {precision} needs a GPU of compute capability 8.0 or more: use fp32"
+    return None
+
+
+def why_no_compiler(device: torch.device) -> str | None:
+    """What torch.compile lacks here, and what to do; None if nothing. It compiles C++ for a CPU and
+    C for a GPU, both with Python's own headers."""
+    variable, usual = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++"])
+    names = [os.environ[variable].split()[0]] if os.environ.get(variable) else usual
+    if not any(map(shutil.which, names)):
+        return (
+            f"torch.compile finds no {' or '.join(names)}: apt-get install g++, or set {variable}"
+        )
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    if not headers.exists():
+        return f"torch.compile finds no {headers}: apt-get install python3-dev"
     return None
 
 
 def set_up_torch(precision: str) -> None:
-    """Deterministic algorithms, and TF32 only where that is asked for."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """Deterministic algorithms, and TF32 only where that is asked for; or PyTorch's defaults."""
+    default = precision == DEFAULT
+    torch.use_deterministic_algorithms(not default, warn_only=True)
     # Otherwise every new tensor is first filled with NaN: a help in debugging, and a kernel each.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = default or precision == "tf32"
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
 
 
@@ -101,8 +126,12 @@ def first_line(error: Exception) -> str:
     lines = []
     for e in (error, cause) if cause is not error else (error,):
         line = (str(e).strip().splitlines() or [""])[0]
-        lines.append(f"{type(e).__name__}: {line[:200]}")
+        lines.append("out of memory, " * is_out_of_memory(e) + f"{type(e).__name__}: {line[:200]}")
     return ", after ".join(lines)
+
+
+class CaptureFailed(RuntimeError):
+    """PyTorch's allocator may be left in the state of a capture: no other should be tried."""
 
 
 class Graphed:
@@ -127,8 +156,15 @@ class Graphed:
         with torch.cuda.stream(stream):
             for _ in range(3):
                 function(*self.arguments)
-            with torch.cuda.graph(self.graph, stream=stream):
-                self.results = function(*self.arguments)
+            gc.collect()  # nothing is freed during a capture: that would end it
+            gc.disable()
+            try:
+                with torch.cuda.graph(self.graph, stream=stream):
+                    self.results = function(*self.arguments)
+            except Exception as error:
+                raise CaptureFailed from error
+            finally:
+                gc.enable()
         torch.cuda.synchronize()  # the warm-up ran on a stream of its own
 
     def __call__(self, *arguments: torch.Tensor):
@@ -150,6 +186,8 @@ def fast(step: Callable, forward: Callable, mode: str, example: tuple, restore: 
     failures, size = [], len(example[0])
     while mode != "eager":
         try:
+            if "compile" in mode and (missing := why_no_compiler(example[0].device)):
+                raise RuntimeError(missing)
             run = compiled(forward) if "compile" in mode else forward
 
             def fast_step(*batch, run=run):
@@ -164,7 +202,7 @@ def fast(step: Callable, forward: Callable, mode: str, example: tuple, restore: 
             return fast_where_it_fits, mode, failures
         except Exception as error:  # compilers, drivers and out of memory raise what they like
             failures.append(f"mode {mode} failed ({first_line(error)})")
-            mode = FALLBACK[mode]
+            mode = "eager" if isinstance(error, CaptureFailed) else FALLBACK[mode]
         finally:
             restore()
     return step, mode, failures

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+SMALL = 2**26  # bytes, far above what a small file of a run has
 _only_read: list[Path] = []
 
 
@@ -63,6 +64,16 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
     os.close(folder)
 
 
+def read_small(path: Path) -> bytes:
+    """The bytes of one of a run's small files. Raises OSError, also for a pipe, which would be
+    waited for, and for what is too large to be one."""
+    if (size := path.stat().st_size) > SMALL:
+        raise OSError(f"{path} has {size:,} bytes")
+    if not path.is_file():
+        raise OSError(f"{path} is no file")
+    return path.read_bytes()
+
+
 def check_writable(folder: Path) -> None:
     """Makes the folder where there is none. Raises OSError: before long work, not after."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -71,8 +82,10 @@ def check_writable(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *names: str) -> Iterator[None]:
     """Until its end no other process is in one of these for the folder; waits for one that is.
+
+    names: patterns of the files that are written now. What a killed process left of them goes.
 
     It is the folder itself that is locked, so nothing is left in it, whatever ends the process.
     """
@@ -83,6 +96,8 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             print(f"waiting: another process is at work on {folder}", file=sys.stderr, flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        for left in (path for name in names for path in folder.glob(f".{name}.tmp")):
+            left.unlink(missing_ok=True)
         yield
     finally:
         os.close(descriptor)

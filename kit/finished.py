@@ -5,6 +5,7 @@ result, and is never guessed at.
 """
 
 import hashlib
+import io
 import json
 import re
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kit.command_line import UserError, in_one_line
+from kit.files import read_small
 from kit.identity import refuse_another_run, settings_of
 
 # --- What the files must hold: {kind: keys}; a key with a ? may be absent or null ----------------
@@ -151,7 +153,7 @@ def read_run(folder: Path) -> Run:
 def read(path: Path, kinds: dict) -> list[dict]:
     """The objects in a .json or .jsonl file. Raises ValueError that names the file."""
     try:
-        body = path.read_bytes()
+        body = read_small(path)
         lines = body.splitlines() if path.suffix == ".jsonl" else [body]
         return [check(json.loads(line), kinds) for line in lines]
     except Exception as error:  # whatever a damaged file leads to
@@ -163,7 +165,7 @@ def read_classes(path: Path, result: dict) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        classes = np.load(path)
+        classes = np.load(io.BytesIO(read_small(path)))
         if classes.dtype.kind not in "iu" or classes.max(initial=0) > 9999:
             raise ValueError("something else than classes")
     except Exception as error:  # a damaged file raises what it likes

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from kit.command_line import in_one_line
+from kit.files import read_small
 from kit.finished import ROWS, Run, check, read_run
 from kit.identity import different_settings, settings_of
 
@@ -120,7 +121,10 @@ def comparable(runs: list[Run]) -> tuple[dict[str, list[Run]], dict[str, list[Ru
 
 def epochs_of(folder: Path) -> int:
     path = folder / "metrics.jsonl"
-    return len(path.read_bytes().splitlines()) if path.is_file() else 0
+    try:
+        return len(read_small(path).splitlines())
+    except OSError:
+        return 0
 
 
 def alike(runs: list[Run], left_out: dict[str, list[Run]]) -> list[Run]:
@@ -200,7 +204,7 @@ def read_rows(path: Path) -> tuple[list[dict], list[str]]:
     if not path.exists():
         return [], []
     try:
-        rows = json.loads(path.read_bytes())
+        rows = json.loads(read_small(path))
         if type(rows) is not list:
             raise ValueError("it is no list")
     except Exception as error:  # whatever a damaged file leads to

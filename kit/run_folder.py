@@ -18,7 +18,7 @@ import numpy as np
 from filelock import FileLock, Timeout
 
 from kit.command_line import UserError
-from kit.files import write_atomically
+from kit.files import read_small, write_atomically
 from kit.identity import edited
 
 
@@ -63,9 +63,9 @@ def is_locked(folder: Path) -> bool:
 
 
 def changes_since(folder: Path, env: dict) -> list[str]:
-    """In what `env` (the sha256 of scripts, device, torch) differs from env.json, in words."""
+    """In what `env` (scripts, device, torch, variables) differs from env.json, in words."""
     try:
-        then = json.loads((folder / "env.json").read_text())
+        then = json.loads(read_small(folder / "env.json"))
         changes = list(map(str, then.get("changes") or []))  # of earlier resumptions
         hashes = then.get("sha256") or {}
         if scripts := edited(hashes, env["sha256"]):
@@ -73,6 +73,10 @@ def changes_since(folder: Path, env: dict) -> list[str]:
         for key in ("device", "torch"):
             if then.get(key) and env.get(key, then[key]) != then[key]:
                 changes.append(f"{key} {then[key]} before, {env[key]} since")
+        there = then.get("variables") or {}
+        for key, now in (env.get("variables") or {}).items():
+            if key in there and there[key] != now:
+                changes.append(f"{key} {there[key] or 'unset'} before, {now or 'unset'} since")
         return changes
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return [f"its env.json is damaged: {error}"]
@@ -85,7 +89,7 @@ def in_brackets(changes: list[str]) -> str:
 def read_json(path: Path, advice: str = "use --overwrite to start from scratch", **kinds) -> dict:
     """The object in `path`. Raises UserError unless it has a value of its kind under each key."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_small(path))
         for key, kind in kinds.items():
             if not isinstance(content[key], kind):
                 raise TypeError(f"{key} is {content[key]}")

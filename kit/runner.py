@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit.command_line import Stopped, handle_signals
+from kit.files import read_small
 
 DAMAGED = (OSError, ValueError, LookupError, TypeError)  # a file of a run, or it is not there yet
 
@@ -47,7 +48,7 @@ class Job:
 
 
 def read(path: Path) -> dict:
-    return json.loads(path.read_text())
+    return json.loads(read_small(path))
 
 
 class Runner:

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 
 from kit.command_line import make_parser
-from kit.environment import choose_device
 from kit.fast import MODES, PRECISIONS, choose_precision, why_not
+from kit.preflight import choose_device
 
 WIDTH = 64  # channels of the first stage, as published
 # The least and the most of a setting; of the others 0 and 10^9.

@@ -27,8 +27,9 @@ MODELS = {}  # before PyTorch is installed, a plan is printed without knowing th
 if find_spec("torch"):
     import torch
 
-    from kit.environment import HERE, device_name, source_hashes, why_no_gpu
+    from kit.environment import HERE, source_hashes
     from kit.finished import completed
+    from kit.preflight import preflight, visible_gpus
     from kit.run_folder import changes_since, in_brackets
     from kit.settings import as_config
     from models import MODELS
@@ -203,15 +204,6 @@ def settings_of(what: str, fail) -> SimpleNamespace:
     return s
 
 
-def visible_gpus() -> tuple[list[str], str]:
-    """(numbers or UUIDs, for CUDA_VISIBLE_DEVICES; the name of the first, or why there is none)."""
-    if not MODELS or not torch.cuda.is_available():
-        return [], why_no_gpu() if MODELS else "PyTorch is not installed yet"
-    count = torch.cuda.device_count()
-    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
-    return names.replace(" ", "").split(",")[:count], device_name(torch.device("cuda"))
-
-
 @exit_code
 def main(argv: list[str] | None = None) -> int:
     """The runner, with `argv` in place of the command line."""
@@ -223,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     what = words.removeprefix("plan").strip().replace(" --", " ")
     if what not in ("", "quick", "full", "study", "study miniature"):
         parser.error(f"'{words}': use quick, full, study [--miniature] or none, or plan and these")
-    gpus, gpu = visible_gpus()
+    gpus, gpu = visible_gpus() if MODELS else ([], "PyTorch is not installed yet")
     if not (what or gpus):
         print(f"{gpu}: a quick run on the CPU", file=sys.stderr)
     what = what or ("full" if gpus else "quick")
@@ -252,6 +244,7 @@ def main(argv: list[str] | None = None) -> int:
         for folder in [s.out] if whole else [s.out, s.runs]:
             try:
                 check_writable(folder)
+                preflight(torch.device("cpu"), folder)
             except OSError:
                 advice = 'choose another RUNS or OUT (docker run: --user "$(id -u):$(id -g)")'
                 raise UserError(f"{folder} cannot be written: {advice}") from None

@@ -16,29 +16,12 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
+from torch.utils.data import DataLoader
 from torchvision.models import resnet18
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
-
-
-class PilImages(Dataset):
-    """Grey images, decoded and normalised one by one."""
-
-    def __init__(self, images, labels):
-        self.images, self.labels = images, labels
-        self.transform = transforms.Compose(
-            [transforms.Resize(28), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]
-        )
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.transform(Image.fromarray(self.images[i, 0].numpy())), int(self.labels[i])
+from kit.training_speed import PilImages, plain_steps
 
 
 def adapted_resnet18() -> nn.Module:
@@ -52,18 +35,11 @@ def train(model, train_loader, val_loader, epochs, t_max=50, device="cpu"):
     """Trains with the published recipe and yields a dict per epoch."""
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=t_max)
-    criterion = nn.CrossEntropyLoss()
     for epoch in range(1, epochs + 1):
-        model.train()
         start, total, n = time.perf_counter(), 0.0, 0
-        for images, labels in train_loader:
-            images, labels = images.to(device), labels.to(device)
-            optimizer.zero_grad()
-            loss = criterion(model(images), labels)
-            loss.backward()
-            optimizer.step()
-            total += loss.item() * len(labels)
-            n += len(labels)
+        for loss, size in plain_steps(model, train_loader, optimizer, device):
+            total += loss * size
+            n += size
         seconds = time.perf_counter() - start
         scheduler.step()
         model.eval()

@@ -165,9 +165,67 @@ def test_timing_waits_for_the_work():
     assert benchmark.seconds_per_call(sleep, torch.zeros(1)) >= 0.02
 
 
+# --- Training steps -------------------------------------------------------------------------------
+
+
+def test_training_steps_compared_with_a_plain_loops(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    flags = ["--models", "baseline", "se", "--width", "4", "--batch-sizes", "16", "--repeats", "5"]
+    flags += ["--device", "cpu", "--out", str(tmp_path)]
+    assert benchmark.main(["--train", *flags]) == 0
+    rows = json.loads((tmp_path / "benchmark_train.json").read_text())
+    modes = [("plain loop", "default"), ("eager", "fp32"), ("compile", "fp32")]
+    expected = [(model, *each) for model in ("baseline", "se") for each in modes]
+    assert [(row["model"], row["mode"], row["precision"]) for row in rows] == expected
+    for row in rows:
+        assert (row["width"], row["batch_size"], row["turns"], row["steps"]) == (4, 16, 5, 3)
+        assert row["images_per_second"] == pytest.approx(16e3 / row["ms_per_step"])
+        assert 0 < row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+        assert "kit/fast.py" in row["sha256"] and row["device"].startswith("CPU ")
+        if row["mode"] == "plain loop":
+            assert row["ratio_low"] == row["ratio_high"] == 1
+    printed = capsys.readouterr()
+    assert printed.err == "" and (tmp_path / "benchmark_train.md").read_text() in printed.out
+    assert printed.out.count("| `se` | 16 |") == 3
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "benchmark_train.json",
+        "benchmark_train.md",
+    }
+
+
+def test_a_slower_step_has_a_lower_ratio(tmp_path, monkeypatch):
+    def slow(forward, **options):
+        def slower(*batch):
+            time.sleep(0.5)
+            return forward(*batch)
+
+        return slower
+
+    monkeypatch.setattr(torch, "compile", slow)
+    flags = ["--models", "baseline", "--width", "4", "--batch-sizes", "4", "--repeats", "3"]
+    assert benchmark.main(["--train", *flags, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    _, eager, slower = json.loads((tmp_path / "benchmark_train.json").read_text())
+    assert slower["ms_per_step"] > 500 and slower["ratio"] < eager["ratio"]
+
+
+def test_a_mode_that_falls_back_is_no_row(tmp_path, monkeypatch, capsys):
+    def failing(forward, **options):
+        raise NotImplementedError("no such compiler")
+
+    monkeypatch.setattr(torch, "compile", failing)
+    flags = ["--models", "baseline", "--width", "4", "--batch-sizes", "4", "--repeats", "1"]
+    assert benchmark.main(["--train", *flags, "--device", "cpu", "--out", str(tmp_path)]) == 0
+    rows = json.loads((tmp_path / "benchmark_train.json").read_text())
+    assert [row["mode"] for row in rows] == ["plain loop", "eager"]
+    assert is_one_line(error := capsys.readouterr().err) and "no such compiler" in error
+
+
 @pytest.mark.parametrize(
     "flags",
     [
+        ["--train", "--keep"],
+        ["--train", "--image", "3x32x32"],
+        ["--train", "--precisions", "default"],
         ["--batch-sizes", "0"],
         ["--batch-sizes", "64", "-1"],
         ["--batch-sizes", "1000000000000000000000"],
@@ -176,6 +234,7 @@ def test_timing_waits_for_the_work():
         ["--models", "vgg"],
         ["--modes", "graph"],
         ["--precisions", "tf32"],
+        ["--precisions", "default"],
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(flags, capsys):

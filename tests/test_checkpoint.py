@@ -5,10 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import assert_same, train_small
+from conftest import assert_same, is_one_line, train_small
 
 import train
 from kit import checkpoint, run
+from kit.command_line import UserError
 from kit.ema import EMA
 from models import build_model
 
@@ -29,6 +30,50 @@ def test_weights_are_loaded_of_whatever_torch_save_wrote(tmp_path):
     torch.save(weights, tmp_path / "theirs.pt")
     for name in ("ours.pt", "theirs.pt"):
         assert_same(checkpoint.load_weights(tmp_path / name), dict(weights))
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.",
+                                    "_orig_mod.module.", "model."])  # fmt: skip
+@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model"])
+def test_weights_of_wrapped_models_are_read(tmp_path, prefix, wrapper):
+    weights = build_model("se", width=4, seed=0).state_dict()
+    state = {prefix + key: value for key, value in weights.items()}
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "best.pt")
+    assert_same(checkpoint.load_weights(tmp_path / "best.pt"), dict(weights))
+
+
+def test_weights_with_one_compiled_layer_are_read(tmp_path):
+    model = build_model("se", width=4, seed=0)
+    weights = dict(model.state_dict())
+    model.layer1 = torch.compile(model.layer1)
+    torch.save(model.state_dict(), tmp_path / "best.pt")
+    assert_same(checkpoint.load_weights(tmp_path / "best.pt"), weights)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["zip", "legacy", "within", "TorchScript", "ours"])
+def test_a_pickled_model_is_refused_and_nobody_is_told_to_switch_safety_off(tmp_path, kind):
+    model, path = build_model("se", width=4, seed=0), tmp_path / "best.pt"
+    if kind == "TorchScript":
+        torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+    elif kind == "ours":
+        path.write_bytes(checkpoint.serialized(model))
+    else:
+        what = {"model": model} if kind == "within" else model
+        torch.save(what, path, _use_new_zipfile_serialization=kind != "legacy")
+    with pytest.raises(UserError) as refused:
+        checkpoint.load_weights(path)
+    message = str(refused.value)
+    assert is_one_line(message) and f"{path} holds a pickled model" in message
+    assert "weights_only" not in message and "torch.save(model.state_dict(), FILE)" in message
+
+
+@pytest.mark.parametrize("body", [b"", b"version https://git-lfs.github.com/spec/v1", b"PK\3\4"])
+def test_what_torch_save_did_not_write_never_leads_to_advice_either(tmp_path, body):
+    (tmp_path / "best.pt").write_bytes(body)
+    with pytest.raises(Exception) as refused:
+        checkpoint.load_weights(tmp_path / "best.pt")
+    assert "weights_only" not in str(refused.value)
 
 
 def test_the_best_weights_are_copies_in_their_own_layout(tmp_path):

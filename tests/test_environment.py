@@ -1,17 +1,25 @@
-"""Why there is no GPU, what the image says of itself, and the lock of all packages."""
+"""Will this machine do? The line for each thing it may lack, by stand-ins at the edge. What the
+image says of itself; the lock of all packages."""
 
 import hashlib
+import importlib
 import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import REPO, is_one_line, needs_pins
+from conftest import REPO, is_one_line, needs_pins, script, train_small
 
-from kit import environment
+import benchmark
+import explain
+import train
+from kit import environment, fast, files, preflight
+from kit.command_line import UserError
 
+CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 
 
@@ -36,7 +44,7 @@ def test_why_there_is_no_gpu(tmp_path, monkeypatch, version, words):
     with_driver(tmp_path, monkeypatch, version)
     if torch.version.cuda is None:
         words = "a build for CPUs alone"
-    why = environment.why_no_gpu()
+    why = preflight.why_no_gpu()
     assert words in why and is_one_line(why)
     if "too old" in words:
         assert "update it to 580 or newer" in why
@@ -46,6 +54,212 @@ def test_why_there_is_no_gpu(tmp_path, monkeypatch, version, words):
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0 and f"{why}: a quick run on the CPU" in done.stderr
+
+
+# --- A machine with GPUs that are not there -------------------------------------------------------
+
+WHEEL = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # of torch 2.11 with CUDA 13.0
+
+
+def with_gpus(monkeypatch, *gpus, free=70e9, total=80e9, arch_list=WHEEL):
+    """gpus: (name, compute capability) of each. The note of a line is printed once a process."""
+    stand_ins = {
+        "is_available": lambda: bool(gpus), "device_count": lambda: len(gpus),
+        "get_arch_list": lambda: arch_list, "set_device": lambda i: None,
+        "get_device_name": lambda d: gpus[index_of(d)][0],
+        "get_device_capability": lambda d: gpus[index_of(d)][1],
+        "mem_get_info": lambda d: (free, total),
+    }  # fmt: skip
+    for name, stand_in in stand_ins.items():
+        monkeypatch.setattr(torch.cuda, name, stand_in)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    preflight.note_once.cache_clear()
+
+
+def index_of(device):
+    return device if isinstance(device, int) else device.index or 0
+
+
+V100, H100 = ("Tesla V100-SXM2-16GB", (7, 0)), ("NVIDIA H100 80GB HBM3", (9, 0))
+T4, RTX = ("Tesla T4", (7, 5)), ("NVIDIA GeForce RTX 4070", (8, 9))
+
+
+@pytest.mark.parametrize(
+    ("arch_list", "capability", "fits"),
+    [
+        (WHEEL, (7, 0), False), (WHEEL, (7, 5), True), (WHEEL, (8, 0), True),
+        (WHEEL, (8, 9), True),  # by the code for 8.6
+        (WHEEL, (10, 3), True), (WHEEL, (12, 1), True), (WHEEL, (11, 0), False),
+        (WHEEL, (6, 1), False), ([*WHEEL, "compute_120"], (13, 0), True),  # compiled by the driver
+        (["sm_80"], (9, 0), False), (["sm_86"], (8, 0), False), (["sm_90a"], (9, 0), True),
+        ([], (9, 0), True), (["gfx90a"], (9, 0), True),  # not known, or another make
+    ],
+)  # fmt: skip
+def test_which_gpus_pytorch_has_code_for(monkeypatch, arch_list, capability, fits):
+    with_gpus(monkeypatch, ("GPU", capability), arch_list=arch_list)
+    assert (preflight.why_unusable(0) is None) == fits
+
+
+def test_a_gpu_that_pytorch_has_no_code_for(monkeypatch, capsys):
+    with_gpus(monkeypatch, V100)
+    why = (
+        f"PyTorch {torch.__version__} has no code for GPU 0, Tesla V100-SXM2-16GB (compute "
+        "capability 7.0, it has sm_75 sm_80 sm_86 sm_90 sm_100 sm_120)"
+    )
+    for _ in range(2):
+        assert preflight.choose_device("auto").type == "cpu"
+    assert capsys.readouterr().err == f"note: {why}: running on the CPU\n"
+    for main, flags in (
+        (train.main, ["--model", "se"]), (benchmark.main, []), (explain.main, ["--run", "x"]),
+    ):  # fmt: skip
+        with pytest.raises(SystemExit) as stopped:
+            main([*flags, "--device", "cuda"])
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2 and is_one_line(error)
+        assert error.endswith(f"error: --device cuda: {why}; use --device cpu\n")
+    assert preflight.visible_gpus() == ([], why)
+
+
+def test_the_gpu_that_can_be_used_is_used(monkeypatch, capsys):
+    with_gpus(monkeypatch, V100, H100, RTX)
+    assert preflight.choose_device("auto") == torch.device("cuda", 1)
+    assert preflight.choose_device("cuda:2") == torch.device("cuda", 2)
+    assert preflight.visible_gpus() == (["1", "2"], "NVIDIA H100 80GB HBM3")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b,MIG-c,GPU-none")
+    assert preflight.visible_gpus() == (["GPU-b", "MIG-c"], "NVIDIA H100 80GB HBM3")
+    assert capsys.readouterr().err == ""
+
+
+@NO_GPU
+@pytest.mark.parametrize("hidden", ["", "-1", "GPU-00000000"])
+def test_gpus_that_are_hidden(tmp_path, monkeypatch, hidden):
+    with_driver(tmp_path, monkeypatch, "999.1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+    if torch.version.cuda is not None:
+        assert f"CUDA_VISIBLE_DEVICES is '{hidden}': unset it" in preflight.why_no_gpu()
+
+
+@pytest.mark.parametrize("gpu", [T4, RTX])
+def test_precisions_that_a_gpu_has(monkeypatch, capsys, gpu):
+    with_gpus(monkeypatch, gpu)
+    device, new = torch.device("cuda", 0), gpu[1] >= (8, 0)
+    assert fast.choose_precision("auto", device) == ("bf16" if new else "fp32")
+    precisions = benchmark.parse(["--device", "cuda"]).precisions
+    assert precisions == ["default", "fp32", "bf16"][: 2 + new]
+    assert benchmark.parse(["--device", "cpu"]).precisions == ["fp32"]
+    for precision in ("tf32", "bf16"):
+        if new:
+            assert fast.why_not("graph", precision, device) is None
+            continue
+        with pytest.raises(SystemExit):
+            train.main(["--model", "se", "--device", "cuda", "--precision", precision])
+        line = f"precision {precision} needs a GPU of compute capability 8.0 or more: use fp32"
+        error = capsys.readouterr().err
+        assert is_one_line(error) and line in error
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_compiling_needs(tmp_path, monkeypatch, capsys, kind):
+    device = torch.device(kind)
+    assert fast.why_no_compiler(CPU) is None
+    variable, name = {"cpu": ("CXX", "g++"), "cuda": ("CC", "gcc or clang")}[kind]
+    monkeypatch.delenv(variable, raising=False)
+    with monkeypatch.context() as patch:
+        patch.setenv("PATH", str(tmp_path))
+        line = f"torch.compile finds no {name}: apt-get install g++, or set {variable}"
+        assert fast.why_no_compiler(device) == line
+        if kind == "cpu":
+            assert benchmark.parse(["--device", "cpu"]).modes == ["eager"]
+            assert capsys.readouterr().err == f"note: {line}; compiled modes left out\n"
+    monkeypatch.setenv(variable, "/no/such/compiler -O2")
+    assert "finds no /no/such/compiler:" in fast.why_no_compiler(device)
+    monkeypatch.setenv(variable, f"{sys.executable} -c")
+    assert fast.why_no_compiler(device) is None
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    line = f"torch.compile finds no {tmp_path}/Python.h: apt-get install python3-dev"
+    assert fast.why_no_compiler(device) == line
+
+
+def test_without_a_compiler_training_falls_back_at_once(tmp_path, monkeypatch, capsys):
+    importlib.import_module("torch._inductor.config")  # reads CXX once, for the tests to come, too
+    monkeypatch.setenv("CXX", "/no/such/compiler")
+    assert train_small("baseline", tmp_path, "--epochs", "1", "--mode", "compile") == 0
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "torch.compile finds no /no/such/compiler" in error
+    assert "training in mode eager" in error
+
+
+def test_a_gpu_with_little_memory(monkeypatch, capsys):
+    with_gpus(monkeypatch, H100)
+    preflight.preflight(torch.device("cuda", 0))
+    assert capsys.readouterr().err == ""
+    with_gpus(monkeypatch, H100, free=0.4e9)
+    preflight.preflight(torch.device("cuda", 0))
+    assert capsys.readouterr().err == (
+        "note: 0.4 of 80.0 GB are free on cuda:0: others use it (see nvidia-smi), a run may end "
+        "out of memory\n"
+    )
+
+
+def test_a_gpu_in_exclusive_mode(monkeypatch):
+    def busy(device):
+        raise RuntimeError("CUDA error: CUDA-capable device(s) is/are busy or unavailable\nmore")
+
+    with_gpus(monkeypatch, H100)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
+    with pytest.raises(UserError, match=r"cuda:0 cannot be used .*busy or unavailable.* --device"):
+        preflight.preflight(torch.device("cuda", 0))
+
+
+def test_a_disk_that_is_almost_full(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=0.25e9))
+    preflight.note_once.cache_clear()
+    assert train_small("se", tmp_path / "runs", "--epochs", "1", "--dry-run") == 0
+    assert capsys.readouterr().err == ""
+    assert train_small("se", tmp_path / "runs", "--epochs", "1") == 0
+    expected = f"0.2 GB are free in {tmp_path}/runs: a run may need 0.6 GB while it trains"
+    assert capsys.readouterr().err == f"note: {expected}\n"
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)  # root may do anything
+    assert train_small("se", tmp_path / "runs", "--epochs", "1") == 1
+    error = capsys.readouterr().err
+    assert error == f"error: {tmp_path}/runs cannot be written: choose another folder\n"
+    with pytest.raises(PermissionError, match="choose another --out"):
+        files.check_writable(tmp_path)
+
+
+def test_the_table_for_bug_reports(tmp_path, monkeypatch, capsys):
+    with_driver(tmp_path, monkeypatch, "580.65.06")
+    with_gpus(monkeypatch, V100, T4, free=0.4e9, total=16e9)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    assert preflight.main([]) == 0
+    table = capsys.readouterr().out
+    for line in (
+        f"PyTorch     {torch.__version__}, CUDA {torch.version.cuda} {' '.join(WHEEL)}",
+        "driver      580.65.06",
+        "GPU 0       Tesla V100-SXM2-16GB, compute capability 7.0",
+        f"          ! PyTorch {torch.__version__} has no code for GPU 0, Tesla V100-SXM2-16GB",
+        "GPU 1       Tesla T4, compute capability 7.5",
+        "device      Tesla T4",
+        "memory      0.4 of 16.0 GB are free on cuda:1",
+        "          ! others use it (see nvidia-smi), a run may end out of memory",
+        "precisions  fp32; auto: fp32",
+        "modes       eager, graph",
+        "          ! torch.compile finds no /no/such/compiler: apt-get install g++, or set CC",
+        "variables   OMP_NUM_THREADS=1",
+    ):
+        assert line in table
+    assert table.isascii() and table.count("GB are free in ") == 3 and "commit" in table
+
+
+def test_the_table_of_a_machine_without_a_gpu():
+    done = script("-m", "kit.preflight", "--device", "cpu")
+    assert done.returncode == 0 and done.stderr == "" and "device      CPU" in done.stdout
+    done = script("-m", "kit.preflight", "--device", "gpu")
+    assert done.returncode == 2 and is_one_line(done.stderr)
 
 
 def test_an_image_names_its_commit_and_requirements(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from conftest import copy_run
 from scipy import stats
 
 from kit import verdicts
+from kit.costs import measured
 from kit.findings import Findings
 from kit.results import read_studies
 
@@ -94,6 +95,15 @@ def test_a_control_is_compared_with_its_own_module(make_study):
     assert c.difference == pytest.approx(np.mean(MORE) - np.mean(SAME))
     assert c.p_holm == pytest.approx(stats.ttest_rel(MORE, SAME).pvalue)
     assert c.verdict == "better" and list(found.controlled) == ["se"]
+
+
+def test_the_published_way_is_pytorchs_default_where_that_was_measured(make_study):
+    study = make_study({"baseline": BASE})
+    rows = [row("baseline", 2.0), row("se", 3.0)]
+    assert measured(study, rows)["baseline"]["ms_per_image"] == 2.0
+    rows.append(row("baseline", 1.0) | {"precision": "default"})
+    found = measured(study, rows)  # never one model this way and another that
+    assert {model: own["ms_per_image"] for model, own in found.items()} == {"baseline": 1.0}
 
 
 def test_costs_are_paired_by_seed(make_study):

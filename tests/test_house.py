@@ -27,6 +27,7 @@ NO_FIGURE_DEPENDS_ON = {
     "kit/identity.py",
     "kit/pictures.py",
     "kit/plots.py",
+    "kit/preflight.py",
     "kit/run_folder.py",
     "kit/tensorboard_log.py",
 }

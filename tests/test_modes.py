@@ -3,8 +3,11 @@
 That each of them is the same step: test_fast.py.
 """
 
+import contextlib
+import gc
 import json
 import os
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ import torch.nn.functional as F
 from conftest import REPO, assert_same, is_one_line, script, stop_at, train_small
 
 import train
-from kit import checkpoint, fast
+from kit import checkpoint, command_line, fast
 from kit.ema import EMA
 from models import build_model
 
@@ -83,6 +86,24 @@ def test_compiled_training_is_repeatable_and_near_eager_training(tmp_path):
         assert result["overrides"].keys() == {"epochs", "limit_train", "limit_test", "width"}
     assert losses["a"] == losses["b"]
     assert losses["a"] == pytest.approx(losses["eager"], rel=1e-3)
+
+
+def test_default_is_pytorch_as_it_comes():
+    flags = """
+import torch
+def flags():
+    b = torch.backends
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return deterministic, b.cudnn.benchmark, b.cudnn.allow_tf32, b.cuda.matmul.allow_tf32
+"""
+    change = "from kit.fast import set_up_torch\nset_up_torch('fp32')\nset_up_torch('default')\n"
+    fresh, set_up = (script("-c", flags + each + "print(flags())") for each in ("", change))
+    assert fresh.stdout == set_up.stdout == "(False, False, True, False)\n"
+    for precision, tf32 in {"fp32": False, "tf32": True, "bf16": False}.items():
+        fast.set_up_torch(precision)
+        b = torch.backends
+        assert torch.are_deterministic_algorithms_enabled() and not b.cudnn.benchmark
+        assert (b.cudnn.allow_tf32, b.cuda.matmul.allow_tf32) == (tf32, tf32)
 
 
 def test_more_than_eight_functions_of_one_piece_of_code_are_all_compiled():
@@ -185,6 +206,72 @@ def test_without_a_compiler_it_trains_eagerly_and_says_so(tmp_path):
     assert "mode compile failed" in done.stderr and "training in mode eager" in done.stderr
     result = result_of(tmp_path / "runs")
     assert result["mode"] == "eager" and "mode compile failed" in result["fallback"]
+
+
+class Capture:
+    """In place of torch.cuda.graph: fails as a driver does, unless it has no words."""
+
+    words, garbage = "", []
+
+    def __init__(self, graph, stream):
+        pass
+
+    def __enter__(self):
+        self.garbage.append(gc.isenabled())
+
+    def __exit__(self, *_):
+        if self.words:
+            raise RuntimeError(self.words)
+
+
+@pytest.fixture
+def captures(monkeypatch):
+    for name in ("CUDAGraph", "Stream", "current_stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    monkeypatch.setattr(Capture, "garbage", [])
+
+
+def test_no_garbage_is_collected_during_a_capture(captures, monkeypatch):
+    collected = []
+    monkeypatch.setattr(gc, "collect", lambda: collected.append(list(Capture.garbage)))
+    fast.Graphed(lambda x: 2 * x, torch.ones(2))
+    assert (collected, Capture.garbage, gc.isenabled()) == ([[]], [False], True)
+
+
+@pytest.mark.parametrize("words", ["operation not permitted when stream is capturing",
+                                   "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])  # fmt: skip
+def test_after_a_failed_capture_no_other_is_tried(captures, monkeypatch, words):
+    monkeypatch.setattr(Capture, "words", f"{words}\nand a long trace")
+    small = Small()
+    before = small.state
+    _, mode, (failure,) = small.fast("compile+graph")
+    assert mode == "eager" and len(Capture.garbage) == 1 and gc.isenabled()
+    assert failure.startswith("mode compile+graph failed (CaptureFailed: ") and words in failure
+    assert ("out of memory" in failure) == ("ALLOC" in words) and "\n" not in failure
+    assert_same(small.state["model"], before["model"])
+
+
+@pytest.mark.parametrize("words", [
+    "CUDA out of memory. Tried to allocate 2.00 GiB", "CUDA error: out of memory\nCUDA kernel",
+    "CUDA driver error: out of memory", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED", "CUDA_ERROR_OUT_OF_MEMORY",
+    "[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: you tried",
+    "Triton Error [CUDA]: out of memory",
+])  # fmt: skip
+def test_whatever_means_out_of_memory_is_called_that(words, capsys):
+    @command_line.exit_code
+    def main(argv):
+        raise RuntimeError(words)
+
+    assert command_line.is_out_of_memory(RuntimeError(words)) and main([]) == 1
+    error = "error: out of memory: try a smaller batch size or --width\n"
+    assert capsys.readouterr().err == error
+    assert command_line.is_out_of_memory(MemoryError())
+    assert not command_line.is_out_of_memory(RuntimeError("CUDNN_STATUS_NOT_SUPPORTED"))
 
 
 # --- On a GPU -------------------------------------------------------------------------------------

@@ -19,11 +19,15 @@ from conftest import REPO, assert_same, is_one_line, stop_at, train_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import data
+import explain
+import report
 import train
 from kit import checkpoint, run
 from kit.command_line import UserError
+from kit.environment import peak_memory_mb
 from models import build_model
 
+CPU = torch.device("cpu")
 FOLDER = "fashion_mnist/published/se/seed0"
 FLAGS = ["--limit-train", "640", "--limit-test", "100", "--width", "8", "--device", "cpu"]
 FLAGS += ["--epochs", "3", "--data-dir", str(REPO / "data"), "--keep-last"]
@@ -420,6 +424,57 @@ def test_a_checkpoint_of_another_pytorch_is_used_and_said(stopped, tmp_path, cap
     assert error == "" and "resuming in epoch 3" in out and "torch 1.0 before" in out
     env = json.loads((runs / FOLDER / "env.json").read_text())
     assert any("torch 1.0 before" in change for change in env["changes"])
+
+
+def test_other_threads_and_instructions_are_said(stopped, tmp_path, capsys, monkeypatch):
+    runs, names = tmp_path / "runs", ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+    shutil.copytree(stopped, runs)
+    env = json.loads((runs / FOLDER / "env.json").read_text())
+    assert env["variables"]["OMP_NUM_THREADS"] == os.environ.get("OMP_NUM_THREADS")
+    env["variables"] |= {"MKL_NUM_THREADS": "7", "ONEDNN_MAX_CPU_ISA": None}
+    env["variables"].pop("ATEN_CPU_CAPABILITY")  # an older one did not record it
+    (runs / FOLDER / "env.json").write_text(json.dumps(env))
+    monkeypatch.delenv("MKL_NUM_THREADS", raising=False)
+    for name in names:
+        monkeypatch.setenv(name, "AVX2")
+    assert train.main(["--model", "se", *FLAGS, "--runs", str(runs)]) == 0
+    out, error = capsys.readouterr()
+    assert error == "" and "MKL_NUM_THREADS 7 before, unset since" in out
+    assert "ONEDNN_MAX_CPU_ISA unset before, AVX2 since" in out and "ATEN" not in out
+
+
+@pytest.mark.parametrize("kind", ["pipe", "sparse"])
+@pytest.mark.parametrize("name", ["config.json", "env.json", "metrics.jsonl", "result.json",
+    "test_labels.npy", "test_predictions.npy", "best.pt", "last.pt", "benchmark.json"])  # fmt: skip
+def test_pipes_and_huge_files_neither_hang_nor_fill_the_memory(
+    finished_run, tmp_path, capsys, name, kind
+):
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    folder = runs / "fashion_mnist/published/cbam_blocks/seed0"
+    shutil.copytree(finished_run, folder)
+    path = (runs if name == "benchmark.json" else folder) / name
+    path.unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        with open(path, "wb") as file:
+            file.truncate(2**32)
+    signal.alarm(60)  # ends the process if one waits for the pipe
+    runs_and_out, before = ["--runs", str(runs), "--out", str(out)], peak_memory_mb(CPU)
+    explaining = ["--run", str(folder), "--limit-test", "20", "--limit-cam", "1", "--keep"]
+    codes = [
+        train_small("cbam_blocks", runs, "--epochs", "2"),
+        report.main(runs_and_out),
+        explain.main([*explaining, "--device", "cpu", *runs_and_out[2:]]),
+    ]
+    signal.alarm(0)
+    assert peak_memory_mb(CPU) < before + 1000
+    small = name in ("config.json", "env.json", "metrics.jsonl", "result.json") or "test" in name
+    explained = name in ("config.json", "test_predictions.npy", "best.pt")
+    assert codes == [small, small, explained]
+    error = capsys.readouterr().err
+    if small:
+        assert ("is no file" if kind == "pipe" else "4,294,967,296 bytes") in error
 
 
 def test_other_settings_are_refused_and_nothing_is_touched(stopped, tmp_path, capsys):

@@ -10,7 +10,6 @@ import sys
 import time
 
 import pytest
-import torch
 from conftest import REPO, is_one_line, needs_pins, run_all, settings_of
 from PIL import Image
 
@@ -121,15 +120,6 @@ def test_without_a_word_the_gpu_decides(plan, monkeypatch, capsys):
     assert study.main(["study"]) == 1
     error = capsys.readouterr().err
     assert is_one_line(error) and "no GPU at all" in error and "study --miniature" in error
-
-
-def test_gpus_are_named_as_cuda_does(monkeypatch):
-    for name, value in {"is_available": True, "device_count": 2, "get_device_name": "H100"}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *device, value=value: value)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    assert study.visible_gpus() == (["0", "1"], "H100")
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-a, GPU-b,GPU-none")
-    assert study.visible_gpus() == (["GPU-a", "GPU-b"], "H100")
 
 
 def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path):

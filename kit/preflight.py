@@ -1,0 +1,195 @@
+"""Before any work: will this machine do, and which of its devices is used?
+
+    python -m kit.preflight [--device cuda:1]       # a short table, for bug reports
+
+Every script asks before it starts, and says in a line what is missing and what to do.
+"""
+
+import functools
+import os
+import re
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from kit.command_line import UserError, exit_code, make_parser
+from kit.environment import HERE, VARIABLES, device_name, driver_version, image, output_of
+from kit.fast import MODES, PRECISIONS, choose_precision, first_line, why_no_compiler, why_not
+
+DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> the oldest driver on Linux
+# GB. At full width last.pt has 0.18, and is kept twice while a third is written. Memory: a guess.
+LITTLE_MEMORY, LITTLE_SPACE = 2, 0.6
+# Of a GPU that it has no code for PyTorch says so in ten lines: why_unusable does in one.
+warnings.filterwarnings("ignore", r"(?s).*(compute capability \(CC\)|CUDA capability sm_)")
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto`: the first CUDA GPU that PyTorch can use, or the CPU where there is none. A GPU
+    becomes the current one.
+
+    Raises ValueError with one line.
+    """
+    if not (found := re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name, re.ASCII)):
+        raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
+    n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not n_gpus):
+        return torch.device("cpu")
+    if not n_gpus:
+        raise ValueError(f"--device {name}: {why_no_gpu()}; use --device cpu")
+    if (index := int(found[1] or 0)) >= n_gpus:
+        raise ValueError(f"--device {name}: this machine has {n_gpus} CUDA GPU(s)")
+    for i in range(n_gpus) if name == "auto" else [index]:
+        if not (reason := why_unusable(i)):
+            torch.cuda.set_device(i)  # streams and graphs are made on the current one
+            return torch.device("cuda", i)
+        if name != "auto":
+            raise ValueError(f"--device {name}: {reason}; use --device cpu")
+    note_once(f"{reason}: running on the CPU")
+    return torch.device("cpu")
+
+
+@functools.cache
+def note_once(line: str) -> None:
+    print(f"note: {line}", file=sys.stderr)
+
+
+def why_unusable(index: int) -> str | None:
+    """Why PyTorch cannot compute on a GPU: it has no code for it; None if it can."""
+    own, names = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
+    known = re.findall(r"\b(sm|compute)_(\d+)(\d)", " ".join(names))
+    for kind, *version in known:
+        major, minor = map(int, version)  # sm: machine code of one major version; else for all
+        if (major, minor) <= own and (kind == "compute" or major == own[0]):
+            return None
+    if not known:  # another make
+        return None
+    return (
+        f"PyTorch {torch.__version__} has no code for GPU {index}, "
+        f"{torch.cuda.get_device_name(index)} (compute capability {own[0]}.{own[1]}, it has "
+        f"{' '.join(names)})"
+    )
+
+
+def visible_gpus() -> tuple[list[str], str]:
+    """(numbers or UUIDs, for CUDA_VISIBLE_DEVICES, of the GPUs that can be used; the name of the
+    first, or why there is none)."""
+    if not torch.cuda.is_available():
+        return [], why_no_gpu()
+    count = torch.cuda.device_count()
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    names = names.replace(" ", "").split(",")[:count]
+    reasons = list(map(why_unusable, range(count)))
+    usable = [name for name, reason in zip(names, reasons, strict=True) if not reason]
+    return usable, device_name(torch.device("cuda", reasons.index(None))) if usable else reasons[0]
+
+
+def why_no_gpu() -> str:
+    """Why PyTorch sees no CUDA GPU, and what to do."""
+    cuda, driver = torch.version.cuda, driver_version()
+    nothing = f"PyTorch {torch.__version__} sees no CUDA GPU"
+    if cuda is None:
+        return f"{nothing}, it is a build for CPUs alone"
+    if driver is None:
+        return f"{nothing}, nor is there an NVIDIA driver (in a container: docker run --gpus all)"
+    needed = DRIVERS.get(cuda.split(".")[0], 0)
+    if int(driver.split(".")[0]) < needed:
+        return (
+            f"the NVIDIA driver {driver} is too old for PyTorch {torch.__version__} with CUDA "
+            f"{cuda}: update it to {needed} or newer"
+        )
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    why = "see nvidia-smi" if hidden is None else f"CUDA_VISIBLE_DEVICES is '{hidden}': unset it"
+    return f"{nothing}, though there is an NVIDIA driver {driver} ({why})"
+
+
+# --- Before any work ------------------------------------------------------------------------------
+
+
+def preflight(device: torch.device, folder: Path | None = None) -> None:
+    """Says what may fail later: memory of the GPU, space and rights where `folder` is or will be.
+
+    Raises UserError if it will.
+    """
+    for found, wrong in (free_memory(device), free_space(folder) if folder else ("", "")):
+        if wrong:
+            note_once(f"{found}: {wrong}")
+    if folder and not os.access(existing(folder), os.W_OK):
+        raise UserError(f"{folder} cannot be written: choose another folder")
+
+
+def free_memory(device: torch.device) -> tuple[str, str]:
+    """(how much of the GPU's memory is free, what to do if it is little). Raises UserError."""
+    if device.type != "cuda":
+        return "", ""
+    try:
+        free, total = (n / 1e9 for n in torch.cuda.mem_get_info(device))
+    except RuntimeError as error:  # in exclusive mode, another process has it
+        advice = "nvidia-smi shows who uses it; choose another --device"
+        raise UserError(f"{device} cannot be used ({first_line(error)}): {advice}") from None
+    little = "others use it (see nvidia-smi), a run may end out of memory" * (free < LITTLE_MEMORY)
+    return f"{free:.1f} of {total:.1f} GB are free on {device}", little
+
+
+def existing(folder: Path) -> Path:
+    """Itself, or the closest folder above it that exists."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def free_space(folder: Path) -> tuple[str, str]:
+    """(how much of the disk is free there, what to do if it is little)."""
+    free = shutil.disk_usage(existing(folder)).free / 1e9
+    little = f"a run may need {LITTLE_SPACE:.1f} GB while it trains" * (free < LITTLE_SPACE)
+    return f"{free:.1f} GB are free in {folder}", little
+
+
+def table(device: torch.device) -> Iterator[tuple[str, str, str | None]]:
+    """(what, what was found, what is wrong with it)."""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    code = " ".join(["", *torch.cuda.get_arch_list()])  # nothing where there is no GPU
+    yield "PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda}{code}", None
+    yield "driver", driver_version() or "none", None if gpus else why_no_gpu()
+    for i in gpus:
+        major, minor = torch.cuda.get_device_capability(i)
+        name = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
+        yield f"GPU {i}", name, why_unusable(i)
+    yield "device", device_name(device), None
+    if device.type == "cuda":
+        yield "memory", *free_memory(device)
+    kinds = [p for p in PRECISIONS if not why_not("eager", p, device)]
+    yield "precisions", f"{', '.join(kinds)}; auto: {choose_precision('auto', device)}", None
+    modes = [mode for mode in MODES if not why_not(mode, "fp32", device)]
+    reason = why_no_compiler(device)
+    yield "modes", ", ".join(m for m in modes if not (reason and "compile" in m)), reason
+    for folder in ("runs", "results", tempfile.gettempdir()):
+        found, little = free_space(Path(folder))
+        locked = not os.access(existing(Path(folder)), os.W_OK)
+        yield "folder", found, "it cannot be written" if locked else little
+    names = [name for name in ("CUDA_VISIBLE_DEVICES", *VARIABLES) if name in os.environ]
+    yield "variables", " ".join(f"{name}={os.environ[name]}" for name in names), None
+    yield (
+        "image",
+        f"{image() or 'none'}; commit {output_of('git', '-C', HERE, 'rev-parse', 'HEAD')}",
+        None,
+    )
+
+
+@exit_code
+def main(argv: list[str] | None = None) -> None:
+    """Prints the table."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    try:
+        device = choose_device(parser.parse_args(argv).device)
+    except ValueError as error:
+        parser.error(str(error))
+    for what, found, wrong in table(device):
+        print(f"{what:10s}  {found}" + f"\n{'':10s}! {wrong}" * bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""Files that are whole or not there, whose, and what a killed process leaves of them."""
+
+import os
+from itertools import chain
+
+import pytest
+from conftest import REPO, SMALL, script
+
+import benchmark
+import explain
+import report
+from kit.files import read_small, write_atomically
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002, 0o077])
+def test_the_umask_is_kept(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "folder/a.json", "{}")
+        write_atomically(tmp_path / "folder/a.json", "[]")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "folder/a.json").stat().st_mode & 0o777 == 0o666 & ~umask
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_small_files_only(tmp_path):
+    (tmp_path / "a").write_bytes(b"abc")
+    os.mkfifo(tmp_path / "pipe")
+    with open(tmp_path / "sparse", "wb") as file:
+        file.truncate(2**32)
+    assert read_small(tmp_path / "a") == b"abc"
+    for name, words in {"pipe": "pipe is no file", "sparse": "sparse has 4,294,967,296 bytes",
+                        ".": "is no file", "none": "No such file"}.items():  # fmt: skip
+        with pytest.raises(OSError, match=words):
+            read_small(tmp_path / name)
+
+
+def test_the_next_run_removes_what_a_killed_one_has_left(finished_run, tmp_path):
+    left = {
+        "benchmark": [".benchmark.json.tmp", ".benchmark.md.tmp"],
+        "explain": [".explain.json.tmp", ".explain_se_seed3.png.tmp"],
+        "report": [".report.html.tmp", ".results.csv.tmp", ".test_accuracy.png.tmp"],
+        "nobody": [".mine.tmp", "report.tmp"],
+    }
+    for name in chain(*left.values()):
+        (tmp_path / name).touch()
+    out, few = ["--out", str(tmp_path)], ["--limit-test", "20", "--limit-cam", "1"]
+    small = ["--models", "se", "--width", "4", "--batch-sizes", "1", "--repeats", "1"]
+    for who, code in (
+        ("benchmark", lambda: benchmark.main([*small, *out, "--modes", "eager"])),
+        ("explain", lambda: explain.main(["--run", str(finished_run), *few, *out])),
+        ("report", lambda: report.main(["--runs", str(finished_run), *out])),
+    ):
+        assert code() == 0
+        left.pop(who)
+        there = {path.name for path in tmp_path.glob("*.tmp")}
+        assert there == set(chain(*left.values()))
+
+
+def test_a_terminal_that_knows_ascii_alone(tmp_path):
+    runs, small = str(tmp_path / "é"), [*SMALL, "--data-dir", str(REPO / "data"), "--epochs", "1"]
+    code = f"""
+import train, report, benchmark
+from kit import study
+runs = {runs!r}
+cheap = ["--models", "se", "--width", "4", "--batch-sizes", "1", "--repeats", "1"]
+print(train.main(["--model", "se", *{small}, "--runs", runs]),
+      train.main(["--model", "se", *{small}, "--runs", runs, "--lr", "3"]),
+      report.main(["--runs", runs, "--out", runs]),
+      benchmark.main([*cheap, "--modes", "eager", "--out", runs]),
+      study.main(["plan", "quick"]))
+"""
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "RUNS": runs, "OUT": runs}
+    done = script("-c", code, env=environment)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "0 1 0 0 0", done.stderr
+    assert "Traceback" not in done.stderr and (done.stdout + done.stderr).isascii()
+    assert f"{tmp_path}/?" in done.stdout and "\\xe9" in done.stderr
