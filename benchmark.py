@@ -14,10 +14,10 @@ Measured is inference on float32 images that are already on the device, in evalu
 random weights: no data loading, no pre-processing. The modes are those of kit/fast.py: `eager` is
 the published way, in the precision `default` (PyTorch's own flags: TF32 convolutions; on a CPU that
 is fp32). The others use the channels_last layout, and compiled models have frozen weights and
-BatchNorm folded into the convolutions. Figures are medians over many batches after a
-warm-up, the device synchronised at both ends of each; compiling and capturing are off the clock.
-Models and modes take turns, so a machine that slows down slows them all. A mode whose logits differ
-from those of eager fp32 by more than TOLERANCE is left out, and the exit code is 1.
+BatchNorm folded into the convolutions. Figures are medians over many batches after a warm-up, the
+device synchronised at both ends of each; compiling and capturing are off the clock. Models and
+modes take turns, so a machine that slows down slows them all. A mode whose logits differ from those
+of eager fp32 by more than TOLERANCE is left out, and the exit code is 1.
 
 --train writes OUT/benchmark_train.json and .md instead: see kit/training_speed.py.
 """

@@ -13,11 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPO, assert_same, is_one_line, script, stop_at, train_small
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
+import data
 import train
 from kit import checkpoint, command_line, fast
 from kit.ema import EMA
-from models import build_model
+from models import MODELS, build_model
 
 CPU = torch.device("cpu")
 FOLDER = "fashion_mnist/published/baseline/seed0"
@@ -272,6 +276,51 @@ def test_whatever_means_out_of_memory_is_called_that(words, capsys):
     assert capsys.readouterr().err == error
     assert command_line.is_out_of_memory(MemoryError())
     assert not command_line.is_out_of_memory(RuntimeError("CUDNN_STATUS_NOT_SUPPORTED"))
+
+
+class HostWatch(TorchDispatchMode):
+    """Notes what makes the host wait: values read, tensors of the CPU among those of the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        kinds = {t.device.type for t in tensors if t.dim()}
+        if len(kinds) > 1 or function is torch.ops.aten._local_scalar_dense.default:
+            self.found.append(str(function))
+        return out
+
+
+def waits(model, device):
+    """For what the host has to wait in the forward pass of fake tensors, which need no device; on a
+    CPU also in the backward pass, which PyTorch does not run on a GPU that is not there."""
+    with FakeTensorMode(), torch.device(device):
+        model = build_model(model).train()
+        images = torch.zeros(64, 1, 28, 28, dtype=torch.uint8)
+        labels, mean = torch.zeros(64, dtype=torch.int64), torch.zeros(1, 1, 1)
+        with HostWatch() as watch:
+            logits = model(data.normalize(images, mean, mean))
+            loss = train.cross_entropy(logits, labels, None, 0.0)
+            (logits.argmax(1) == labels).sum()
+            if device == "cpu":
+                loss.backward()
+    return watch.found
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_in_a_step_the_host_never_waits(model):
+    assert waits(model, "cuda") == waits(model, "cpu") == []
+
+
+def test_what_makes_the_host_wait_is_found():
+    with FakeTensorMode(), HostWatch() as watch:
+        torch.ones(3, device="cuda").cpu()
+        with pytest.raises(DataDependentOutputException):
+            torch.ones((), device="cuda").item()
+    assert watch.found[0] == "aten._to_copy.default"
 
 
 # --- On a GPU -------------------------------------------------------------------------------------
