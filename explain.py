@@ -145,7 +145,7 @@ def check_predictions(path: Path, config: dict, dataset, idx, predictions) -> st
     left; the digest of these, None where there are none."""
     own = data.stratified(dataset.test_labels, config["limit_test"] or len(dataset.test_labels))
     with suppress(OSError, ValueError, AttributeError):  # a checkpoint alone, or an older run
-        weights = json.loads((path.parent / "result.json").read_text()).get("weights")
+        weights = json.loads(read_small(path.parent / "result.json")).get("weights")
         if weights not in (None, sha256_of(path)):
             raise UserError(f"{path} is not the one of the run, by its sha256 in result.json")
     try:

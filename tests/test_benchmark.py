@@ -193,6 +193,7 @@ def test_training_steps_compared_with_a_plain_loops(tmp_path, monkeypatch, capsy
     }
 
 
+@pytest.mark.slow
 def test_a_slower_step_has_a_lower_ratio(tmp_path, monkeypatch):
     def slow(forward, **options):
         def slower(*batch):

@@ -333,8 +333,9 @@ def test_no_damaged_value_ends_a_report_or_changes_a_verdict_in_silence(reported
 
 
 @pytest.mark.slow
-def test_no_damaged_value_at_all(reported):
-    assert check_mutations(reported, FILES, lambda: True) >= 2000
+def test_two_thousand_damaged_values(reported):
+    draw = random.Random(1)
+    assert check_mutations(reported, FILES, lambda: draw.random() < 0.6) >= 2000
 
 
 # --- Two sets of runs, links, missing files -------------------------------------------------------

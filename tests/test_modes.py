@@ -79,6 +79,7 @@ def test_a_run_is_not_resumed_in_another_mode(tmp_path, monkeypatch, capsys):
     assert train_small("baseline", tmp_path, *flags, "auto") == 0  # complete, in whatever mode
 
 
+@pytest.mark.slow
 def test_compiled_training_is_repeatable_and_near_eager_training(tmp_path):
     losses = {}
     for name, mode in (("a", "compile"), ("b", "compile"), ("eager", "eager")):
@@ -310,6 +311,7 @@ def waits(model, device):
     return watch.found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_in_a_step_the_host_never_waits(model):
     assert waits(model, "cuda") == waits(model, "cpu") == []
