@@ -88,6 +88,7 @@ def our_turn(train, dataset: ImageData, flags: list) -> tuple[Callable[[int], No
 
 
 def plain_turn(model, dataset: ImageData, batch_size: int, device) -> Callable[[int], None]:
+    """turn(steps): so many steps of the plain loop, its images decoded and normalised anew."""
     model = model.to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
