@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kit.command_line import UserError
+from kit.command_line import UserError, in_one_line
 from kit.files import check_allowed, is_only_read, write_atomically
 
 
@@ -99,8 +99,8 @@ def from_torchvision(name: str, data_dir: Path) -> ImageData:
     except Exception as error:  # of networks, archives, checksums and pickles: they are many
         raise UserError(
             f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read "
-            f"({type(error).__name__}: {str(error).strip().splitlines()[0]}): bring its files "
-            "there, as torchvision lays them out, or try again"
+            f"({in_one_line(error)}): bring its files there, as torchvision lays them out, or try "
+            "again"
         ) from error
 
     def tensors(part):

@@ -77,7 +77,7 @@ def why_no_compiler(device: torch.device) -> str | None:
     """What torch.compile lacks here, and what to do; None if nothing. It compiles C++ for a CPU and
     C for a GPU, both with Python's own headers."""
     variable, usual = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++"])
-    names = [os.environ[variable].split()[0]] if os.environ.get(variable) else usual
+    names = os.environ.get(variable, "").split()[:1] or usual
     if not any(map(shutil.which, names)):
         return (
             f"torch.compile finds no {' or '.join(names)}: apt-get install g++, or set {variable}"

@@ -173,8 +173,9 @@ def test_what_compiling_needs(tmp_path, monkeypatch, capsys, kind):
             assert capsys.readouterr().err == f"note: {line}; compiled modes left out\n"
     monkeypatch.setenv(variable, "/no/such/compiler -O2")
     assert "finds no /no/such/compiler:" in fast.why_no_compiler(device)
-    monkeypatch.setenv(variable, f"{sys.executable} -c")
-    assert fast.why_no_compiler(device) is None
+    for value in (f"{sys.executable} -c", "", "  "):  # blank: the usual one
+        monkeypatch.setenv(variable, value)
+        assert fast.why_no_compiler(device) is None
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
     line = f"torch.compile finds no {tmp_path}/Python.h: apt-get install python3-dev"
     assert fast.why_no_compiler(device) == line

@@ -353,6 +353,16 @@ def test_cifar(tmp_path, monkeypatch, name, n):
         data.load_dataset(name, tmp_path)
 
 
+def test_an_error_without_a_message_is_one_line(tmp_path, monkeypatch):
+    def failing(*arguments, **options):
+        raise RuntimeError
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", failing)
+    with pytest.raises(UserError, match="cannot be fetched or read") as raised:
+        data.load_dataset("cifar10", tmp_path)
+    assert is_one_line(str(raised.value)) and "RuntimeError" in str(raised.value)
+
+
 @pytest.fixture
 def tiny_imagenet(tmp_path):
     folder = tmp_path / "tiny-imagenet-200"
