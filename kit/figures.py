@@ -119,7 +119,9 @@ def draw_latency(found: Findings, styles: dict) -> plt.Figure:
 
 def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -> plt.Figure:
     """Test accuracy over `x`; diamonds are the published figures, rings the Pareto front."""
-    title = "Test accuracy (mean, standard deviation over seeds) against cost"
+    several = any(summary["n"] > 1 for summary in found.models.values())
+    spread_over_seeds = " (mean, standard deviation over seeds)" * several
+    title = f"Test accuracy{spread_over_seeds} against cost"
     figure, axes = frame(found.study, title, 8, max(4.5, 1 + 0.25 * len(x)))
     for model in x:
         accuracy, sd = (found.models[model][f"test_acc_{key}"] for key in ("mean", "sd"))
