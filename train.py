@@ -26,7 +26,7 @@ import data
 import models
 from kit.command_line import UserError, exit_code
 from kit.ema import EMA
-from kit.fast import autocast, set_up_torch
+from kit.fast import autocast, channels_last, set_up_torch
 from kit.preflight import preflight
 from kit.run import Run
 from kit.settings import parse_settings
@@ -75,12 +75,13 @@ def train(settings, dataset, run: Run) -> dict:
     # Data: all of it stays on the device as bytes, and a batch is an index into it.
     loader = data.Loader(dataset, settings, device)  # splits, shuffles, augments, normalises
 
-    # Model, optimizer, schedule. channels_last is the layout that convolutions are fastest in.
+    # Model, optimizer, schedule.
     torch.manual_seed(settings.seed)  # for modules that draw random numbers, such as dropout
     model = build_model(
         settings.base_model, len(dataset.classes), loader.channels, settings.width, settings.seed,
         settings.position, settings.reduction,
-    ).to(device, memory_format=torch.channels_last)  # fmt: skip
+    ).to(device)  # fmt: skip
+    channels_last(model)  # the layout that convolutions are fastest in
     optimizer = adam(model, settings.lr, settings.weight_decay)
     scheduler = cosine(optimizer, settings.epochs, settings.warmup)
     ema = EMA(model, settings.ema) if settings.ema else None

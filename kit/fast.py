@@ -37,6 +37,8 @@ FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}
 # `auto` compiles runs of at least so many steps. On two CPU cores compiling took 50 s and saved
 # about 10 ms a step of the baseline, which gains least. The figure for GPUs is a guess so far.
 COMPILE_PAYS_FROM = {"cpu": 8_000, "cuda": 20_000}
+# Relative error. Rounding to bf16 makes up to 0.2, a compiler's fault 1 or more.
+WRONG_GRADIENTS = 0.5
 
 # On a CPU, torch.compile would print a line about a CUDA runtime that is not there.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -106,6 +108,19 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
+def channels_last(model: torch.nn.Module) -> torch.nn.Module:
+    """The model in the layout that convolutions are fastest in, in place.
+
+    Convolutions with one output channel stay as they are: for them the two layouts are one to
+    cuDNN, but two to the compiler.
+    """
+    model.to(memory_format=torch.channels_last)
+    for parameter in model.parameters():
+        if parameter.dim() == 4 and len(parameter) == 1:
+            parameter.data = parameter.data.contiguous()
+    return model
+
+
 def compiled(function: Callable, **options) -> Callable:
     """torch.compile for tensors of one shape, or an exception, but never silently eager mode.
 
@@ -115,6 +130,9 @@ def compiled(function: Callable, **options) -> Callable:
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.accumulated_recompile_limit = 1000
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    # Round to bf16 wherever eager mode does. Otherwise the gradient of a maximum looks for the
+    # rounded maximum among values that are not rounded, finds none, and divides 0 by 0.
+    torch._inductor.config.emulate_precision_casts = True
     return torch.compile(function, dynamic=False, **options)
 
 
@@ -174,16 +192,24 @@ class Graphed:
         return self.results
 
 
-def fast(step: Callable, forward: Callable, mode: str, example: tuple, restore: Callable):
+def fast(step, forward, mode: str, example: tuple, parameters: list, restore: Callable):
     """(step in `mode` or the next simpler one that works, that mode, why no faster one).
 
     step(*batch, forward=forward) is a whole training step, forward(*batch) the part of it that can
     be compiled. Only batches of the example's shape take the fast way, for compiled code and graphs
     are of one shape; the last, partial batch of an epoch runs in eager mode. restore() undoes, in
-    place, what steps have changed. When this returns, everything is compiled and captured, and
-    weights, buffers, optimizer and random generators are as they were.
+    place, what steps have changed. A mode works if it gives the gradients of eager mode. When this
+    returns, everything is compiled and captured, and weights, buffers, optimizer and random
+    generators are as they were.
     """
+
+    def gradients(step):  # in the first step
+        restore()
+        step(*example)
+        return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+
     failures, size = [], len(example[0])
+    expected = gradients(step) if mode != "eager" else None
     while mode != "eager":
         try:
             if "compile" in mode and (missing := why_no_compiler(example[0].device)):
@@ -194,7 +220,9 @@ def fast(step: Callable, forward: Callable, mode: str, example: tuple, restore: 
                 return step(*batch, forward=run)
 
             fast_step = Graphed(fast_step, *example) if "graph" in mode else fast_step
-            fast_step(*example)  # torch.compile compiles when it is first called
+            error = (gradients(fast_step) - expected).norm() / expected.norm()  # compiles, first
+            if expected.isfinite().all() and not error <= WRONG_GRADIENTS:
+                raise RuntimeError(f"gradients other than in eager mode: error {error:.1g}")
 
             def fast_where_it_fits(*batch, fast_step=fast_step):
                 return (fast_step if len(batch[0]) == size else step)(*batch)

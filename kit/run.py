@@ -20,6 +20,7 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -137,12 +138,11 @@ class Run:
         if "graph" in mode and (reason := checkpoint.why_no_graph(self.optimizer)):
             self.failures.append(reason)
             mode = "compile" if "compile" in mode else "eager"
-        example = self.loader.epoch(1)[0]
+        example, parameters = self.loader.epoch(1)[0], list(self.model.parameters())
         before = copied(checkpoint.get_state(self.parts, self.device))
         self.model.train()
-        step, self.mode, failures = fast(
-            step, forward, mode, example, lambda: load_state(before, self.parts, self.device)
-        )
+        restore = partial(load_state, before, self.parts, self.device)
+        step, self.mode, failures = fast(step, forward, mode, example, parameters, restore)
         self.failures += failures
         self.set_up_seconds = time.perf_counter() - start
         for failure in self.failures:

@@ -10,7 +10,7 @@ all. A ratio is taken within a turn; given are its median and its range over the
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import redirect_stdout, suppress
 from statistics import median
 
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from kit.datasets import ImageData
-from kit.fast import DEFAULT, fast, set_up_torch
+from kit.fast import DEFAULT, set_up_torch
 from kit.run import Run
 
 PLAIN = "plain loop"
@@ -63,18 +63,15 @@ class Probe(Run):
     """In place of a run: it takes train.py's step as it is, in its mode, and trains nothing."""
 
     def speed_up(self, step, forward):
-        self.model.train()
-        self.batch, start = self.loader.epoch(1)[0], time.perf_counter()
-        restore = lambda: None  # noqa: E731  (what the warm-up trains does not matter)
-        self.step, self.mode, self.failures = fast(step, forward, self.mode, self.batch, restore)
-        self.set_up_seconds = time.perf_counter() - start
+        self.batch = self.loader.epoch(1)[0]
+        self.step = super().speed_up(step, forward)
         raise Ready
 
 
 def our_turn(train, dataset: ImageData, flags: list) -> tuple[Callable[[int], None], Run]:
     """(function of a number of steps, their run) of train.py, a script that is passed on here."""
     settings = train.parse([str(flag) for flag in flags])
-    with suppress(Ready), Probe(settings, dataset.digest) as run:
+    with suppress(Ready), redirect_stdout(sys.stderr), Probe(settings, dataset.digest) as run:
         train.train(settings, dataset, run)
 
     def turn(steps):
@@ -125,8 +122,6 @@ def measure(train, build_model, args, common: dict) -> list[dict]:
                     flags = ["--model", model, "--mode", mode, "--precision", precision]
                     flags += ["--batch-size", size, "--width", args.width, "--device", device]
                     turn, run = our_turn(train, dataset, [*flags, "--dry-run"])
-                    for failure in run.failures:
-                        print(f"note: {model}, {precision}: {failure}", file=sys.stderr)
                     if run.mode == mode:
                         case = {"mode": mode, "precision": precision}
                         case["set_up_seconds"] = run.set_up_seconds

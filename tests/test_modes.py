@@ -161,7 +161,7 @@ class Small:
         """What Run.speed_up does."""
         before = self.state
         return fast.fast(
-            self.step, self.forward, mode, (torch.arange(16),),
+            self.step, self.forward, mode, (torch.arange(16),), list(self.model.parameters()),
             lambda: checkpoint.load_state(before, self.parts, CPU),
         )  # fmt: skip
 
@@ -196,6 +196,33 @@ def test_neither_a_failed_mode_nor_a_warm_up_leaves_a_trace(steps_before, fails,
     for batch in batches:  # the last one is partial
         assert_same(step(batch), expected.step(batch))
     assert_same(small.state | {"rng": None}, expected.state | {"rng": None})
+
+
+@pytest.mark.parametrize("factor", [0.0, 2.0, float("nan"), float("inf")])
+def test_a_mode_with_other_gradients_is_not_used(factor, monkeypatch):
+    """As torch 2.11 gave for CBAM in bf16, on an H100: the right loss, and gradients of NaN."""
+
+    def compile_wrongly(forward, **options):
+        def wrong(idx):
+            loss, correct = forward(idx)
+            return loss.detach() + factor * (loss - loss.detach()), correct
+
+        return wrong
+
+    monkeypatch.setattr(torch, "compile", compile_wrongly)
+    small = Small()
+    before = small.state
+    step, mode, (failure,) = small.fast("compile")
+    assert mode == "eager" and "gradients other than in eager mode" in failure
+    assert_same(small.state["model"], before["model"])
+    assert_same(step(torch.arange(16)), Small().step(torch.arange(16)))
+
+
+def test_a_loss_that_is_nan_anyway_is_not_the_modes_fault(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    small = Small()
+    small.images *= float("nan")
+    assert small.fast("compile")[1:] == ("compile", [])
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import train
 from kit import checkpoint
 from kit.augment import Augmentation
 from kit.ema import EMA
+from kit.fast import channels_last
 from models import build_model
 
 FLAGS = ["--model", "cbam_blocks", "--recipe", "strong", "--cutmix", "1", "--width", "8"]
@@ -90,7 +91,7 @@ def test_the_loop_equals_an_obvious_one(strong_run, fashion_mnist):
     train_idx, val_idx = train_idx[:168], val_idx[:64]
     mean, std = fashion_mnist.mean[0], fashion_mnist.std[0]
     augmentation = Augmentation(crop=2, flip=True, randaugment=1, erase=0.25, cutmix=1.0, mixup=0.5)
-    model = build_model("cbam_blocks", width=8, seed=0).to(memory_format=torch.channels_last)
+    model = channels_last(build_model("cbam_blocks", width=8, seed=0))
     averaged = copy.deepcopy(model)
     decayed = [p for p in model.parameters() if p.dim() > 1]
     spared = [p for p in model.parameters() if p.dim() <= 1]

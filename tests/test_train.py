@@ -12,6 +12,7 @@ from conftest import SMALL, is_one_line, script, settings_of, train_small
 
 import data
 import train
+from kit.fast import channels_last
 from models import build_model
 
 TIMES = ("seconds", "images_per_second")
@@ -116,7 +117,7 @@ def test_run_folder_holds_what_it_should(finished_run):
 
 
 def test_best_weights_give_the_predictions_and_the_accuracy(finished_run, fashion_mnist):
-    model = build_model("cbam_blocks", width=8).to(memory_format=torch.channels_last)
+    model = channels_last(build_model("cbam_blocks", width=8))
     model.load_state_dict(torch.load(finished_run / "best.pt", weights_only=True))
     tested = data.stratified(fashion_mnist.test_labels, 100)
     images = (fashion_mnist.test_images[tested] / 255 - 0.5) / 0.5
@@ -137,7 +138,7 @@ def test_the_loop_equals_an_obvious_one(finished_run, fashion_mnist):
     train_idx, val_idx = train_idx[:160], val_idx[:64]
     images = (fashion_mnist.train_images / 255 - 0.5) / 0.5
     labels = fashion_mnist.train_labels
-    model = build_model("cbam_blocks", width=8, seed=0).to(memory_format=torch.channels_last)
+    model = channels_last(build_model("cbam_blocks", width=8, seed=0))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
     expected = []
     for epoch in (1, 2):
