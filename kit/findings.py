@@ -102,6 +102,7 @@ def summarize(runs: list[Run]) -> dict:
     n, middle = len(runs), mean(accuracies)
     sd = stdev(accuracies) if n > 1 else None
     means = ("test_acc_last", "val_acc", "epochs_run", "train_seconds", "images_per_second")
+    best = [(run.result["best_epoch"], run.metrics) for run in runs]
     return {
         "n": n,
         "seeds": [run.seed for run in runs],
@@ -111,6 +112,9 @@ def summarize(runs: list[Run]) -> dict:
         "test_acc_min": min(accuracies),
         "test_acc_max": max(accuracies),
         **{f"{key}_mean": mean(run.result[key] for run in runs) for key in means},
+        "epochs_run": [run.result["epochs_run"] for run in runs],
+        "best_epoch": [epoch for epoch, _ in best],
+        "best_lr": [row.get("lr") for e, rows in best for row in rows if row["epoch"] == e],
         "params": runs[0].result["params"],
     }
 
