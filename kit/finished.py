@@ -48,7 +48,7 @@ FILES = {
     "config": {NAME: "model", COUNT: "seed epochs? limit_train? limit_test?", dict: "overrides?"},
     "env": {list: "changes?", str: "torch?", HASHES: "sha256?"},
 }  # fmt: skip
-METRICS = {NUMBER: "epoch train_loss", PERCENT: "val_acc"}
+METRICS = {NUMBER: "epoch train_loss lr?", PERCENT: "val_acc"}
 COST = {
     NAME: "model precision mode", str: "device torch? image?", SIZE: "batch_size width? classes?",
     HASHES: "sha256?",

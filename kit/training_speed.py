@@ -7,7 +7,7 @@ images in one process, and take turns of some steps, so that a machine that slow
 all. A ratio is taken within a turn; given are its median and its range over the turns.
 """
 
-import sys
+import io
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
@@ -71,7 +71,7 @@ class Probe(Run):
 def our_turn(train, dataset: ImageData, flags: list) -> tuple[Callable[[int], None], Run]:
     """(function of a number of steps, their run) of train.py, a script that is passed on here."""
     settings = train.parse([str(flag) for flag in flags])
-    with suppress(Ready), redirect_stdout(sys.stderr), Probe(settings, dataset.digest) as run:
+    with suppress(Ready), redirect_stdout(io.StringIO()), Probe(settings, dataset.digest) as run:
         train.train(settings, dataset, run)
 
     def turn(steps):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import data
 import models
@@ -147,3 +148,60 @@ def assert_same(found, expected):
             assert_same(*pair)
     else:
         assert found == expected
+
+
+# --- Studies that were never trained, as report.py sees them --------------------------------------
+
+ROW = {
+    "params": 177_890, "flops": 915_000_000, "flops_aten": 911_000_000, "batch_size": 64,
+    "precision": "fp32", "mode": "eager", "ms_per_image": 0.25, "ms_per_image_p10": 0.2,
+    "ms_per_image_p90": 0.3, "ms_per_image_p99": 0.4, "images_per_second": 4000.0,
+    "peak_memory_mb": None, "device": "a test", "torch": "2", "width": 64,
+}  # fmt: skip
+SLOWER = {"ms_per_image": 0.375, "ms_per_image_p10": 0.35, "ms_per_image_p90": 0.4}
+FULL = {"quick": False, "overrides": {}, "width": 64}
+
+
+def make_runs(finished_run, runs, accuracies, **changes):
+    """Run folders {model: [accuracy of seed 0, of seed 1, ...]}."""
+    for model, values in accuracies.items():
+        for seed, value in enumerate(values):
+            copy_run(finished_run, runs, model, seed, **(FULL | {"test_acc": value} | changes))
+
+
+@pytest.fixture
+def study(finished_run, tmp_path):
+    """A study of two models with three seeds and one with two, and a benchmark of all four."""
+    runs, out = tmp_path / "runs", tmp_path / "out"
+    accuracies = {
+        "baseline": [93.1, 93.3, 93.2],
+        "se": [92.9, 93.4, 93.0],
+        "cbam_blocks": [92.5, 92.7],
+    }
+    make_runs(finished_run, runs, accuracies)
+    out.mkdir()
+    rows = [ROW | {"model": m} for m in ("baseline", "cbam_classifier", "se", "cbam_blocks")]
+    (out / "benchmark.json").write_text(json.dumps(rows))
+    return runs, out
+
+
+@pytest.fixture
+def explained(finished_run, tmp_path):
+    """A folder with runs/ of two seeds and out/ with explain.json of the first."""
+    for seed in (0, 1):
+        copy_run(finished_run, tmp_path / "runs", "cbam_blocks", seed)
+    result = json.loads((finished_run / "result.json").read_text())
+    gates = {"mean": 0.25, "spread_over_channels": 0.01, "spread_over_images": 0.002}
+    row = {
+        "model": "cbam_blocks", "seed": 0, "test_images": 100, "test_acc": result["test_acc"],
+        "won": 1, "lost": 3, "test_acc_gates_fixed": result["test_acc"] - 2,
+        "gates": {"layer4": gates | {"saturated": None, "hardly_vary": 1.0}},
+        "deletion": 0.3, "deletion_random": 0.4, "insertion": 0.6, "insertion_random": 0.5,
+        "correlation_with_random_weights": {"layer3": 0.1, "layer4": None}, "cam_images": 4,
+        "picture": "explain_cbam_blocks_seed0.png",
+    }  # fmt: skip
+    row |= {key: result[key] for key in ("dataset", "recipe", "overrides")}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/explain.json").write_text(json.dumps([row]))
+    Image.new("RGB", (500, 500)).save(tmp_path / "out" / row["picture"])
+    return tmp_path

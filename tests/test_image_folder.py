@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import REPO, is_one_line, stop_at
+from conftest import is_one_line, stop_at
 from PIL import Image
 
 import data
@@ -398,8 +398,3 @@ def test_tiny_imagenet_wants_200_classes_in_both_parts(tiny_imagenet):
     annotations.unlink()
     with pytest.raises(UserError, match="CS231n"):
         data.load_dataset("tiny_imagenet", tiny_imagenet.parent)
-
-
-def test_the_repository_s_own_folders_are_no_data_sets():
-    with pytest.raises(UserError):
-        data.load_dataset(str(REPO / "results"))

@@ -1,56 +1,19 @@
 import csv
-import html
 import json
-import re
 import shutil
 import statistics
-import subprocess
-from collections import Counter
-from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from conftest import copy_run, is_one_line, script
+from conftest import FULL, ROW, SLOWER, copy_run, is_one_line, make_runs, script
 from PIL import Image
 
 import report
-from kit import verdicts, words
+from kit import verdicts
 from kit.figures import FIGURES
 from kit.findings import ablation
 from kit.results import Study, read_rows, read_studies
 from kit.words import interval
-
-ROW = {
-    "params": 177_890, "flops": 915_000_000, "flops_aten": 911_000_000, "batch_size": 64,
-    "precision": "fp32", "mode": "eager", "ms_per_image": 0.25, "ms_per_image_p10": 0.2,
-    "ms_per_image_p90": 0.3, "ms_per_image_p99": 0.4, "images_per_second": 4000.0,
-    "peak_memory_mb": None, "device": "a test", "torch": "2", "width": 64,
-}  # fmt: skip
-SLOWER = {"ms_per_image": 0.375, "ms_per_image_p10": 0.35, "ms_per_image_p90": 0.4}
-FULL = {"quick": False, "overrides": {}, "width": 64}
-
-
-def make_runs(finished_run, runs, accuracies, **changes):
-    """Run folders {model: [accuracy of seed 0, of seed 1, ...]}."""
-    for model, values in accuracies.items():
-        for seed, value in enumerate(values):
-            copy_run(finished_run, runs, model, seed, **(FULL | {"test_acc": value} | changes))
-
-
-@pytest.fixture
-def study(finished_run, tmp_path):
-    """A study of two models with three seeds and one with two, and a benchmark of all four."""
-    runs, out = tmp_path / "runs", tmp_path / "out"
-    accuracies = {
-        "baseline": [93.1, 93.3, 93.2],
-        "se": [92.9, 93.4, 93.0],
-        "cbam_blocks": [92.5, 92.7],
-    }
-    make_runs(finished_run, runs, accuracies)
-    out.mkdir()
-    rows = [ROW | {"model": model} for model in report.PUBLISHED]
-    (out / "benchmark.json").write_text(json.dumps(rows))
-    return runs, out
 
 
 def row_of(text, model):
@@ -537,28 +500,6 @@ def test_a_setting_that_is_not_used_is_none_or_zero(study):
 # --- explain.json ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def explained(finished_run, tmp_path):
-    """A folder with runs/ of two seeds and out/ with explain.json of the first."""
-    for seed in (0, 1):
-        copy_run(finished_run, tmp_path / "runs", "cbam_blocks", seed)
-    result = json.loads((finished_run / "result.json").read_text())
-    gates = {"mean": 0.25, "spread_over_channels": 0.01, "spread_over_images": 0.002}
-    row = {
-        "model": "cbam_blocks", "seed": 0, "test_images": 100, "test_acc": result["test_acc"],
-        "won": 1, "lost": 3, "test_acc_gates_fixed": result["test_acc"] - 2,
-        "gates": {"layer4": gates | {"saturated": None, "hardly_vary": 1.0}},
-        "deletion": 0.3, "deletion_random": 0.4, "insertion": 0.6, "insertion_random": 0.5,
-        "correlation_with_random_weights": {"layer3": 0.1, "layer4": None}, "cam_images": 4,
-        "picture": "explain_cbam_blocks_seed0.png",
-    }  # fmt: skip
-    row |= {key: result[key] for key in ("dataset", "recipe", "overrides")}
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/explain.json").write_text(json.dumps([row]))
-    Image.new("RGB", (500, 500)).save(tmp_path / "out" / row["picture"])
-    return tmp_path
-
-
 def explained_report(folder, **changes):
     """report.md with the row of explain.json changed."""
     path = folder / "out/explain.json"
@@ -616,136 +557,6 @@ def test_the_interval_is_that_of_paired_proportions():
     assert ablation(row | {"test_acc_gates_fixed": None}) is None
     _, (low, high) = ablation(row | {"won": 0, "lost": 0})
     assert low == -high < -10  # of 11 images none changed: that says little
-
-
-# --- report.html ----------------------------------------------------------------------------------
-
-
-class Elements(HTMLParser):
-    """The tags of a page, and its text in one string."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags, self.text = Counter(), ""
-        self.feed(page)
-
-    def handle_starttag(self, tag, attributes):
-        self.tags[tag] += 1
-        assert not any(name.startswith("on") for name, _ in attributes)
-
-    def handle_data(self, data):
-        self.text += data
-
-
-def test_nothing_is_loaded_from_elsewhere(study):
-    runs, out = study
-    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
-    page = (out / "report.html").read_text()
-    sources = re.findall(r'(?:src|href)="([^"]{0,30})', page)
-    assert len(sources) == len(list(out.glob("*.png"))) > 3
-    assert all(source.startswith("data:image/png;base64,") for source in sources)
-    assert "url(" not in page and "@import" not in page and "<script" not in page
-    assert "default-src 'none'" in page and "script-src" not in page
-    assert {"table", "ul", "pre", "img", "strong", "h3"} < Elements(page).tags.keys()
-
-
-HOSTILE = [
-    "<script>alert(1)</script>", '[x](" onfocus="alert(1)) ![y](z.png)', "a|b `c` *d* __e__ _f_",
-    "```\n# title\n<b>", "&lt;i&gt; $\\frac{1}{2}$ ~~g~~ <!-- h",
-    "\u202e\x02wzxhzdk:0\x03\r\n\n## i",
-]  # fmt: skip
-
-
-def test_what_comes_from_outside_stays_text(study, monkeypatch):
-    """In class names, folders, settings, machines and commands."""
-    monkeypatch.setattr(report, "draw_figures", lambda found, formats: {})
-    runs, out = study
-    arguments = ["--runs", str(runs), "--out", str(out)]
-
-    def change(of):
-        for path in runs.glob("*/*/*/*/*.json"):
-            content = json.loads(path.read_text())
-            if path.name == "result.json":
-                classes = [of, "golden_retriever", *map(str, range(8))]
-                content |= {"classes": classes, "device": of, "overrides": {"lr": of}}
-                content |= {"fallback": of}
-            own = {"torch": of, "date": of, "git_commit": of, "changes": [of], "command": of}
-            own |= {"overrides": {"lr": of}}
-            path.write_text(json.dumps(content | ({} if path.name == "result.json" else own)))
-        rows = [ROW | {"model": m, "device": of, "torch": of} for m in report.PUBLISHED]
-        (out / "benchmark.json").write_text(json.dumps(rows))
-        for begun in runs.glob("begun*"):
-            shutil.rmtree(begun)
-        folder = runs / ("begun" + of.replace("/", "")) / "seed0"
-        folder.mkdir(parents=True)
-        (folder / "config.json").write_text("{}")
-        assert report.main(arguments) == 0
-        return Elements((out / "report.html").read_text()), (out / "report.md").read_text()
-
-    plain, plain_text = change("plain")
-    for name in HOSTILE:
-        hostile, text = change(name)
-        assert hostile.tags == plain.tags and "golden_retriever" in text
-        assert len(text.splitlines()) == len(plain_text.splitlines())
-        shown = re.sub("[\u202e\x02\x03\\s]+", " ", name).strip()
-        assert shown in " ".join(hostile.text.split())
-
-
-@pytest.mark.skipif(not shutil.which("chromium"), reason="chromium is not installed")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_the_page_fits_the_screen(study, tmp_path, width):
-    """In headless Chromium: nothing hangs over the side, and every figure is shown."""
-    runs, out = study
-    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
-    measure = (
-        "<script>onload = () => { parent.document.body.innerText = 'measured ' + [innerWidth,"
-        "document.documentElement.scrollWidth, [...document.images].filter(i => i.width > 200"
-        " && i.naturalWidth).length].join(' ') + ' end' }</script>"
-    )
-    page = (out / "report.html").read_text().replace("</body>", measure + "</body>")
-    page = page.replace("default-src 'none'", "script-src 'unsafe-inline'")
-    # In a frame: a window of Chromium itself is never narrower than 500 pixels.
-    frame = f'<iframe width="{width}" height="900" frameborder="0" srcdoc="{html.escape(page)}">'
-    (tmp_path / "frame.html").write_text(f"<!doctype html><body>{frame}</iframe></body>")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}/profile"]
-    done = subprocess.run(
-        ["chromium", *flags, "--dump-dom", (tmp_path / "frame.html").as_uri()],
-        capture_output=True, text=True, timeout=60,
-    )  # fmt: skip
-    inner, scroll, figures = map(int, re.search(r"measured (.*) end", done.stdout)[1].split())
-    assert inner == width and scroll <= width
-    assert figures == len(list(out.glob("*.png")))
-
-
-def test_a_table_for_a_paper(study):
-    runs, out = study
-    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
-    lines = (out / "results.tex").read_text().splitlines()
-    assert all(line.startswith("%") or line.isascii() for line in lines)
-    table = [line for line in lines if not line.startswith("%")]
-    assert table[1] == r"\begin{tabular}{lrrrrllrr}" and table[-1] == r"\end{tabular}}"
-    assert all(line.count("&") == 8 for line in table if line.endswith(r" \\"))
-    (row,) = [line for line in table if line.startswith(r"cbam\_blocks ")]
-    assert row.startswith(r"cbam\_blocks & 92.60 & 0.14 & 2 & $-0.60$ & ")
-
-
-def test_what_latex_would_act_upon_is_escaped():
-    assert words.tex("a_b & 5% of $1 #2 {x} ~y ^z \\w") == (
-        r"a\_b \& 5\% of \$1 \#2 \{x\} \~{}y \^{}z \textbackslash{}w"
-    )
-    assert words.tex("é狗\n%x") == "é? \\%x"
-
-
-def test_figures_in_other_formats(study):
-    runs, out = study
-    flags = ["--runs", str(runs), "--out", str(out)]
-    assert report.main([*flags, "--formats", "pdf", "svg"]) == 0
-    for name in FIGURES:
-        pdf, svg = ((out / name).with_suffix(f".{kind}").read_bytes() for kind in ("pdf", "svg"))
-        assert pdf[:5] == b"%PDF-" and b"/Type3" not in pdf and b"<svg" in svg
-        assert (out / name).exists()
-    assert report.main(flags) == 0
-    assert {path.suffix for path in out.glob("*_*")} == {".png"}
 
 
 def test_without_a_second_epoch_there_are_no_curves(finished_run, tmp_path):
