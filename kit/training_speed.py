@@ -16,7 +16,6 @@ from statistics import median
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from torchvision import transforms
 
 from kit.datasets import ImageData
 from kit.fast import DEFAULT, set_up_torch
@@ -30,6 +29,8 @@ class PilImages(Dataset):
     """Grey images, decoded and normalised one by one."""
 
     def __init__(self, images, labels):
+        from torchvision import transforms  # slow to import, and rarely needed
+
         self.images, self.labels = images, labels
         self.transform = transforms.Compose(
             [transforms.Resize(28), transforms.ToTensor(), transforms.Normalize(0.5, 0.5)]

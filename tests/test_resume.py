@@ -60,6 +60,11 @@ def run_to_the_end(runs):
     assert process.exitcode == 0, (runs.parent / f"{runs.name}.log").read_text()
 
 
+def slow(*values):
+    """A case that the suite has the like of."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a run that was never stopped, and the seconds it took."""
@@ -92,7 +97,7 @@ def assert_same_end(folder, whole):
 # --- Stopped and killed ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, slow(signal.SIGHUP)])
 def test_stopped_between_two_steps_it_is_resumed_to_the_same_end(whole, signum, tmp_path):
     """The real script, as it is used: stopped in its second epoch, then the same command."""
     flags = [*FLAGS, "--runs", str(tmp_path / "runs")]
@@ -137,7 +142,7 @@ def test_stopped_before_the_first_step_it_leaves_nothing(tmp_path):
     assert not list(tmp_path.glob("runs-*"))
 
 
-@pytest.mark.parametrize("n", [5, 11, 23])
+@pytest.mark.parametrize("n", [5, slow(11), slow(23)])
 def test_a_partial_epoch_is_saved(whole, tmp_path, monkeypatch, capsys, n):
     """An epoch of these runs has ten steps and one batch to validate."""
     flags = ["--model", "se", *FLAGS, "--runs", str(tmp_path)]
@@ -163,7 +168,7 @@ EDITS = {
 
 
 @pytest.mark.parametrize(
-    ("edit", "mode"), [("sgd", "eager"), ("rmsprop", "compile"), ("step_lr", "compile")]
+    ("edit", "mode"), [("sgd", "eager"), ("rmsprop", "compile"), slow("step_lr", "compile")]
 )
 def test_with_another_optimizer_or_schedule_it_is_resumed_too(edit, mode, tmp_path, monkeypatch):
     """Compiling, which is left out here, warms the step up: that is undone, too."""
@@ -203,7 +208,7 @@ class Killed(BaseException):
     """In this process what SIGKILL would be: nothing is saved after it."""
 
 
-@pytest.mark.parametrize("end", ["whole", "stopped", "killed"])
+@pytest.mark.parametrize("end", ["whole", slow("stopped"), "killed"])
 def test_where_saving_is_slow_it_is_rarer_and_nothing_is_lost(whole, end, tmp_path, monkeypatch):
     """No last.pt is due after the second epoch: writing one takes long."""
     flags = ["--model", "se", *FLAGS, "--runs", str(tmp_path)]
