@@ -245,6 +245,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add, default = parser.add_argument, "default: %(default)s"
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help="or all")
     add("--train", action="store_true", help="time training steps, compared with a plain loop's")
+    add("--switches", action="store_true",
+        help=f"with --train: also {', '.join(training_speed.SWITCHES)}, each alone")  # fmt: skip
     add("--batch-sizes", nargs="+", type=int, metavar="N", help="default: 1 64; with --train 64")
     add("--modes", nargs="+", choices=fast.MODES, metavar="MODE",
         help=f"of {', '.join(fast.MODES)}; default: all that the device can run")  # fmt: skip
@@ -271,6 +273,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(
             "--train takes no --keep, --overwrite, --image, --classes or default precision"
         )
+    if args.switches and not args.train:
+        parser.error("--switches are for --train")
     numbers = [*args.batch_sizes, args.width, args.classes]
     numbers += [] if args.repeats is None else [args.repeats]
     if not 1 <= min(numbers) <= max(numbers) <= 10**9:

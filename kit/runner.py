@@ -25,15 +25,13 @@ class Job:
     command: list
     name: str = ""
     folder: Path | None = None
-    log: Path | None = None  # of a training run: for when others run at the same time
+    log: Path | None = None  # likewise: for when others run at the same time
     needed: bool = False  # if it fails, nothing more is run
     # Of a training run: "done", perhaps with a remark, or why what is there is not it.
     state: Callable[["Job"], str] = lambda job: ""
 
     def __str__(self) -> str:
-        words = [os.environ.get("PYTHON") or sys.executable, *map(str, self.command)]
-        to_file = f" >> {shlex.quote(str(self.log))}" if self.log and not self.folder else ""
-        return shlex.join(words) + to_file
+        return shlex.join([os.environ.get("PYTHON") or sys.executable, *map(str, self.command)])
 
     @property
     def is_done(self) -> bool:
@@ -110,7 +108,7 @@ class Runner:
     def start(self, job: Job, slot: int, shared: bool) -> None:
         """On the terminal; if shared with a log, and on a GPU or a part of the CPU's threads."""
         env = os.environ | {"WAIT_FOR_RUNS": "1"}  # of another run_all.sh, rather than to fail
-        log = job.log if shared or not job.folder else None
+        log = job.log if shared else None
         if shared and self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         elif shared:

@@ -111,33 +111,33 @@ def table(s: SimpleNamespace, quick: bool, planning: bool) -> Iterator[list[Job]
 def study(out: Path, miniature: bool, on_gpu: bool, planning: bool) -> Iterator[list[Job] | str]:
     """Everything a claim needs, what matters most first: docs/reference-study.md."""
     further = ["baseline", *(model for model in MODELS if model not in COMPARED)]
-    runs, fp32, modules, speed = out / "runs", out / "fp32", out / "modules", out / "speed"
+    runs, fp32, modules = out / "runs", out / "fp32", out / "modules"
     first, more, few, once = range(5), range(5, 10), range(3), range(3)
-    width, short, small, limit, one_case = [], ["--epochs", 4], [], ["--limit-test", 10000], []
+    width, small, limit, turns = [], [], ["--limit-test", 10000], []
+    same, others = "(baseline or se- or cbam or everything) and not static", "not (%s)"
     if miniature:
         first, more, few, once = range(2), [2], range(2), [0]
-        width, short = ["--width", 16], ["--epochs", 4, "--limit-train", 256]
-        small, limit, one_case = (
-            [*width, *short, "--limit-test", 500],
-            [],
-            ["-k", "se-compile-fp32"],
-        )
-    modes = ["eager", "compile", *(["graph", "compile+graph"] if on_gpu else [])]
+        width, limit, turns = ["--width", 16], [], ["--repeats", 2]
+        small = [*width, "--epochs", 4, "--limit-train", 256, "--limit-test", 500]
+        same, others = "se-compile-fp32", "eca-compile-fp32"
     costs = ["--modes", "eager", *(["compile+graph"] if on_gpu else []), *width, "--batch-sizes"]
     write = ["report.py", "--runs", runs, "--out", out]
     write += ["--compare", fp32] if fp32.is_dir() else []
 
+    published = train(runs, COMPARED, first[:1], flags=small)
+    test = ["-m", "pytest", "-q", "-m", "", "-n", 4, "tests/test_fast.py", "-k"]
     yield "1. Is the fast step the step of plain PyTorch? If not, nothing more is run."
-    yield [Job(["-m", "pytest", "-q", "-m", "", "tests/test_fast.py", *one_case], needed=True)]
+    if planning or not any(run.is_done for run in published):
+        yield [Job([*test, same], needed=True)]
     yield "2. How fast is it, compared with a plain loop? What do the models cost?"
-    for mode in modes:
-        yield train(speed / mode, ["baseline"], [0], flags=["--mode", mode, *(small or short)])
-    yield [Job(["tests/plain_loop.py", *short], log=speed / "plain_loop.jsonl")]
+    if planning or not (out / "benchmark_train.json").exists():
+        speed = "benchmark.py", "--train", "--models", "baseline", "cbam_blocks", "--switches"
+        which = ["--precisions", "bf16", "--modes", "eager", "compile+graph"] if on_gpu else []
+        yield one(*speed, "--out", out, *which, *width, *turns)
     cost = "benchmark.py", "--models", *COMPARED, "--keep", "--out", out, *costs
     yield one(*cost, 64)
     yield one(*cost, 1, 16, 256, 1024)
     yield "3. The published study, and what its first seed looks at while the weights are there"
-    published = train(runs, COMPARED, first[:1], flags=small)
     yield published
     if explained := [run.folder for run in published if planning or run.is_done]:
         yield one("explain.py", "--keep", "--out", out, *limit, "--compare", *explained)
@@ -155,6 +155,7 @@ def study(out: Path, miniature: bool, on_gpu: bool, planning: bool) -> Iterator[
     else:
         yield "(which two are best is known when 3 is done)"
     yield "6. Every further module"
+    yield [Job([*test, others.replace("%s", same)])]
     yield one("benchmark.py", "--models", *further, "--keep", "--out", modules, *costs, 64)
     yield train(modules / "runs", further, once, flags=small)
     yield one("report.py", "--runs", modules / "runs", "--out", modules)

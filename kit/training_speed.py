@@ -8,6 +8,7 @@ all. A ratio is taken within a turn; given are its median and its range over the
 """
 
 import io
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
@@ -22,6 +23,9 @@ from kit.fast import DEFAULT, set_up_torch
 from kit.run import Run
 
 PLAIN = "plain loop"
+# What PyTorch can do otherwise, and none of which is on: not yet measured. --switches tries each
+# alone, in the last mode and precision. One that changes the gradients is left out.
+SWITCHES = ("not deterministic", "cudnn.benchmark", "combo_kernels")
 STEPS = {"cuda": 100, "cpu": 3}  # of a turn
 
 
@@ -69,14 +73,27 @@ class Probe(Run):
         raise Ready
 
 
-def our_turn(train, dataset: ImageData, flags: list) -> tuple[Callable[[int], None], Run]:
+def our_turn(train, dataset: ImageData, flags: list, switch: str = "") -> tuple[Callable, Run]:
     """(function of a number of steps, their run) of train.py, a script that is passed on here."""
     settings = train.parse([str(flag) for flag in flags])
-    with suppress(Ready), redirect_stdout(io.StringIO()), Probe(settings, dataset.digest) as run:
-        train.train(settings, dataset, run)
+
+    def set_up(precision):
+        set_up_torch(precision)
+        if switch == "not deterministic":
+            torch.use_deterministic_algorithms(False)
+        torch.backends.cudnn.benchmark = switch == "cudnn.benchmark"
+        torch._inductor.config.combo_kernels = switch == "combo_kernels"
+
+    train.set_up_torch = set_up  # what train() calls
+    try:
+        quietly = redirect_stdout(io.StringIO())
+        with suppress(Ready), quietly, Probe(settings, dataset.digest) as run:
+            train.train(settings, dataset, run)
+    finally:
+        train.set_up_torch = set_up_torch
 
     def turn(steps):
-        set_up_torch(settings.precision)
+        set_up(settings.precision)
         losses = torch.zeros(steps, device=settings.device)
         for i in range(steps):
             losses[i], _ = run.step(*run.batch)
@@ -118,15 +135,16 @@ def measure(train, build_model, args, common: dict) -> list[dict]:
             row = common | {"model": model, "batch_size": size, "steps": steps, "turns": turns}
             plain = plain_turn(build_model(model, width=args.width, seed=0), dataset, size, device)
             rows.append((row | {"mode": PLAIN, "precision": DEFAULT}, plain, []))
-            for precision in args.precisions:
-                for mode in args.modes:
-                    flags = ["--model", model, "--mode", mode, "--precision", precision]
-                    flags += ["--batch-size", size, "--width", args.width, "--device", device]
-                    turn, run = our_turn(train, dataset, [*flags, "--dry-run"])
-                    if run.mode == mode:
-                        case = {"mode": mode, "precision": precision}
-                        case["set_up_seconds"] = run.set_up_seconds
-                        rows.append((row | case, turn, []))
+            cases = [(*case, "") for case in itertools.product(args.precisions, args.modes)]
+            cases += [(*cases[-1][:2], switch) for switch in SWITCHES if args.switches]
+            for precision, mode, switch in cases:
+                flags = ["--model", model, "--mode", mode, "--precision", precision, "--dry-run"]
+                flags += ["--batch-size", size, "--width", args.width, "--device", device]
+                turn, run = our_turn(train, dataset, flags, switch)
+                if run.mode == mode:
+                    case = {"mode": f"{mode}, {switch}" if switch else mode, "precision": precision}
+                    case["set_up_seconds"] = run.set_up_seconds
+                    rows.append((row | case, turn, []))
     for turn in range(-1, turns):  # the first one warms up
         for _, take, seconds in rows[:: 1 if turn % 2 else -1]:
             start = time.perf_counter()

@@ -6,6 +6,8 @@ import torch
 from conftest import is_one_line
 
 import benchmark
+import train
+from kit import fast, training_speed
 from models import MODELS, build_model
 
 PUBLISHED_FLOPS = {  # 2 x thop in G, FlopCounterMode exactly
@@ -171,10 +173,12 @@ def test_timing_waits_for_the_work():
 def test_training_steps_compared_with_a_plain_loops(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
     flags = ["--models", "baseline", "se", "--width", "4", "--batch-sizes", "16", "--repeats", "5"]
-    flags += ["--device", "cpu", "--out", str(tmp_path)]
+    flags += ["--device", "cpu", "--out", str(tmp_path), "--switches"]
     assert benchmark.main(["--train", *flags]) == 0
+    assert train.set_up_torch is fast.set_up_torch
     rows = json.loads((tmp_path / "benchmark_train.json").read_text())
     modes = [("plain loop", "default"), ("eager", "fp32"), ("compile", "fp32")]
+    modes += [(f"compile, {switch}", "fp32") for switch in training_speed.SWITCHES]
     expected = [(model, *each) for model in ("baseline", "se") for each in modes]
     assert [(row["model"], row["mode"], row["precision"]) for row in rows] == expected
     for row in rows:
@@ -186,7 +190,7 @@ def test_training_steps_compared_with_a_plain_loops(tmp_path, monkeypatch, capsy
             assert row["ratio_low"] == row["ratio_high"] == 1
     printed = capsys.readouterr()
     assert printed.err == "" and (tmp_path / "benchmark_train.md").read_text() in printed.out
-    assert printed.out.count("| `se` | 16 |") == 3
+    assert printed.out.count("| `se` | 16 |") == 6
     assert {path.name for path in tmp_path.iterdir()} == {
         "benchmark_train.json",
         "benchmark_train.md",
