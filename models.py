@@ -120,8 +120,8 @@ class StaticSE(SE):
     """A control: SE with gates that do not depend on the image, z = 1.
 
     The same parameters, FLOPs and operations (the mean is taken and multiplied by 0), but the gate
-    is one learned constant per channel. What SE gains over it is due to attention, what both gain
-    over the baseline is due to parameters.
+    is one learned constant per channel. What SE gains over it is due to attention; what both gain
+    over the baseline is not.
     """
 
     def squeeze(self, x):

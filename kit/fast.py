@@ -34,8 +34,8 @@ MODES = ("eager", "compile", "graph", "compile+graph")
 PRECISIONS = ("fp32", "tf32", "bf16")  # of a run
 DEFAULT = "default"  # to be compared with: of benchmark.py, on CUDA; on a CPU it is fp32
 FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}
-# `auto` compiles runs of at least so many steps. On two CPU cores compiling took 50 s and saved
-# about 10 ms a step of the baseline, which gains least. The figure for GPUs is a guess so far.
+# `auto` compiles runs of at least so many steps. On two CPU cores compiling took 50 s, and saved
+# nothing to 11 ms a step (results/cpu_2_cores); on an H100 it took 20 to 36 s. Guesses so far.
 COMPILE_PAYS_FROM = {"cpu": 8_000, "cuda": 20_000}
 # Relative error. Rounding to bf16 makes up to 0.2, a compiler's fault 1 or more.
 WRONG_GRADIENTS = 0.5

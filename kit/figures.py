@@ -1,7 +1,6 @@
 """The figures of a report: PNG, in colours that colour-blind readers tell apart."""
 
 import io
-import itertools
 import textwrap
 from statistics import mean
 
@@ -93,8 +92,8 @@ def draw_params(found: Findings, styles: dict) -> plt.Figure:
     }
     figure = draw_against(found, styles, params, "parameters (% of the baseline's)", diamonds)
     (axes,) = figure.axes
-    axes.set_xlim(0, 1.45 * max(params.values()))
-    labels = {model: f"{model} {x:.2f}%" for model, x in params.items()}
+    axes.set_xlim(0, 1.6 * max(params.values()))
+    labels = {model: f"{model}: {x:.2f}% of parameters" for model, x in params.items()}
     write_beside(axes, {m: (params[m], found.models[m]["test_acc_mean"]) for m in params}, labels)
     return figure
 
@@ -121,7 +120,7 @@ def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -
     """Test accuracy over `x`; diamonds are the published figures, rings the Pareto front."""
     several = any(summary["n"] > 1 for summary in found.models.values())
     spread_over_seeds = " (mean, standard deviation over seeds)" * several
-    title = f"Test accuracy{spread_over_seeds} against cost"
+    title = f"Test accuracy{spread_over_seeds} against {xlabel.partition(' (')[0]}"
     figure, axes = frame(found.study, title, 8, max(4.5, 1 + 0.25 * len(x)))
     for model in x:
         accuracy, sd = (found.models[model][f"test_acc_{key}"] for key in ("mean", "sd"))
@@ -170,10 +169,13 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
     longest = max(len(run.metrics) for run in study.all_runs)
     for axes, (key, name) in zip(both, keys.items(), strict=True):
         for model, runs in study.runs.items():
-            by_epoch = itertools.zip_longest(*([row[key] for row in r.metrics] for r in runs))
-            values = [[v for v in row if v is not None] for row in by_epoch]
-            epochs, color = range(1, len(values) + 1), styles[model]["color"]
+            curves = [[row[key] for row in run.metrics] for run in runs]
+            values, color = list(zip(*curves, strict=False)), styles[model]["color"]
+            epochs = range(1, len(values) + 1)  # that all seeds have; what is left, each alone
             axes.plot(epochs, list(map(mean, values)), color=color, label=model)
+            for curve in curves:
+                rest = range(len(values), len(curve) + 1)
+                axes.plot(rest, curve[len(values) - 1 :], color=color, lw=0.7, ls="--")
             if len(runs) > 1:
                 band = list(map(min, values)), list(map(max, values))
                 axes.fill_between(epochs, *band, color=color, alpha=0.15, lw=0)
@@ -181,7 +183,10 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
         axes.set(xlabel="epoch", ylabel=name, xlim=(1, longest))
     add_legend(both[1])
     several = max(map(len, study.runs.values())) > 1
-    what = "Learning curves" + ": mean over seeds, band from lowest to highest" * several
+    what = (
+        "Learning curves"
+        + ": mean over seeds, band from lowest to highest, dashed: single seeds" * several
+    )
     figure.suptitle(f"{what}\n{title_of(study)}", fontsize=10)
     return figure
 

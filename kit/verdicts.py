@@ -28,7 +28,7 @@ class Comparison:
     sd: float  # their sample standard deviation (n - 1), at least a step
     p: float  # paired t test, two-sided
     p_welch: float | None  # Welch's test; None where one model's accuracies do not vary
-    correlation: float | None  # of the pairs; None likewise
+    correlation: float | None  # of the pairs; None likewise, and of two, where it is 1 or -1
     prob_better: float  # P(model > reference) = Mann-Whitney's U / (n m), ties count half
     interval: tuple[float, float]  # 95%, of this comparison alone
     p_holm: float = float("nan")  # corrected over all comparisons of the study
@@ -69,7 +69,7 @@ def compare(
         sd=sd,
         p=float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1) if error else mean == 0),
         p_welch=float(stats.ttest_ind(a, b, equal_var=False).pvalue) if varied else None,
-        correlation=float(np.corrcoef(a, b)[0, 1]) if varied else None,
+        correlation=float(np.corrcoef(a, b)[0, 1]) if varied and len(seeds) > 2 else None,
         prob_better=float(u) / len(seeds) ** 2,
         interval=t_interval(mean, sd, len(seeds), LEVEL),
     )
