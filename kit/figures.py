@@ -92,8 +92,8 @@ def draw_params(found: Findings, styles: dict) -> plt.Figure:
     }
     figure = draw_against(found, styles, params, "parameters (% of the baseline's)", diamonds)
     (axes,) = figure.axes
-    axes.set_xlim(0, 1.6 * max(params.values()))
-    labels = {model: f"{model}: {x:.2f}% of parameters" for model, x in params.items()}
+    axes.set_xlim(0, 1.45 * max(params.values()))
+    labels = {model: f"{model} {x - 100:+.2f}%" for model, x in params.items()}
     write_beside(axes, {m: (params[m], found.models[m]["test_acc_mean"]) for m in params}, labels)
     return figure
 
@@ -183,10 +183,8 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
         axes.set(xlabel="epoch", ylabel=name, xlim=(1, longest))
     add_legend(both[1])
     several = max(map(len, study.runs.values())) > 1
-    what = (
-        "Learning curves"
-        + ": mean over seeds, band from lowest to highest, dashed: single seeds" * several
-    )
+    bands = ": mean over seeds, band from lowest to highest; dashed: seeds that trained longer"
+    what = "Learning curves" + bands * several
     figure.suptitle(f"{what}\n{title_of(study)}", fontsize=10)
     return figure
 
