@@ -198,6 +198,15 @@ def test_neither_a_failed_mode_nor_a_warm_up_leaves_a_trace(steps_before, fails,
     assert_same(small.state | {"rng": None}, expected.state | {"rng": None})
 
 
+def test_a_convolution_with_one_output_channel_keeps_its_layout():
+    """On an H100 its gradient came in another one than torch 2.11 had compiled for."""
+    model = fast.channels_last(build_model("cbam_classifier", width=8))
+    weights = {name: p for name, p in model.named_parameters() if p.dim() == 4}
+    one = weights.pop("attention.spatial.conv.weight")
+    assert one.is_contiguous() and one.stride() == (98, 49, 7, 1)
+    assert all(w.is_contiguous(memory_format=torch.channels_last) for w in weights.values())
+
+
 @pytest.mark.parametrize("factor", [0.0, 2.0, float("nan"), float("inf")])
 def test_a_mode_with_other_gradients_is_not_used(factor, monkeypatch):
     """As torch 2.11 gave for CBAM in bf16, on an H100: the right loss, and gradients of NaN."""
