@@ -337,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
         new, drawn = zip(*found, strict=True)
         for row, explained in found:
             with noted(f"no {row['picture']}"):
-                draw_model(explained, args.out / row["picture"])
+                draw_model(explained, drawn[0], args.out / row["picture"])
             print(
                 f"{explained.name}: {row['test_acc']:.2f}% of {row['test_images']:,} images; "
                 f"gates replaced by their mean: {row['lost']} lost, {row['won']} won"

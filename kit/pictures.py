@@ -23,7 +23,7 @@ TILE = STEP - GAP  # an image's width
 COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="lightgrey")
 LEGEND = """\
 For each of the first ten classes, unless --images chose others: the first test image that the \
-(first) model classifies correctly, and the first that it misclassifies; an empty cell: none. \
+model named below classifies correctly, and the first that it misclassifies; an empty cell: none. \
 Below an image: predicted class, probability, red with ✗ if wrong. Each Grad-CAM map has its own \
 scale, dark blue (lowest) to yellow; pale: no evidence for the predicted class."""
 GATES = " All gates have the scale below; grey: no input (inactive)."
@@ -47,15 +47,16 @@ class Explained:
         self.classes = [shortened(name, TILE, FONT_SIZE) for name in self.classes]
 
 
-def draw_model(e: Explained, path: Path) -> None:
-    """Every image, its Grad-CAM and gate maps, and the channels' gates of each class."""
+def draw_model(e: Explained, first: Explained, path: Path) -> None:
+    """Every image, its Grad-CAM and gate maps, and the channels' gates of each class; in columns
+    that the first model, by which the images are chosen, gets right or wrong."""
     rows = [("image", e.pixels.expand(-1, 3, -1, -1) / 255, predicted(e))]
     rows += [(f"Grad-CAM\n{k}", over_image(e.pixels, maps), None) for k, maps in e.cams.items()]
     low, high = scale = gate_scale([*e.gate_maps.values(), *e.gates_by_class.values()])
     for stage, maps in e.gate_maps.items():
         tiles = coloured((maps - low) / (high - low))
         rows.append((f"gate, {stage}\n{span(maps)}", tiles, None))
-    draw(e.name, e, rows, path, e.gates_by_class, scale)
+    draw(e.name, first, rows, path, e.gates_by_class, scale)
 
 
 def draw_comparison(models: list[Explained], path: Path) -> None:
@@ -136,13 +137,12 @@ def draw(title: str, e: Explained, rows: list[tuple], path: Path, gates: dict, s
         y = draw_scale(axes, text, y, *scale)
     columns, (height, width) = columns_of(e), e.pixels.shape[2:]
     tile_height = TILE * height / width
-    by = f" by {e.name}" if title != e.name else ""
     for first, band in itertools.product(range(0, len(columns), COLUMNS), (1, 2)):
         part = columns[first : first + COLUMNS]
         cells = {LABEL + k * STEP: (column[0], column[band]) for k, column in enumerate(part)}
         if all(i is None for _, i in cells.values()):
             continue
-        heading = ("Correctly classified", "Misclassified")[band - 1] + by
+        heading = ("Correctly classified", "Misclassified")[band - 1] + f" by {e.name}"
         text(LABEL, y + LINE, heading, ha="left", weight="bold")
         y += 3.5 * LINE
         for x, (label, _) in cells.items():

@@ -495,7 +495,7 @@ def drawn(patch, tmp_path, classes, shape, predictions, gates):
         gates_by_class={f"layer{i}": gates(len(classes), 16) for i in range(1, 5)},
     )
     patch.setattr(pictures.plt, "close", figures.append)
-    pictures.draw_model(shown, tmp_path / "model.png")
+    pictures.draw_model(shown, shown, tmp_path / "model.png")
     pictures.draw_comparison([shown] * 3, tmp_path / "compare.png")
     return shown, figures
 
