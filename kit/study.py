@@ -102,7 +102,7 @@ def table(s: SimpleNamespace, quick: bool, planning: bool) -> Iterator[list[Job]
         size = ["--image", image, "--classes", len(result.get("classes") or []) or "N"]
     cheap = ["--modes", "eager", "--batch-sizes", 64] if quick else []
     yield one("benchmark.py", "--models", *s.models, "--keep", "--out", s.out, *size, *cheap)
-    limit = ["--limit-cam", 40] if quick else ["--limit-test", 10000]
+    limit = ["--limit-test", 500, "--limit-cam", 20] if quick else ["--limit-test", 10000]
     if explained := [r.folder for r in runs[: len(s.models)] if planning or r in done]:
         yield one("explain.py", "--keep", "--out", s.out, *limit, "--compare", *explained)
     yield one("report.py", "--runs", s.runs, "--out", s.out)
