@@ -22,8 +22,8 @@ from kit.environment import HERE, VARIABLES, device_name, driver_version, image,
 from kit.fast import MODES, PRECISIONS, choose_precision, first_line, why_no_compiler, why_not
 
 DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> the oldest driver on Linux
-# GB. At full width last.pt has 0.18, and is kept twice while a third is written. PyTorch's allocator
-# took 1.0 on an H100; CUDA itself comes on top.
+# GB. At full width a run on an H100 took 1.0, besides CUDA itself; last.pt has 0.18, and is kept
+# twice while a third is written.
 LITTLE_MEMORY, LITTLE_SPACE = 2, 0.6
 # Of a GPU that it has no code for PyTorch says so in ten lines: why_unusable does in one.
 warnings.filterwarnings("ignore", r"(?s).*(compute capability \(CC\)|CUDA capability sm_)")
