@@ -37,8 +37,9 @@ FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}
 # `auto` compiles runs of at least so many steps. On two CPU cores compiling took 50 s, and saved
 # nothing to 11 ms a step (results/cpu_2_cores); on an H100 it took 20 to 36 s. Guesses so far.
 COMPILE_PAYS_FROM = {"cpu": 8_000, "cuda": 20_000}
-# Relative error. Rounding to bf16 makes up to 0.2, a compiler's fault 1 or more.
-WRONG_GRADIENTS = 0.5
+# Relative error. Rounding to bf16 makes up to 0.2, other random numbers (dropout) may make more; a
+# compiler's fault about 1, or NaN.
+WRONG_GRADIENTS = 0.9
 
 # On a CPU, torch.compile would print a line about a CUDA runtime that is not there.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -220,9 +221,9 @@ def fast(step, forward, mode: str, example: tuple, parameters: list, restore: Ca
                 return step(*batch, forward=run)
 
             fast_step = Graphed(fast_step, *example) if "graph" in mode else fast_step
-            error = (gradients(fast_step) - expected).norm() / expected.norm()  # compiles, first
-            if expected.isfinite().all() and not error <= WRONG_GRADIENTS:
-                raise RuntimeError(f"gradients other than in eager mode: error {error:.1g}")
+            error = (gradients(fast_step) - expected).norm()  # it compiles when it is first called
+            if not error <= WRONG_GRADIENTS * expected.norm() and expected.isfinite().all():
+                raise RuntimeError("other gradients than in eager mode")
 
             def fast_where_it_fits(*batch, fast_step=fast_step):
                 return (fast_step if len(batch[0]) == size else step)(*batch)
