@@ -3,7 +3,7 @@
 #
 #   ./run_all.sh               full with a CUDA GPU, quick without
 #   ./run_all.sh quick         the four published models, 1 epoch on 1,920 images: minutes on a CPU
-#   ./run_all.sh full          the published table: MODELS x SEEDS, 50 epochs each
+#   ./run_all.sh full          the published table: MODELS x SEEDS, up to 50 epochs each
 #   ./run_all.sh study         everything a claim needs; --miniature: small, without a GPU
 #   ./run_all.sh plan [quick | full | study [--miniature]]    prints the commands, runs nothing
 #   ./run_all.sh test [PYTEST_ARGUMENT ...]

@@ -1,6 +1,6 @@
 """Train one model with one recipe and one seed, and leave a folder that explains itself.
 
-    python train.py --model se                    # the published recipe: 50 epochs
+    python train.py --model se                    # the published recipe: up to 50 epochs
     python train.py --model se --recipe quick     # smoke test: 1 epoch on 1,920 images
     python train.py --model se --dry-run          # a batch of each; saves nothing
     python train.py --model se --target-acc 92    # exit 1 below 92% test accuracy
