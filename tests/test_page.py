@@ -114,6 +114,7 @@ HACK = "document.title='CHANGED'"
 ATTACKS = [
     f"</td></pre></title><script>{HACK}</script><img src=x onerror={HACK}><svg onload={HACK}>",
     f'[x](" autofocus onfocus="{HACK}") ![](x"onerror="{HACK}) [j](javascript:{HACK}) <!--',
+    f"x\n\n```\n\n# $\\frac{{1}}{{2}}$ \u202e<b>\n\n<script>{HACK}</script>",
 ]
 
 
