@@ -101,8 +101,7 @@ def summarize(runs: list[Run]) -> dict:
     accuracies = [run.result["test_acc"] for run in runs]
     n, middle = len(runs), mean(accuracies)
     sd = stdev(accuracies) if n > 1 else None
-    means = ("test_acc_last", "val_acc", "epochs_run", "train_seconds", "images_per_second")
-    best = [(run.result["best_epoch"], run.metrics) for run in runs]
+    means = ("test_acc_last", "val_acc", "train_seconds")
     return {
         "n": n,
         "seeds": [run.seed for run in runs],
@@ -113,8 +112,13 @@ def summarize(runs: list[Run]) -> dict:
         "test_acc_max": max(accuracies),
         **{f"{key}_mean": mean(run.result[key] for run in runs) for key in means},
         "epochs_run": [run.result["epochs_run"] for run in runs],
-        "best_epoch": [epoch for epoch, _ in best],
-        "best_lr": [row.get("lr") for e, rows in best for row in rows if row["epoch"] == e],
+        "best_epoch": [run.result["best_epoch"] for run in runs],
+        "best_lr": [
+            row.get("lr")
+            for run in runs
+            for row in run.metrics
+            if row["epoch"] == run.result["best_epoch"]
+        ],
         "params": runs[0].result["params"],
     }
 
