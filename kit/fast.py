@@ -134,6 +134,9 @@ def compiled(function: Callable, **options) -> Callable:
     # Round to bf16 wherever eager mode does. Otherwise the gradient of a maximum looks for the
     # rounded maximum among values that are not rounded, finds none, and divides 0 by 0.
     torch._inductor.config.emulate_precision_casts = True
+    # A number of threads is compiled in, but only one that is set here is part of the key by which
+    # PyTorch finds its compiled code again: else a run could get that of another number of threads.
+    torch._inductor.config.cpp.threads = torch.get_num_threads()
     return torch.compile(function, dynamic=False, **options)
 
 

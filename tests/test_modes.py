@@ -7,6 +7,7 @@ import contextlib
 import gc
 import json
 import os
+import time
 from unittest.mock import MagicMock
 
 import pytest
@@ -124,6 +125,21 @@ def test_more_than_eight_functions_of_one_piece_of_code_are_all_compiled():
     functions = [times(factor) for factor in range(12)]
     assert [f(torch.ones(1)).item() for f in functions] == list(range(12))
     assert len(compilations) == 12
+
+
+def test_compiled_code_is_found_again_for_its_own_number_of_threads_alone(monkeypatch):
+    """PyTorch 2.11 by itself would run with two threads what it had compiled for one."""
+    n_threads, counters = torch.get_num_threads(), torch._dynamo.utils.counters
+    monkeypatch.setattr(torch._inductor.config.cpp, "threads", -1)  # afterwards as it was
+    never_seen, hits = time.time_ns(), []
+    for threads in (1, 2, 1):
+        torch._dynamo.reset()
+        torch.set_num_threads(threads)
+        counters.clear()
+        fast.compiled(lambda x: x + never_seen)(torch.ones(300, 300))
+        hits.append(counters["inductor"]["fxgraph_cache_hit"])
+    torch.set_num_threads(n_threads)
+    assert hits == [0, 0, 1]
 
 
 # --- Falling back ---------------------------------------------------------------------------------
