@@ -4,6 +4,7 @@
     python benchmark.py --models baseline se --modes eager --batch-sizes 64
     python benchmark.py --batch-sizes 1 64 1024 --out /tmp/sweep
     python benchmark.py --image 3x32x32 --classes 100       # as for CIFAR-100
+    python benchmark.py --like runs/cifar100/published/se/seed0         # as for a finished run
     python benchmark.py --train --models baseline se        # training steps, and a plain loop's
 
 Writes OUT/benchmark.json, and its gist as OUT/benchmark.md, after each batch size and precision:
@@ -34,21 +35,22 @@ from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
+import train
+from kit import fast, training_speed
+from kit.command_line import UserError, exit_code, is_out_of_memory, make_parser
+from kit.environment import device_name, source_hashes
+from kit.files import check_writable, locked, write_atomically
+from kit.finished import read_run
+from kit.preflight import choose_device, preflight
+from kit.results import rows_that_stay
+from models import MODELS, build_model, count_parameters
+
 import numpy as np
 import thop
 import torch
 import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
-
-import train
-from kit import fast, training_speed
-from kit.command_line import UserError, exit_code, is_out_of_memory, make_parser
-from kit.environment import device_name, source_hashes
-from kit.files import check_writable, locked, write_atomically
-from kit.preflight import choose_device, preflight
-from kit.results import rows_that_stay
-from models import MODELS, build_model, count_parameters
 
 IMAGE = "1x28x28"  # channels, height, width: as published
 CLASSES = 10
@@ -258,12 +260,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--width", type=int, default=64, help=f"channels of the first stage; {default}")
     add("--image", default=IMAGE, help=f"channels x height x width; {default}")
     add("--classes", type=int, default=CLASSES, help=default)
+    add("--like", type=Path, metavar="RUN", help="take these three from a finished run")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help=f"folder; {default}")
     add("--keep", action="store_true", help="do not measure again what this code has measured here")
     add("--overwrite", action="store_true", help="discard the rows that are there")
     args = parser.parse_args(argv)
     try:
+        if args.like:
+            run = read_run(args.like).result
+            args.width, args.classes = run["width"], len(run["classes"])
+            args.image = "x".join(map(str, run["image"]))
         args.device, _ = choose_device(args.device), shape_of(args.image)
     except ValueError as error:
         parser.error(str(error))
@@ -315,7 +322,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     common["sha256"] = source_hashes(SOURCES)
     keys = "precision", "batch_size", "model", "mode"
-    asked = itertools.product(args.precisions, args.batch_sizes, args.models, args.modes)
+    asked = itertools.product(
+        args.precisions, args.batch_sizes, dict.fromkeys(args.models), args.modes
+    )
     cases = [dict(zip(keys, values, strict=True)) | common for values in asked]
     with locked(args.out, "benchmark*"):
         there = [] if args.overwrite else rows_that_stay(args.out / "benchmark.json")

@@ -17,13 +17,13 @@ import unicodedata
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from kit.augment import Augmentation
 from kit.command_line import UserError, exit_code, make_parser
 from kit.datasets import ImageData, from_torchvision, load_idx
 from kit.image_folder import load_folder, load_tiny_imagenet
+
+import numpy as np
+import torch
 
 DATASETS = {
     "fashion_mnist": partial(load_idx, "FashionMNIST"),
@@ -121,9 +121,9 @@ def shuffled(indices: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
 def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """uint8 (N, C, H, W) -> float32: (images / 255 - mean) / std, on the device of `images`.
 
-    `mean` and `std`: float32, broadcastable to (C, 1, 1), on the same device. Bit for bit what
-    torchvision's ToTensor and Normalize give. The 255 is a tensor because CUDA turns a division by
-    a Python number into a multiplication by its rounded reciprocal.
+    `mean` and `std`: float32, broadcastable to (C, 1, 1), on the same device. In eager mode bit for
+    bit what torchvision's ToTensor and Normalize give. The 255 is a tensor because CUDA turns a
+    division by a Python number into a multiplication by its rounded reciprocal.
     """
     scale = torch.full((), 255.0, device=images.device)
     return (images / scale).sub_(mean).div_(std)

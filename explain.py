@@ -27,10 +27,6 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-import torch
-import torch.nn as nn
-from tqdm import tqdm
-
 import data
 from kit import attribution
 from kit.checkpoint import load_weights
@@ -45,6 +41,10 @@ from kit.plots import legible
 from kit.preflight import choose_device, preflight
 from kit.results import rows_that_stay
 from models import build_model
+
+import torch
+import torch.nn as nn
+from tqdm import tqdm
 
 LIMIT_TEST = 2000
 CLASSES_SHOWN = 10
@@ -303,10 +303,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--keep", action="store_true", help="do nothing if OUT/explain.json has these runs")
     add("--overwrite", action="store_true", help="discard its rows of other runs")
     args = parser.parse_args(argv)
-    if min(args.limit_cam, 1 if args.limit_test is None else args.limit_test) < 1:
-        parser.error("--limit-test and --limit-cam must be at least 1")
+    limit_test = 1 if args.limit_test is None else args.limit_test
+    if min(args.limit_cam, limit_test, *(i + 1 for i in args.images or [])) < 1:
+        parser.error("--limit-test and --limit-cam must be at least 1, --images at least 0")
+    if len(set(map(Path.resolve, args.runs or []))) < len(args.runs or []):
+        parser.error("--compare: a run is named twice")
     try:
         args.device = choose_device(args.device)
+        data.resolve(args.dataset or "fashion_mnist")
     except ValueError as error:
         parser.error(str(error))
     return args
@@ -330,7 +334,7 @@ def main(argv: list[str] | None = None) -> None:
         others = [row for row in rows if key_of(row) not in keys]
         names = names_of(configs, {row["picture"] for row in others})
         dataset, idx = load_dataset(configs, args)
-        if args.images and not 0 <= min(args.images) <= max(args.images) < len(dataset.test_labels):
+        if args.images and max(args.images) >= len(dataset.test_labels):
             raise UserError(f"--images must be from 0 to {len(dataset.test_labels) - 1}")
         runs = list(zip(names, args.paths, configs, strict=True))
         found = [explain(*run, dataset, idx, args) for run in tqdm(runs, disable=None, leave=False)]

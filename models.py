@@ -18,12 +18,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
+from kit.attention import BAM, ECA, GC, GE, MHSA, Coordinate, SelectiveKernel, SimAM, Triplet
+from kit.command_line import exit_code, make_parser
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-
-from kit.attention import BAM, ECA, GC, GE, MHSA, Coordinate, SelectiveKernel, SimAM, Triplet
-from kit.command_line import exit_code, make_parser
 
 # --- Attention ------------------------------------------------------------------------------------
 

@@ -29,8 +29,6 @@ import re
 import sys
 from pathlib import Path
 
-import markdown
-
 from kit import words
 from kit.command_line import UserError, exit_code, make_parser
 from kit.figures import FIGURES, FORMATS, draw_figures
@@ -39,6 +37,8 @@ from kit.findings import Findings, compare, explained_of, have_same_labels
 from kit.identity import different_settings
 from kit.results import PUBLISHED, Study, read_rows, read_studies
 from kit.verdicts import Comparison, seeds_in_words
+
+import markdown
 
 CSV_COLUMNS = (
     "dataset", "recipe", "quick", "model", "seed", "width", "test_acc", "test_acc_last", "val_acc",
@@ -54,7 +54,8 @@ def make_report(
     studies, problems = read_studies(runs_dir)
     if not studies:
         reasons = "; ".join(problems) or "run `python train.py --model baseline` first"
-        raise UserError(f"no finished run below {runs_dir}: {words.one_line(reasons)}")
+        where = f"{runs_dir}" + ", which is no folder" * (not runs_dir.is_dir())
+        raise UserError(f"no finished run below {where}: {words.one_line(reasons)}")
     costs, damaged = read_rows(first_of(out, runs_dir, "benchmark.json"))
     seen, of_seen = read_rows(first_of(out, runs_dir, "explain.json"))
     problems += damaged + of_seen
@@ -236,11 +237,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--difference", type=float, help="to be detected, in points")
     add("--comparisons", type=int, default=3, help="with the baseline; default: %(default)s")
     args = parser.parse_args(argv)
+    if args.power != bool(args.sd or args.difference):
+        parser.error("--power, --sd and --difference go together")
     if args.power:
-        if not (args.sd and args.difference and args.sd > 0 and args.difference > 0):
-            parser.error("--power takes --sd and --difference, both greater than 0")
-        if not (args.comparisons >= 1 and 1e-3 <= args.difference / args.sd <= 1e3):
-            parser.error("--comparisons is at least 1, --difference from 0.001 to 1,000 times --sd")
+        if not all(0 < (points or 0) <= 100 for points in (args.sd, args.difference)):
+            parser.error("--power takes --sd and --difference, points greater than 0 up to 100")
+        if not (1 <= args.comparisons <= 1000 and 1e-3 <= args.difference / args.sd <= 1e3):
+            parser.error("--comparisons is 1 to 1,000, --difference 0.001 to 1,000 times --sd")
         print(seeds_in_words(args.difference, args.sd, args.comparisons))
         return
     if args.compare and not args.compare.is_dir():

@@ -16,7 +16,7 @@
 #   SHARD=i/n   every n-th run from the i-th on, counted from 0, for an array of workers that share
 #               RUNS; a last call without SHARD writes the report
 # Exit code: 0 done, 1 something failed (the rest was tried), 2 wrong usage, 130 / 143 stopped by
-# SIGINT / SIGTERM after the active runs have saved.
+# SIGINT / SIGTERM after the active runs have saved; of `test`, pytest's.
 set -euo pipefail
 cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 
@@ -35,7 +35,7 @@ case ${1:-} in
   *) die 2 "unknown command '$1': quick, full, study, plan, test or none (see --help)" ;;
 esac
 host=${PYTHON:-python3} python=.venv/bin/python
-"$host" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+"$host" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
   die 1 "$host does not run or is older than 3.11: set PYTHON to a Python 3.11 or newer"
 if ready "$host"; then
   python=$host

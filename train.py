@@ -2,7 +2,7 @@
 
     python train.py --model se                    # the published recipe: up to 50 epochs
     python train.py --model se --recipe quick     # smoke test: 1 epoch on 1,920 images
-    python train.py --model se --dry-run          # a batch of each; saves nothing
+    python train.py --model se --dry-run          # a batch of each; keeps no run
     python train.py --model se --target-acc 92    # exit 1 below 92% test accuracy
     tensorboard --logdir runs
 
@@ -17,11 +17,6 @@ import math
 import sys
 import time
 
-import torch
-import torch.nn.functional as F
-from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
-from tqdm import trange
-
 import data
 import models
 from kit.command_line import UserError, exit_code
@@ -32,6 +27,11 @@ from kit.run import Run
 from kit.settings import parse_settings
 from models import build_model
 
+import torch
+import torch.nn.functional as F
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
+from tqdm import trange
+
 # --- Recipes: every setting, its published value and what it does; 0: not used --------------------
 
 SETTINGS = {
@@ -39,7 +39,7 @@ SETTINGS = {
     "batch_size": (64, "the last partial batch is kept"),
     "lr": (1e-3, "learning rate of Adam"),
     "patience": (10, "stop when validation accuracy has not improved for so many epochs"),
-    "limit_train": (0, "images of the training split, a ninth as many to validate; 0: all"),
+    "limit_train": (0, "images of the training split, and to validate a ninth, or a batch; 0: all"),
     "limit_test": (0, "test images, a stratified sample; 0: all"),
     # The published recipe has none of these.
     "weight_decay": (0.0, "of AdamW, for all but biases and BatchNorm"),
@@ -81,7 +81,7 @@ def train(settings, dataset, run: Run) -> dict:
         settings.base_model, len(dataset.classes), loader.channels, settings.width, settings.seed,
         settings.position, settings.reduction,
     ).to(device)  # fmt: skip
-    channels_last(model)  # the layout that convolutions are fastest in
+    channels_last(model, loader)  # the layout that convolutions are fastest in
     optimizer = adam(model, settings.lr, settings.weight_decay)
     scheduler = cosine(optimizer, settings.epochs, settings.warmup)
     ema = EMA(model, settings.ema) if settings.ema else None

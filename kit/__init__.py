@@ -31,6 +31,11 @@ All of it
 
 import getpass
 import os
+import sys
+
+# Ctrl-C while PyTorch is imported ends a script without a traceback: kit is imported before it.
+_excepthook = sys.excepthook
+sys.excepthook = lambda kind, *error: kind is KeyboardInterrupt or _excepthook(kind, *error)
 
 try:
     getpass.getuser()

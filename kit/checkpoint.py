@@ -14,10 +14,10 @@ import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
 from kit.command_line import UserError, is_out_of_memory
 from kit.identity import different_settings, settings_of
+
+import torch
 
 LENGTH = (64).to_bytes(2, "little")  # of the sha256 at the end of a file
 

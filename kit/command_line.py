@@ -75,7 +75,7 @@ def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., i
             sys.stdout.reconfigure(errors="replace")  # a terminal may know no more than ASCII
         try:
             code = main(argv) or 0
-            sys.stdout.flush()
+            print(end="", flush=True)  # sys.stdout is None where it was closed
             return code
         except Stopped as stopped:
             return 128 + stopped.signal

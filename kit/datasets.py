@@ -19,11 +19,11 @@ from functools import cached_property, partial
 from http.client import HTTPException
 from pathlib import Path
 
+from kit.command_line import UserError, in_one_line
+from kit.files import check_allowed, check_writable, is_only_read, write_atomically
+
 import numpy as np
 import torch
-
-from kit.command_line import UserError, in_one_line
-from kit.files import check_allowed, is_only_read, write_atomically
 
 
 @dataclass
@@ -216,6 +216,7 @@ def parse_idx(body: bytes) -> torch.Tensor:
 def fetch(name: str, files: list[str], raw: Path, ways: str) -> tuple[dict[str, bytes], str]:
     """({file: its content}, the source used): brought into `raw`, as torchvision has them."""
     check_allowed(raw)
+    check_writable(raw, f"choose another --data-dir. {ways}")
     import torchvision
 
     failures, mirrors = [], getattr(torchvision.datasets, name).mirrors

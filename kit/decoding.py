@@ -17,10 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-import numpy as np
-
 from kit.command_line import UserError
 from kit.files import write_atomically
+
+import numpy as np
 
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # of this decoder
 DEFAULT_SIZE = 64

@@ -74,11 +74,15 @@ def read_small(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def check_writable(folder: Path) -> None:
+def check_writable(folder: Path, advice: str = "choose another --out") -> None:
     """Makes the folder where there is none. Raises OSError: before long work, not after."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{folder} cannot be written: choose another --out")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError
+    except OSError as error:
+        reason = f" ({error.strerror})" if error.strerror else ""
+        raise PermissionError(f"{folder} cannot be written{reason}: {advice}") from None
 
 
 @contextmanager

@@ -7,13 +7,13 @@ import itertools
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-import numpy as np
-
 from kit import costs, verdicts
 from kit.finished import Run
 from kit.identity import unlike
 from kit.results import Study, in_table_order
 from kit.verdicts import Comparison
+
+import numpy as np
 
 CONTROL = "_static"  # se_static is the control of se: same parameters, gates that ignore the input
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-
 from kit.command_line import UserError, in_one_line
 from kit.files import read_small
 from kit.identity import refuse_another_run, settings_of
+
+import numpy as np
 
 # --- What the files must hold: {kind: keys}; a key with a ? may be absent or null ----------------
 

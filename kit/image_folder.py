@@ -21,12 +21,12 @@ import unicodedata
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from kit.command_line import UserError
 from kit.datasets import ImageData
 from kit.decoding import KEPT, counted, decoded, is_image, printable
+
+import numpy as np
+import torch
 
 TEST_SHARE = 1 / 6  # as MNIST and Fashion-MNIST are divided
 PARTS = {

@@ -8,11 +8,11 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from kit.files import write_atomically
 from kit.plots import matplotlib, plt, shortened
+
+import numpy as np
+import torch
 
 # Inches: a page between its margins, names at its left, a line of text, the gap between tiles.
 WIDTH, LABEL, LINE, GAP = 6.5, 0.9, 0.12, 0.04

@@ -15,11 +15,11 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from kit.command_line import UserError, exit_code, make_parser
 from kit.environment import HERE, VARIABLES, device_name, driver_version, image, output_of
 from kit.fast import MODES, PRECISIONS, choose_precision, first_line, why_no_compiler, why_not
+
+import torch
 
 DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> the oldest driver on Linux
 # GB. At full width a run on an H100 took 1.0, besides CUDA itself; last.pt has 0.18, and is kept

@@ -4,20 +4,21 @@ Needs no torch. A run folder lies anywhere below --runs and is what its result.j
 damaged or does not fit the others is named in one line and left out.
 """
 
-import glob
 import json
+import os
+import re
 import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from kit.command_line import in_one_line
 from kit.files import read_small
 from kit.finished import ROWS, Run, check, read_run
 from kit.identity import different_settings, settings_of
+
+import numpy as np
 
 # The published report: one run per model, 50 epochs, Fashion-MNIST; time on an RTX 4070, batch 64.
 PUBLISHED = {
@@ -70,7 +71,7 @@ class Study:
 def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
     """All studies below `runs_dir`, full ones first, and the problems met on the way, in words."""
     groups, problems = {}, []
-    for folder in run_folders(runs_dir):
+    for folder in run_folders(runs_dir, problems):
         if not (folder / "result.json").exists():
             problems.append(f"unfinished: {folder}, {epochs_of(folder)} epochs done")
             continue
@@ -91,13 +92,21 @@ def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
     return sorted(studies, key=lambda s: (s.result["quick"], len(s.overrides), s.title)), problems
 
 
-def run_folders(runs_dir: Path) -> list[Path]:
-    """At any depth, hidden folders aside: those with a result.json and those of unfinished runs."""
-    found = {
-        (runs_dir / path).parent
-        for pattern in ("**/result.json", "**/seed[0-9]*/config.json")
-        for path in glob.glob(pattern, root_dir=runs_dir, recursive=True)
-    }
+def run_folders(runs_dir: Path, problems: list[str]) -> list[Path]:
+    """At any depth, hidden folders aside: those with a result.json and those of unfinished runs.
+    Adds those that cannot be read to the problems."""
+
+    def unreadable(error: OSError) -> None:
+        if runs_dir.is_dir():
+            problems.append(f"{error.filename} left out, it cannot be read: {error.strerror}")
+
+    found = set()
+    for name, folders, files in os.walk(runs_dir, onerror=unreadable, followlinks=True):
+        path = Path(name)
+        if "result.json" in files or ("config.json" in files and re.match(r"seed\d", path.name)):
+            found.add(path)
+        above = {path.resolve(), *path.resolve().parents}  # a link to one of them is circular
+        folders[:] = [f for f in folders if f[0] != "." and (path / f).resolve() not in above]
     # The highest comes first, so that of a run and a copy of it the run is kept; links come last.
     real = {path.resolve(): path for path in sorted(found, key=lambda path: path == path.resolve())}
     return sorted(

@@ -23,9 +23,6 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-
 from kit import checkpoint, run_folder
 from kit.checkpoint import Progress, copied, load_state, serialized
 from kit.command_line import Stopped, UserError, handle_signals, noted
@@ -37,6 +34,9 @@ from kit.identity import refuse_another_run
 from kit.run_folder import in_brackets, read_json, write_array, write_json
 from kit.settings import as_config
 from kit.tensorboard_log import log_epoch, log_test, open_writer
+
+import numpy as np
+import torch
 
 
 class Run:
@@ -255,7 +255,7 @@ class Run:
     def finish(self, result: dict) -> int:
         """Prints the result; the exit code, 1 if --target-acc is missed."""
         if self.settings.dry_run:
-            print("dry run: one batch each was trained, validated and tested; nothing was saved")
+            print("dry run: one batch each was trained, validated and tested; no run is kept")
             return 0
         smoke_test = "; a smoke test, not a result" * result["quick"]
         print(

@@ -14,12 +14,12 @@ import os
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import numpy as np
-from filelock import FileLock, Timeout
-
 from kit.command_line import UserError
 from kit.files import read_small, write_atomically
 from kit.identity import edited
+
+import numpy as np
+from filelock import FileLock, Timeout
 
 
 def lock(folder: Path, stack: ExitStack) -> None:

@@ -28,7 +28,7 @@ class Job:
     log: Path | None = None  # likewise: for when others run at the same time
     needed: bool = False  # if it fails, nothing more is run
     # Of a training run: "done", perhaps with a remark, or why what is there is not it.
-    state: Callable[["Job"], str] = lambda job: ""
+    state: Callable[["Job"], str] = lambda job: "skips what is there" * ("--keep" in job.command)
 
     def __str__(self) -> str:
         return shlex.join([os.environ.get("PYTHON") or sys.executable, *map(str, self.command)])

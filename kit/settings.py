@@ -5,11 +5,11 @@ import shlex
 import sys
 from pathlib import Path
 
-import torch
-
 from kit.command_line import make_parser
 from kit.fast import MODES, PRECISIONS, choose_precision, why_not
 from kit.preflight import choose_device
+
+import torch
 
 WIDTH = 64  # channels of the first stage, as published
 # The least and the most of a setting; of the others 0 and 10^9.
@@ -81,7 +81,7 @@ def train_parser(description: str, table: dict, recipes: dict, models, data):
     add("--overwrite", action="store_true", help="discard what the run's folder holds")
     add("--keep-last", action="store_true", help="keep last.pt when the run is complete")
     add("--dry-run", action="store_true",
-        help="train, validate and test on one batch each; saves nothing")  # fmt: skip
+        help="train, validate and test on one batch each; keeps no run")  # fmt: skip
 
     add = parser.add_argument_group("the machine").add_argument
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")

@@ -25,14 +25,14 @@ from kit.runner import DAMAGED, Job, Runner, read
 
 MODELS = {}  # before PyTorch is installed, a plan is printed without knowing them
 if find_spec("torch"):
-    import torch
-
     from kit.environment import HERE, source_hashes
     from kit.finished import completed
     from kit.preflight import preflight, visible_gpus
     from kit.run_folder import changes_since, in_brackets
     from kit.settings import as_config
     from models import MODELS
+
+    import torch
 
 PUBLISHED = ["baseline", "se", "cbam_blocks", "cbam_classifier"]
 COMPARED = ["baseline", "cbam_classifier", "se", "cbam_blocks", "se_static"]  # by the study
@@ -96,10 +96,7 @@ def table(s: SimpleNamespace, quick: bool, planning: bool) -> Iterator[list[Job]
     done = [run for run in runs if run.is_done]
     if s.shards > 1 or not (done or planning):
         return  # the rest is for a last call without SHARD
-    size, result = [], read(done[0].folder / "result.json") if done else {}
-    if s.dataset != "fashion_mnist":
-        image = "x".join(map(str, result.get("image") or "CHW"))
-        size = ["--image", image, "--classes", len(result.get("classes") or []) or "N"]
+    size = ["--like", (done or runs)[0].folder] if s.dataset != "fashion_mnist" else []
     cheap = ["--modes", "eager", "--batch-sizes", 64] if quick else []
     yield one("benchmark.py", "--models", *s.models, "--keep", "--out", s.out, *size, *cheap)
     limit = ["--limit-test", 500, "--limit-cam", 20] if quick else ["--limit-test", 10000]
@@ -182,27 +179,35 @@ def settings_of(what: str, fail) -> SimpleNamespace:
     if what.startswith("study") and any(map(os.environ.get, FIXED)):
         fail(f"the study has its own {', '.join(FIXED[:-1])}, and no SHARD: unset them")
     quick, found, list_of = what == "quick", {}, r"(\s*\b({})\b)+\s*".format
+    script = train_script() if MODELS else {}
     recipe, seeds = ("quick", "0") if quick else ("published", "0 1 2 3 4")
     for name, default, form, advice in (
         ("MODELS", " ".join(PUBLISHED), list_of("|".join(MODELS) or r"\w+"),
          f"choose from {' '.join(MODELS)}"),
         ("SEEDS", seeds, list_of("0|[1-9][0-9]{0,8}"),
          "give whole numbers below 10^9, without leading zeros"),
-        ("RECIPE", recipe, "quick" if quick else ".+", "quick is a recipe of its own: unset it"),
-        ("DATASET", "fashion_mnist", ".+", ""),
-        ("RUNS", "runs", ".+", ""),
-        ("OUT", "results", ".+", ""),
+        ("RECIPE", recipe, "quick" if quick else "|".join(script.get("RECIPES", [r"\w+"])),
+         "quick is a recipe of its own: unset it" if quick else "train.py has no such recipe"),
+        ("DATASET", "fashion_mnist", ".+", "give a name, or a folder of images"),
+        ("RUNS", "runs", ".+", "give a path of one line"),
+        ("OUT", "results", ".+", "give a path of one line"),
         ("JOBS", "", "|[1-9][0-9]{0,2}", "give a number from 1 to 999"),
         ("SHARD", "0/1", "([0-9]{1,4})/([0-9]{1,4})", "give i/n with i from 0 to n-1"),
     ):  # fmt: skip
         value = found[name.lower()] = os.environ.get(name) or default
         match = re.fullmatch(form, value)
         if not match or (name == "SHARD" and int(match[1]) >= int(match[2])):
-            fail(f"{name}: '{value}': {advice}")
+            fail(f"{name}: {value!r}: {advice}")
     s = SimpleNamespace(**found)
     s.models, s.seeds = (list(dict.fromkeys(names.split())) for names in (s.models, s.seeds))
     s.runs, s.out, s.jobs = Path(s.runs), Path(s.out), int(s.jobs or 0)
     s.shard, s.shards = map(int, s.shard.split("/"))
+    try:
+        folder = script and script["data"].resolve(s.dataset)[0]
+        if "/" in folder and not os.path.isdir(folder):
+            raise ValueError(f"there is no folder {folder}")
+    except ValueError as error:
+        fail(f"DATASET: {error}")
     return s
 
 

@@ -8,15 +8,15 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
-
 from kit.attribution import attention_modules, enlarged, gates_of, grad_cam, scaled, stage_of
 from kit.identity import NO_SETTING
 from kit.pictures import FONT_SIZE, over_image
 from kit.plots import legible, plt, shortened
+
+import numpy as np
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
 
 SHOWN = 12  # misclassified images: the first ones in the order of samples of the test set
 GATED = 32  # test images whose gates are shown: enough for a histogram, and soon done

@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterator
 from contextlib import redirect_stdout, suppress
 from statistics import median
 
-import torch
-from PIL import Image
-from torch.utils.data import DataLoader, Dataset
-
 from kit.datasets import ImageData
 from kit.fast import DEFAULT, set_up_torch
 from kit.run import Run
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 
 PLAIN = "plain loop"
 # What PyTorch can do otherwise, and none of which is on: not yet measured. --switches tries each

@@ -4,13 +4,13 @@ import re
 from collections import Counter
 from pathlib import Path
 
-import jinja2
-
 from kit.costs import Cost
 from kit.findings import Findings, ablation
 from kit.finished import Run
 from kit.identity import who
 from kit.results import Study, in_table_order
+
+import jinja2
 
 # What Markdown would act upon; an underscore inside a word means nothing to it.
 SPECIAL = re.compile(r"[\\`*\[\]|#<~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")

@@ -7,17 +7,17 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
-from PIL import Image
-
 import data
 import models
 import train
 from kit.command_line import Stopped
 from kit.run import Run
 from kit.settings import parse_settings
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
 
 REPO = Path(__file__).resolve().parent.parent
 # A run of a second or two: narrow, three batches an epoch, the last of them partial.

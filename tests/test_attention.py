@@ -2,15 +2,15 @@
 
 import math
 
+from kit.attention import ECA, GC, GE, MHSA, SelectiveKernel
+from models import ATTENTION, CBAM, SE, build_model, count_parameters
+
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
-
-from kit.attention import ECA, GC, GE, MHSA, SelectiveKernel
-from models import ATTENTION, CBAM, SE, build_model, count_parameters
 
 # --- The formulas, for one image (C, H, W), in evaluation mode ------------------------------------
 

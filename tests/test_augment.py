@@ -2,13 +2,13 @@
 
 import math
 
+from kit import augment
+from kit.augment import OPERATIONS, Augmentation
+
 import numpy as np
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as TF
-
-from kit import augment
-from kit.augment import OPERATIONS, Augmentation
 
 MAGNITUDE = 9 / 30
 

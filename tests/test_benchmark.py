@@ -1,14 +1,14 @@
 import json
 import time
 
-import pytest
-import torch
-from conftest import is_one_line
-
 import benchmark
 import train
 from kit import fast, training_speed
 from models import MODELS, build_model
+
+import pytest
+import torch
+from conftest import is_one_line
 
 PUBLISHED_FLOPS = {  # 2 x thop in G, FlopCounterMode exactly
     "baseline": (0.92, 911_601_664),

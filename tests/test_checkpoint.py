@@ -3,15 +3,15 @@
 import json
 from types import SimpleNamespace
 
-import pytest
-import torch
-from conftest import assert_same, is_one_line, train_small
-
 import train
 from kit import checkpoint, run
 from kit.command_line import UserError
 from kit.ema import EMA
 from models import build_model
+
+import pytest
+import torch
+from conftest import assert_same, is_one_line, train_small
 
 CPU = torch.device("cpu")
 FOLDER = "fashion_mnist/published/se/seed0"

@@ -3,16 +3,16 @@ import http.server
 import shutil
 import threading
 
+import data
+from kit import datasets
+from kit.command_line import UserError
+
 import pytest
 import torch
 from conftest import REPO, is_one_line, script
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import FashionMNIST
-
-import data
-from kit import datasets
-from kit.command_line import UserError
 
 RAW = REPO / "data" / "FashionMNIST" / "raw"
 FOLDERS = [RAW.parent.parent, RAW, datasets.DEBIAN_FOLDER]  # before a test takes the last one away
@@ -236,6 +236,14 @@ def test_fetches_the_debian_package(monkeypatch, tmp_path):
     assert "Debian" in data.load_dataset("fashion_mnist", tmp_path).source
     names = sorted(path.name for path in (tmp_path / "FashionMNIST" / "raw").iterdir())
     assert names == sorted(datasets.FASHION_MNIST_SHA256)
+
+
+def test_nothing_is_fetched_where_it_cannot_be_kept(nowhere, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert data.main(["--data-dir", str(tmp_path / "file")]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "cannot be written" in error and "--data-dir" in error
+    assert "trying" not in error
 
 
 def test_unknown_data_set_is_named():

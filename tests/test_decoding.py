@@ -6,16 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data
+from kit import decoding
+from kit.command_line import UserError
+
 import numpy as np
 import pytest
 import torch
 from conftest import REPO
 from PIL import Image, ImageOps
 from test_image_folder import make
-
-import data
-from kit import decoding
-from kit.command_line import UserError
 
 GREY = np.arange(12 * 8, dtype=np.uint8).reshape(8, 12)
 COLOUR = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)

@@ -9,15 +9,15 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-import pytest
-import torch
-from conftest import REPO, is_one_line, needs_pins, script, train_small
-
 import benchmark
 import explain
 import train
 from kit import environment, fast, files, preflight
 from kit.command_line import UserError
+
+import pytest
+import torch
+from conftest import REPO, is_one_line, needs_pins, script, train_small
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")

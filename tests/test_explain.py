@@ -8,6 +8,14 @@ import re
 import shutil
 from pathlib import Path
 
+import data
+import explain
+import train
+from kit import attribution, datasets, pictures
+from kit.attribution import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
+from kit.command_line import UserError
+from models import ATTENTION, MODELS, build_model
+
 import matplotlib.colors
 import matplotlib.image
 import numpy as np
@@ -17,14 +25,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import REPO, is_one_line, train_small
 from PIL import Image
-
-import data
-import explain
-import train
-from kit import attribution, datasets, pictures
-from kit.attribution import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
-from kit.command_line import UserError
-from models import ATTENTION, MODELS, build_model
 
 IMAGES = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
 CLASSES = torch.arange(6)
@@ -356,7 +356,9 @@ def test_accuracy_is_that_of_the_run(finished_run, tmp_path):
         (["--run", "RUN", "--checkpoint", "RUN/best.pt"], 2, "not allowed with"),
         (["--run", "nowhere"], 1, "nowhere is not the folder of a run"),
         (["--run", "RUN", "--images", "10000"], 1, "from 0 to 9999"),
-        (["--run", "RUN", "--images", "-1"], 1, "from 0 to"),
+        (["--run", "RUN", "--images", "-1"], 2, "--images at least 0"),
+        (["--run", "RUN", "--dataset", "mnistt"], 2, "unknown data set 'mnistt'"),
+        (["--compare", "RUN", "RUN/."], 2, "named twice"),
         (["--run", "RUN", "--limit-test", "0"], 2, "at least 1"),
         (["--run", "RUN", "--device", "cuda:9"], 2, "cuda:9"),
         (["--checkpoint", "OTHER/best.pt"], 1, "does not load as se"),

@@ -9,16 +9,16 @@ BatchNorm's buffers, in Adam's state, in the EMA and in the size of the update. 
 GPU are skipped without one; with one, nothing is slow.
 """
 
-import pytest
-import torch
-import torch.nn as nn
-from conftest import REPO, settings_of
-
 import data
 import train
 from kit.fast import MODES, PRECISIONS, why_not
 from kit.run import Run
 from models import MODELS
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import REPO, settings_of
 
 # In fp32 every tensor is judged by itself. In TF32 and bf16 rounding alone makes gradients that are
 # sums of cancelling terms wrong by their own size, so all tensors of a kind are judged together.

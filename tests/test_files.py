@@ -1,15 +1,20 @@
 """Files that are whole or not there, whose, and what a killed process leaves of them."""
 
 import os
+import shlex
+import signal
+import subprocess
+import sys
 from itertools import chain
-
-import pytest
-from conftest import REPO, SMALL, script
+from pathlib import Path
 
 import benchmark
 import explain
 import report
 from kit.files import read_small, write_atomically
+
+import pytest
+from conftest import REPO, SMALL, script
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002, 0o077])
@@ -56,6 +61,22 @@ def test_the_next_run_removes_what_a_killed_one_has_left(finished_run, tmp_path)
         left.pop(who)
         there = {path.name for path in tmp_path.glob("*.tmp")}
         assert there == set(chain(*left.values()))
+
+
+@pytest.mark.parametrize("name", ["train.py", "report.py"])
+def test_ctrl_c_while_a_script_imports_its_packages(name):
+    """Python ends it by SIGINT, which a shell calls 130, and there is no traceback."""
+    process = subprocess.Popen([sys.executable, name, "--help"], cwd=REPO, stderr=subprocess.PIPE)
+    while "numpy" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate()[1] == b"" and process.returncode == -signal.SIGINT
+
+
+def test_a_closed_standard_output():
+    command = [sys.executable, "report.py", "--power", "--sd", "0.1", "--difference", "0.1"]
+    done = subprocess.run(["sh", "-c", f"{shlex.join(command)} >&-"], cwd=REPO, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def test_a_terminal_that_knows_ascii_alone(tmp_path):

@@ -2,15 +2,15 @@
 
 import json
 
-import numpy as np
-import pytest
-from conftest import copy_run
-from scipy import stats
-
 from kit import verdicts
 from kit.costs import measured
 from kit.findings import Findings
 from kit.results import read_studies
+
+import numpy as np
+import pytest
+from conftest import copy_run
+from scipy import stats
 
 CLASSES = 10
 

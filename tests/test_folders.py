@@ -5,17 +5,17 @@ import shutil
 import unicodedata
 from types import SimpleNamespace
 
+import data
+import train
+from kit import tensorboard_log
+from kit.command_line import UserError
+
 import numpy as np
 import pytest
 import torch
 from conftest import is_one_line
 from PIL import Image
 from test_image_folder import in_a_folder_of_its_own, make  # noqa: F401
-
-import data
-import train
-from kit import tensorboard_log
-from kit.command_line import UserError
 
 FLAGS = ["--model", "baseline", "--width", "16", "--epochs", "1", "--device", "cpu"]
 

@@ -5,10 +5,10 @@ import json
 import shutil
 import subprocess
 
+from kit.environment import SOURCES
+
 import pytest
 from conftest import REPO, script
-
-from kit.environment import SOURCES
 
 SCRIPTS = {"train", "models", "data", "benchmark", "report", "explain"}
 TOP = {f"{name}.py" for name in SCRIPTS} | {

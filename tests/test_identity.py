@@ -9,13 +9,13 @@ import random
 import re
 import shutil
 
-import numpy as np
-import pytest
-from conftest import copy_run
-
 import report
 import train
 from kit.environment import SOURCES
+
+import numpy as np
+import pytest
+from conftest import copy_run
 
 FULL = {"quick": False, "overrides": {}, "width": 64}
 ACCURACIES = {"baseline": [92.0, 92.1, 92.2], "se": [93.1, 93.2, 93.4], "se_static": [92, 93, 92.5]}

@@ -7,19 +7,19 @@ import json
 import os
 import pickle
 
-import numpy as np
-import pytest
-import torch
-import torchvision
-from conftest import is_one_line, stop_at
-from PIL import Image
-
 import data
 import report
 import train
 from kit import datasets, decoding
 from kit.command_line import UserError
 from kit.datasets import mean_and_std_of
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import is_one_line, stop_at
+from PIL import Image
 
 
 @pytest.fixture(autouse=True)

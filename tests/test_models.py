@@ -1,11 +1,11 @@
 import re
 
+from models import MODELS, POSITIONS, SE, build_model, count_parameters
+
 import pytest
 import torch
 import torch.nn as nn
 import torchvision
-
-from models import MODELS, POSITIONS, SE, build_model, count_parameters
 
 COUNTS = {
     "baseline": 11_172_810,

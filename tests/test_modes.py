@@ -10,6 +10,12 @@ import os
 import time
 from unittest.mock import MagicMock
 
+import data
+import train
+from kit import checkpoint, command_line, fast
+from kit.ema import EMA
+from models import MODELS, build_model
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -17,12 +23,6 @@ from conftest import REPO, assert_same, is_one_line, script, stop_at, train_smal
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-
-import data
-import train
-from kit import checkpoint, command_line, fast
-from kit.ema import EMA
-from models import MODELS, build_model
 
 CPU = torch.device("cpu")
 FOLDER = "fashion_mnist/published/baseline/seed0"

@@ -10,12 +10,12 @@ import subprocess
 from collections import Counter
 from html.parser import HTMLParser
 
-import pytest
-from conftest import ROW
-
 import report
 from kit import words
 from kit.figures import FIGURES
+
+import pytest
+from conftest import ROW
 
 
 class Elements(HTMLParser):

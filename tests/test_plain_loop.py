@@ -4,15 +4,15 @@ import json
 import subprocess
 import sys
 
+import data
+import train
+from models import build_model
+
 import plain_loop
 import pytest
 import torch
 from conftest import REPO
 from torch.utils.data import DataLoader
-
-import data
-import train
-from models import build_model
 
 
 def test_the_training_loop_equals_the_plain_one(tmp_path, fashion_mnist):

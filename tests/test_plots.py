@@ -4,11 +4,11 @@ import os
 import subprocess
 import sys
 
-import pytest
-from conftest import REPO, is_one_line, train_small
-
 from kit import plots, run
 from kit.plots import legible, plt, shortened
+
+import pytest
+from conftest import REPO, is_one_line, train_small
 
 
 def python(code, **variables):

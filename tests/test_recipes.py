@@ -4,12 +4,6 @@ import copy
 import json
 import math
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-from conftest import REPO, assert_same, settings_of, stop_at
-
 import data
 import train
 from kit import checkpoint
@@ -17,6 +11,12 @@ from kit.augment import Augmentation
 from kit.ema import EMA
 from kit.fast import channels_last
 from models import build_model
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO, assert_same, settings_of, stop_at
 
 FLAGS = ["--model", "cbam_blocks", "--recipe", "strong", "--cutmix", "1", "--width", "8"]
 FLAGS += ["--device", "cpu"]

@@ -1,12 +1,8 @@
 import csv
 import json
+import os
 import shutil
 import statistics
-
-import numpy as np
-import pytest
-from conftest import FULL, ROW, SLOWER, copy_run, is_one_line, make_runs, script
-from PIL import Image
 
 import report
 from kit import verdicts
@@ -14,6 +10,11 @@ from kit.figures import FIGURES
 from kit.findings import ablation
 from kit.results import Study, read_rows, read_studies
 from kit.words import interval
+
+import numpy as np
+import pytest
+from conftest import FULL, ROW, SLOWER, copy_run, is_one_line, make_runs, script
+from PIL import Image
 
 
 def row_of(text, model):
@@ -147,6 +148,25 @@ def test_the_readme_s_block(study, tmp_path, capsys, monkeypatch):
     assert report.main(args) == 0 and readme.read_text() == text
 
 
+def test_a_folder_that_cannot_be_read_is_named(study, monkeypatch, tmp_path, capsys):
+    runs, _ = study
+    closed, scandir = runs / "fashion_mnist/published/se", os.scandir
+
+    def scan(path):
+        if os.fspath(path) == str(closed):
+            raise PermissionError(13, "Permission denied", os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert report.main(["--runs", str(runs), "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.md").read_text()
+    assert "/published/se left out, it cannot be read: Permission denied" in text
+    missing = tmp_path / "not" / "there"
+    assert report.main(["--runs", str(missing), "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and f"below {missing}, which is no folder: run" in error
+
+
 def test_planning(capsys):
     assert report.main(["--power", "--sd", "0.15", "--difference", "0.2"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -154,10 +174,11 @@ def test_planning(capsys):
     sd = 0.15 * 2**0.5
     for n, level in ((alone, 0.05), (corrected, 0.05 / 3)):
         assert verdicts.power(0.2, sd, n, level) >= 0.8 > verdicts.power(0.2, sd, n - 1, level)
-    for flags in ([], ["--sd", "0.1"], ["--sd", "-1", "--difference", "1"],
-                  ["--sd", "1", "--difference", "1e-9"]):  # fmt: skip
+    wrong = "", "--sd 0.1", "--sd -1 --difference 1", "--sd 1 --difference 1e-9", "--sd nan "\
+        "--difference 1", f"--sd 1 --difference 1 --comparisons {10**400}"  # fmt: skip
+    for flags in (*(f"--power {each}" for each in wrong), "--sd 1"):
         with pytest.raises(SystemExit) as stopped:
-            report.main(["--power", *flags])
+            report.main(flags.split())
         assert stopped.value.code == 2 and is_one_line(capsys.readouterr().err)
 
 

@@ -4,12 +4,12 @@ import json
 import re
 import shutil
 
-import pytest
-from conftest import REPO
-
 import benchmark
 import report
 from models import MODELS
+
+import pytest
+from conftest import REPO
 
 PAGES = [REPO / "README.md", *REPO.glob("docs/*.md")]
 # Each page and each folder that it has a block of, written by report.py --readme.

@@ -12,12 +12,6 @@ import subprocess
 import sys
 import time
 
-import numpy as np
-import pytest
-import torch
-from conftest import REPO, assert_same, is_one_line, stop_at, train_small
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
 import data
 import explain
 import report
@@ -26,6 +20,12 @@ from kit import checkpoint, run
 from kit.command_line import UserError
 from kit.environment import peak_memory_mb
 from models import build_model
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, assert_same, is_one_line, stop_at, train_small
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CPU = torch.device("cpu")
 FOLDER = "fashion_mnist/published/se/seed0"

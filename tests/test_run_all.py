@@ -14,14 +14,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
-from conftest import REPO, SMALL, is_one_line, needs_pins, run_all, script
-from test_image_folder import make
-
 import train
 from kit import run_folder, study
 from kit.command_line import exit_code
 from kit.runner import Job, Runner
+
+import pytest
+from conftest import REPO, SMALL, is_one_line, needs_pins, run_all, script
+from test_image_folder import make
 
 COMMANDS = [
     line.split("#")[0].strip()

@@ -9,16 +9,17 @@ import subprocess
 import sys
 import time
 
-import pytest
-from conftest import REPO, is_one_line, needs_pins, run_all, settings_of
-from PIL import Image
-
+import benchmark
 import data
 import train
 from kit import study
 from kit.environment import source_hashes
 from kit.settings import as_config
 from models import MODELS
+
+import pytest
+from conftest import REPO, is_one_line, needs_pins, run_all, settings_of
+from PIL import Image
 
 FURTHER = ["baseline", *(model for model in MODELS if model not in study.COMPARED)]
 
@@ -75,7 +76,7 @@ def test_full_is_the_published_table(plan):
     lines, models = plan("full"), ["baseline", "se", "cbam_blocks", "cbam_classifier"]
     expected = [("runs", "published", model, str(k), "") for k in range(5) for model in models]
     assert runs_in(lines) == expected
-    first, *last = (shlex.split(line)[1:] for line in (lines[0], *lines[-3:]))
+    first, *last = (shlex.split(line, comments=True)[1:] for line in (lines[0], *lines[-3:]))
     folders = [f"runs/fashion_mnist/published/{model}/seed0" for model in models]
     limit = ["--limit-test", "10000"]
     assert first == ["data.py", "--dataset", "fashion_mnist"] and last == [
@@ -89,7 +90,8 @@ def test_full_is_the_published_table(plan):
 def test_quick_and_other_data(plan, tmp_path):
     quick = plan("quick", MODELS="se  baseline se", SEEDS="3", RUNS=tmp_path, PYTHON="py")
     assert runs_in(quick) == [(str(tmp_path), "quick", m, "3", "") for m in ("se", "baseline")]
-    assert quick[-3].endswith("--modes eager --batch-sizes 64") and quick[-1].startswith("py ")
+    assert quick[-3].endswith("--modes eager --batch-sizes 64  # skips what is there")
+    assert quick[-1].startswith("py ")
     for place in ("my/birds", "yours/birds"):
         for i, name in itertools.product(range(3), "ab"):
             path = tmp_path / place / name / f"{i}.png"
@@ -104,9 +106,10 @@ def test_quick_and_other_data(plan, tmp_path):
     birds = {"RUNS": tmp_path, "SEEDS": "3", "RECIPE": "strong"}
     lines = plan("full", DATASET=mine, **birds)
     assert [run[2] for run in runs_in(line for line in lines if line.endswith("# done"))] == ["se"]
-    assert lines[-3].endswith("--image 1x32x24 --classes 2")
+    assert lines[-3].endswith(f"--like {folder}  # skips what is there")
+    args = benchmark.parse(["--like", str(folder)])
+    assert (args.image, args.classes, args.width) == ("1x32x24", 2, 64)
     lines = plan("full", DATASET=tmp_path / "yours/birds", **birds)
-    assert lines[-3].endswith("--image CxHxW --classes N")
     (line,) = [line for line in lines if "# not done" in line]
     assert f"{folder} holds a run with other images or labels" in line
 
@@ -153,7 +156,7 @@ def test_done_is_a_whole_result_of_just_these_settings(plan, tmp_path):
 
     def remarks(what="full", **environment):
         lines = [line.partition("  # ")[::2] for line in plan(what, **environment)]
-        return {(*runs_in([line])[0][2:4],): remark for line, remark in lines if remark}
+        return {runs_in([line])[0][2:4]: remark for line, remark in lines if "done" in remark}
 
     for flags in (fp32, (*fp32, "--lr", 0.5)):
         finish(tmp_path / "fp32", *flags)
@@ -183,7 +186,7 @@ def test_a_run_with_any_other_setting_is_not_done(plan, tmp_path, name):
     folder = finish(tmp_path, "--model", "se", "--seed", 0)
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {name: other}))
-    (line,) = [line for line in plan("full", RUNS=tmp_path) if "  # " in line]
+    (line,) = [line for line in plan("full", RUNS=tmp_path) if "  # not done" in line]
     assert f"not done: {folder} holds a run with {name} {other} instead of" in line
 
 
@@ -198,6 +201,10 @@ def test_a_run_with_any_other_setting_is_not_done(plan, tmp_path, name):
         ("plan full", {"SEEDS": "0 one"}, "one"),
         ("quick", {"SEEDS": " "}, "SEEDS"),
         ("quick", {"RECIPE": "published"}, "RECIPE"),
+        ("plan full", {"RECIPE": "strnog"}, "strnog"),
+        ("plan full", {"DATASET": "fashion"}, "choose from fashion_mnist, mnist"),
+        ("plan full", {"DATASET": "no/where"}, "there is no folder"),
+        ("plan full", {"RUNS": "a\nb"}, "one line"),
         ("plan full", {"SHARD": "4/4"}, "SHARD"),
         ("study", {"MODELS": "se"}, "MODELS"),
         ("study miniature", {"SHARD": "0/2"}, "SHARD"),

@@ -8,6 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import train
+from kit import tensorboard_log
+from kit.attribution import gates_of
+from models import build_model
+
 import numpy as np
 import pytest
 import torch
@@ -16,11 +21,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
-
-import train
-from kit import tensorboard_log
-from kit.attribution import gates_of
-from models import build_model
 
 
 def test_curves_hparams_pictures_and_gates_in_one_run(finished_run):

@@ -4,16 +4,16 @@ import re
 import shutil
 import tempfile
 
-import numpy as np
-import pytest
-import torch
-import torch.nn.functional as F
-from conftest import SMALL, is_one_line, script, settings_of, train_small
-
 import data
 import train
 from kit.fast import channels_last
 from models import build_model
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import REPO, SMALL, is_one_line, script, settings_of, train_small
 
 TIMES = ("seconds", "images_per_second")
 
@@ -130,6 +130,13 @@ def test_best_weights_give_the_predictions_and_the_accuracy(finished_run, fashio
     assert labels.tolist() == fashion_mnist.test_labels[tested].tolist()
     correct = (expected.numpy() == labels).sum()
     assert result_of(finished_run)["test_acc"] == pytest.approx(correct)
+
+
+def test_an_odd_batch_of_a_narrow_model_does_not_crash_pytorch(tmp_path):
+    """In the layout channels_last it does, on a CPU with AVX-512: so from a process of its own."""
+    flags = ["--model", "baseline", "--width", "8", "--limit-train", "63", "--limit-test", "20"]
+    place = ["--data-dir", REPO / "data", "--runs", tmp_path, "--device", "cpu", "--epochs", "1"]
+    assert "test accuracy" in script("train.py", *flags, *place).stdout
 
 
 def test_the_loop_equals_an_obvious_one(finished_run, fashion_mnist):

@@ -1,10 +1,10 @@
 """Statistics against published examples, closed forms, other libraries and simulation."""
 
+from kit import verdicts
+
 import numpy as np
 import pytest
 from scipy import stats
-
-from kit import verdicts
 
 # Student (1908), extra hours of sleep with two drugs, ten patients: the `sleep` data of R.
 DRUG_1 = dict(enumerate([0.7, -1.6, -0.2, -1.2, -0.1, 3.4, 3.7, 0.8, 0.0, 2.0]))
