@@ -127,6 +127,7 @@ def test_more_than_eight_functions_of_one_piece_of_code_are_all_compiled():
     assert len(compilations) == 12
 
 
+@pytest.mark.slow
 def test_compiled_code_is_found_again_for_its_own_number_of_threads_alone(monkeypatch):
     """PyTorch 2.11 by itself would run with two threads what it had compiled for one."""
     n_threads, counters = torch.get_num_threads(), torch._dynamo.utils.counters
