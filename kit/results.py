@@ -100,13 +100,15 @@ def run_folders(runs_dir: Path, problems: list[str]) -> list[Path]:
         if runs_dir.is_dir():
             problems.append(f"{error.filename} left out, it cannot be read: {error.strerror}")
 
-    found = set()
+    found, seen = set(), set()
     for name, folders, files in os.walk(runs_dir, onerror=unreadable, followlinks=True):
         path = Path(name)
         if "result.json" in files or ("config.json" in files and re.match(r"seed\d", path.name)):
             found.add(path)
-        above = {path.resolve(), *path.resolve().parents}  # a link to one of them is circular
-        folders[:] = [f for f in folders if f[0] != "." and (path / f).resolve() not in above]
+        seen.add(path.resolve())
+        inside = [path / each for each in folders if each[0] != "."]
+        # A link to where this has been may be circular.
+        folders[:] = [p.name for p in inside if not (p.is_symlink() and p.resolve() in seen)]
     # The highest comes first, so that of a run and a copy of it the run is kept; links come last.
     real = {path.resolve(): path for path in sorted(found, key=lambda path: path == path.resolve())}
     return sorted(

@@ -151,6 +151,9 @@ def test_the_readme_s_block(study, tmp_path, capsys, monkeypatch):
 def test_a_folder_that_cannot_be_read_is_named(study, monkeypatch, tmp_path, capsys):
     runs, _ = study
     closed, scandir = runs / "fashion_mnist/published/se", os.scandir
+    for here, there in ("xy", "yx"):  # links that lead to each other have no end
+        (runs / here).mkdir()
+        (runs / here / "link").symlink_to(runs / there)
 
     def scan(path):
         if os.fspath(path) == str(closed):
@@ -161,6 +164,7 @@ def test_a_folder_that_cannot_be_read_is_named(study, monkeypatch, tmp_path, cap
     assert report.main(["--runs", str(runs), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
     assert "/published/se left out, it cannot be read: Permission denied" in text
+    assert text.count("cannot be read") == 1
     missing = tmp_path / "not" / "there"
     assert report.main(["--runs", str(missing), "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
