@@ -27,7 +27,8 @@ class Job:
     folder: Path | None = None
     log: Path | None = None  # likewise: for when others run at the same time
     needed: bool = False  # if it fails, nothing more is run
-    # Of a training run: "done", perhaps with a remark, or why what is there is not it.
+    # Of a training run: "done", perhaps with a remark, or why what is there is not it. What begins
+    # otherwise is run.
     state: Callable[["Job"], str] = lambda job: "skips what is there" * ("--keep" in job.command)
 
     def __str__(self) -> str:
