@@ -42,6 +42,10 @@ class Findings:
         self.controlled = compare(study, {m: (m, m + CONTROL) for m in with_control})
         self.resampled = {m: resample(study, m, c.seeds) for m, c in self.against.items()}
         self.by_class = compare_classes(study, list(self.against))
+        # Of epochs until early stopping and test accuracy, over the runs of all models.
+        runs = [run.result for run in study.all_runs]
+        of_runs = [[result[key] for result in runs] for key in ("epochs_run", "test_acc")]
+        self.stopping = verdicts.correlation(*of_runs) if len(runs) >= 10 else None
         # Its row of benchmark.json, and what follows; the models that no other beats in accuracy
         # and inference time, ties as ties.
         self.costs = costs.measured(study, cost_rows)

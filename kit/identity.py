@@ -68,13 +68,13 @@ def edited(then: dict, now: dict) -> list[str]:
     return sorted(changed or then.keys() ^ now.keys())
 
 
-def who(runs: list) -> str:
-    """'se seeds 0 1, baseline seed 0' of runs."""
+def who(runs: list, alike_in_pairs: bool = False) -> str:
+    """'se seeds 0 1, baseline seed 0' of runs; 'seeds 0 1' of all the runs with these seeds."""
     seeds = {}
     for run in runs:
-        seeds.setdefault(run.result["model"], []).append(run.seed)
+        seeds.setdefault("" if alike_in_pairs else run.result["model"], set()).add(run.seed)
     return ", ".join(
-        f"{model} seed{'s' * (len(of) > 1)} {' '.join(map(str, sorted(of)))}"
+        f"{model} seed{'s' * (len(of) > 1)} {' '.join(map(str, sorted(of)))}".strip()
         for model, of in seeds.items()
     )
 
@@ -87,7 +87,10 @@ def unlike(runs: list) -> list[str]:
         for run in runs:
             groups.setdefault(run.circumstances[key], []).append(run)
         if len(groups) > 1:
-            found.append(f"{key} " + "; ".join(f"{who(own)}: {v}" for v, own in groups.items()))
+            seeds = [seed for own in groups.values() for seed in {run.seed for run in own}]
+            pairs = len(seeds) == len(set(seeds))  # no seed is in two groups
+            described = (f"{who(own, pairs)}: {value}" for value, own in groups.items())
+            found.append(f"{key} {'; '.join(described)}")
     baseline_first = sorted(runs, key=lambda run: run.result["model"] != "baseline")
     codes = [run.circumstances["code"] for run in baseline_first]
     usual = max(codes, key=codes.count, default={})  # of those that as many have, the first

@@ -58,7 +58,7 @@ def compare(
     a, b = (np.array([values[seed] for seed in seeds]) for values in (model, reference))
     differences = a - b
     mean, sd = float(differences.mean()), max(step, float(differences.std(ddof=1)))
-    varied = a.std() > 0 and b.std() > 0
+    varied = np.ptp(a) > 0 and np.ptp(b) > 0
     u = stats.mannwhitneyu(a, b).statistic
     error = sd / len(seeds) ** 0.5  # of the mean; 0 only if all differences are the same
     return Comparison(
@@ -69,10 +69,16 @@ def compare(
         sd=sd,
         p=float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1) if error else mean == 0),
         p_welch=float(stats.ttest_ind(a, b, equal_var=False).pvalue) if varied else None,
-        correlation=float(np.corrcoef(a, b)[0, 1]) if varied and len(seeds) > 2 else None,
+        correlation=correlation(a, b),
         prob_better=float(u) / len(seeds) ** 2,
         interval=t_interval(mean, sd, len(seeds), LEVEL),
     )
+
+
+def correlation(a, b) -> float | None:
+    """Pearson's r; None where one does not vary, and of two pairs, where it is 1 or -1."""
+    varied = np.ptp(a) > 0 and np.ptp(b) > 0  # std() of equal values may be 1e-14
+    return float(np.corrcoef(a, b)[0, 1]) if varied and len(a) > 2 else None
 
 
 def t_interval(mean: float, sd: float, n: int, level: float) -> tuple[float, float]:

@@ -151,6 +151,17 @@ def test_other_circumstances_are_said_in_the_verdict(runs, file, key, value):
     assert "| better † |" in row and "| better † |" in block and f"se seed 1: {said}" in block
 
 
+def test_pairs_that_are_alike_are_named_by_their_seeds(runs):
+    """One seed of all models on another device: a line for all, not one for each model."""
+    for folder in runs.rglob("seed1"):
+        change(folder, "result", device="NVIDIA H100")
+    finding, row, block = found_in(runs)
+    assert "| better † |" in row and finding.count("(device seeds 0 2: ") > 1
+    (line,) = [line for line in block.splitlines() if line.startswith("- †")]
+    here = json.loads((folder_of(runs, "se", 0) / "result.json").read_text())["device"]
+    assert line == f"- † device seeds 0 2: {here}; seed 1: NVIDIA H100"
+
+
 def test_what_contradicts_itself_is_no_result(runs, capsys):
     """Another size, copies, wrong accuracies: named, and the rest is paired."""
     change(folder_of(runs, "se", 0), "result", params=999_999)

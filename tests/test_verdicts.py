@@ -46,6 +46,14 @@ def test_differences_that_do_not_vary():
     assert (shifted.p, shifted.verdict) == (0.0, "better")
 
 
+def test_accuracies_that_do_not_vary():
+    """numpy's std() of equal values is 1e-14, not 0, for some of them."""
+    constant = dict.fromkeys(range(3), 95.1)
+    assert np.std(list(constant.values())) > 0
+    c = verdicts.compare(constant, {0: 93.0, 1: 93.5, 2: 93.1})
+    assert (c.p_welch, c.correlation) == (None, None)
+
+
 def test_holm_on_a_textbook_example():
     assert verdicts.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert verdicts.holm([0.5, 0.9]) == [1.0, 1.0]
