@@ -130,6 +130,13 @@ def copy_run(source, runs, model, seed, test_acc=50.0, **changes):
     return folder
 
 
+def metrics_of(folder):
+    """metrics.jsonl without the times."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    times = ("seconds", "images_per_second")
+    return [{key: value for key, value in row.items() if key not in times} for row in rows]
+
+
 def is_one_line(text):
     return len(text.strip().splitlines()) == 1 and "Traceback" not in text
 

@@ -9,7 +9,7 @@ import report
 from models import MODELS
 
 import pytest
-from conftest import REPO
+from conftest import REPO, metrics_of
 
 PAGES = [REPO / "README.md", *REPO.glob("docs/*.md")]
 # Each page and each folder that it has a block of, written by report.py --readme.
@@ -80,11 +80,28 @@ def test_results_and_pages_are_what_report_py_writes(page, folder, tmp_path, mon
     shutil.copy(page, copy)
     monkeypatch.chdir(REPO)  # folders are named in the report as they are on the command line
     args = ["--runs", f"{folder}/runs", "--out", str(out), "--readme", str(copy)]
-    if (REPO / folder / "fp32").exists():
-        args += ["--compare", f"{folder}/fp32"]
+    for other in ("fp32", "patience_50"):
+        if (REPO / folder / other).exists():
+            args += ["--compare", f"{folder}/{other}"]
     assert report.main(args) == 0
     assert copy.read_text() == page.read_text()
     for name in ("report.md", "report.html", "results.csv"):
         made, kept = ((place / name).read_text() for place in (out, REPO / folder))
         figures = 'base64,[^"]*'  # machines may draw them differently
         assert re.sub(figures, "", made) == re.sub(figures, "", kept)
+
+
+def test_a_run_repeated_on_another_gpu_is_the_same():
+    """As docs/reference-study.md says: the same metrics, weights and predictions, bit for bit."""
+    study = REPO / "results/nvidia_h100_h200"
+    if not study.exists():
+        pytest.skip("the container does not hold the results")
+    repeats = list(study.glob("repeats/*/*/*/*/seed*"))
+    for repeat in repeats:
+        run = study.joinpath("runs", *repeat.parts[-4:])
+        assert metrics_of(run) == metrics_of(repeat)
+        result, there = (json.loads((f / "result.json").read_text()) for f in (run, repeat))
+        assert result["weights"] == there["weights"] and result["device"] != there["device"]
+        name = "test_predictions.npy"
+        assert (run / name).read_bytes() == (repeat / name).read_bytes()
+    assert len(repeats) == 3

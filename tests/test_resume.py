@@ -24,14 +24,13 @@ from models import build_model
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, assert_same, is_one_line, stop_at, train_small
+from conftest import REPO, assert_same, is_one_line, metrics_of, stop_at, train_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CPU = torch.device("cpu")
 FOLDER = "fashion_mnist/published/se/seed0"
 FLAGS = ["--limit-train", "640", "--limit-test", "100", "--width", "8", "--device", "cpu"]
 FLAGS += ["--epochs", "3", "--data-dir", str(REPO / "data"), "--keep-last"]
-TIMES = {"seconds", "images_per_second"}
 # Children that have imported everything, but run nothing yet: each is there in an instant.
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["train", "tests.test_resume"])
@@ -72,11 +71,6 @@ def whole(tmp_path_factory):
     start = time.perf_counter()
     run_to_the_end(runs)
     return runs / FOLDER, time.perf_counter() - start
-
-
-def metrics_of(folder):
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
 
 
 def assert_same_end(folder, whole):

@@ -13,15 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, SMALL, is_one_line, script, settings_of, train_small
-
-TIMES = ("seconds", "images_per_second")
-
-
-def metrics_of(folder):
-    """metrics.jsonl without the times."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+from conftest import REPO, SMALL, is_one_line, metrics_of, script, settings_of, train_small
 
 
 def result_of(folder):
