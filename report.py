@@ -62,14 +62,18 @@ def make_report(
     explained = explained_of(studies, seen, problems)
     found = [Findings(*each, costs) for each in zip(studies, explained, strict=True)]
     first = found[0]
-    first.damaged = [line for line in problems if "left out, its files" in line]
+    unread = ("left out, its files", "left out, it cannot be read")
+    first.damaged = [line for line in problems if any(words in line for words in unread)]
     figures = draw_figures(first, formats)
     pictures = {name: body for name, body in figures.items() if name in FIGURES}
     pictures |= explained_pictures(first.explained, out)
     there = compare_runs(first, other, problems) if other else None
-    machines = {}  # what inference was timed on -> its rows
+    if other and not there:
+        print(f"note: {words.one_line(problems[-1])}", file=sys.stderr)
+    machines = {}  # what inference was timed on, and with which images -> its rows
     for row in costs:
-        name = f"{row['device']}; torch {row.get('torch') or 'unknown'}"
+        images = f"{row.get('image', '1x28x28')}, {row.get('classes', 10)} classes"
+        name = f"{row['device']}; torch {row.get('torch') or 'unknown'}; images {images}"
         machines.setdefault(name, []).append(row)
     sections = [f for f in found if f is first or f.against]
     report = words.fill(
@@ -80,7 +84,7 @@ def make_report(
         **{out / name: body for name, body in figures.items()},
         out / "results.tex": words.fill("results.tex", f=first),
         out / "results.csv": results_csv(studies),
-        out / "summary.json": summary_json(found, costs),
+        out / "summary.json": summary_json(found, costs, there),
         out / "report.md": report,
         out / "report.html": as_page(report, pictures),
         **{readme: with_blocks(readme, out, first) for readme in map(Path.resolve, readmes)},
@@ -160,9 +164,10 @@ def with_blocks(readme: Path, out: Path, found: Findings) -> str:
     """The text of `readme` with the blocks of this report replaced."""
     folder = Path(os.path.relpath(out.resolve(), readme.parent)).as_posix()
     made = words.TEMPLATES.get_template("readme_block.md").module
+    gates = f"<!-- explain.py: {folder} -->"
     blocks = {
         f"<!-- report.py: {folder} -->": (f"<!-- end of {folder} -->", made.results(found, folder)),
-        f"<!-- explain.py: {folder} -->": ("<!-- end of explain.py -->", made.gates(found)),
+        gates: ("<!-- end of explain.py -->", made.gates(found)),
     }
     try:
         text = readme.read_bytes().decode()
@@ -173,6 +178,9 @@ def with_blocks(readme: Path, out: Path, found: Findings) -> str:
             f"{readme} has no lines '<!-- report.py: {folder} -->' and '<!-- end of {folder} -->': "
             "the results go in between"
         )
+    if gates in text and not found.explained:
+        print(f"note: {readme}: its table of gates stays, {out} has none now", file=sys.stderr)
+        del blocks[gates]
     for first, (last, block) in blocks.items():
         old = f"(?s)(?<={re.escape(first)}\n)(?:(?!<!--).)*(?={re.escape(last)})"  # no marker in it
         parts = re.split(old, text)
@@ -193,7 +201,7 @@ def results_csv(studies: list[Study]) -> str:
     return buffer.getvalue()
 
 
-def summary_json(found: list[Findings], costs: list[dict]) -> str:
+def summary_json(found: list[Findings], costs: list[dict], there: dict | None) -> str:
     """Every figure of the report, for programs to read."""
 
     def plain(found) -> dict:
@@ -211,14 +219,18 @@ def summary_json(found: list[Findings], costs: list[dict]) -> str:
             "against_control": f.controlled,
             "by_class": f.by_class,
             "costs": f.relative,
+            "costs_of_other_code": f.stale,
+            "epochs_and_accuracy": f.stopping,
             "pareto_front": f.front,
             "not_shown_to_be_dominated": f.tied,
             "missing": f.missing,
+            "left_out": {why: words.who(runs) for why, runs in f.study.left_out.items()},
             "explained": f.explained,
         }
         for f in found
     ]
     content = {"studies": studies, "benchmark": costs, "published": PUBLISHED}
+    content["compared"] = there and {str(there["folder"]): there["against"]}
     return json.dumps(content, indent=2, default=plain) + "\n"
 
 

@@ -83,14 +83,16 @@ def draw_accuracy(found: Findings, styles: dict) -> plt.Figure:
 
 def draw_params(found: Findings, styles: dict) -> plt.Figure:
     """Parameters on an axis from 0, on which a percent looks like one; written at each model."""
-    base = found.models.get("baseline", next(iter(found.models.values())))["params"]
+    first = "baseline" if "baseline" in found.models else next(iter(found.models))
+    base = found.models[first]["params"]
     params = {model: 100 * s["params"] / base for model, s in found.models.items()}
-    base = next(iter(found.published.values()), {}).get("params_m")
+    base = found.published.get(first, {}).get("params_m")
     diamonds = {
         model: (100 * row["params_m"] / base, row["test_acc"])
         for model, row in found.published.items()
+        if base
     }
-    figure = draw_against(found, styles, params, "parameters (% of the baseline's)", diamonds)
+    figure = draw_against(found, styles, params, f"parameters ({first}: 100%)", diamonds)
     (axes,) = figure.axes
     axes.set_xlim(0, 1.45 * max(params.values()))
     labels = {model: f"{model} {x - 100:+.2f}%" for model, x in params.items()}
@@ -144,7 +146,7 @@ def draw_time(found: Findings, styles: dict) -> plt.Figure:
     models = [model for model in styles if model in rows]
     how = f"batch {first['batch_size']}, {first['precision']}, {first['mode']}"
     what = f"Inference time, {how}, {one_line(first['device'])}"
-    figure, axes = bars(found.study, what, models)
+    figure, axes = bars(found.study, what, [m + flag(found.stale.get(m)) for m in models])
     for y, model in enumerate(models):
         axes.barh(
             y, rows[model]["ms_per_image"], xerr=spread_of(rows[model]), capsize=3,

@@ -31,18 +31,20 @@ class Findings:
     def __init__(self, study: Study, explained: list[dict], cost_rows: list[dict]):
         self.study, self.explained = study, explained  # rows of explain.json, of this study's runs
         self.damaged: list[str] = []  # runs that are left out, in words
-        # On one table or axis with a smoke test, the published figures would only mislead.
-        self.published = {} if study.result["quick"] else study.published
+        # Beside a smoke test or other settings, the published figures would only mislead.
+        like_it = not study.result["quick"] and study.overrides.keys() <= {"precision", "mode"}
+        self.published = study.published if like_it else {}
         # All by model, in the order of the table: its summary, its comparison with the baseline
         # and with its control (each set corrected together), a bootstrap over seeds and images.
         self.models = {model: summarize(runs) for model, runs in study.runs.items()}
         others = [model for model in self.models if model != "baseline"]
         self.against = compare(study, {model: (model, "baseline") for model in others})
-        with_control = [model for model in others if model + CONTROL in others]
-        self.controlled = compare(study, {m: (m, m + CONTROL) for m in with_control})
+        self.controls = {m.replace(CONTROL, ""): m for m in others if CONTROL in m}
+        with_control = [model for model in others if model in self.controls]
+        self.controlled = compare(study, {m: (m, self.controls[m]) for m in with_control})
         self.resampled = {m: resample(study, m, c.seeds) for m, c in self.against.items()}
         self.by_class = compare_classes(study, list(self.against))
-        # Of epochs until early stopping and test accuracy, over the runs of all models.
+        # Correlation of epochs trained and test accuracy, over the runs of all models.
         runs = [run.result for run in study.all_runs]
         of_runs = [[result[key] for result in runs] for key in ("epochs_run", "test_acc")]
         self.stopping = verdicts.correlation(*of_runs) if len(runs) >= 10 else None
@@ -61,15 +63,15 @@ class Findings:
         self.missing = {model: seeds for model, seeds in missing.items() if seeds}
         unjudged = [m for m in others if m not in self.against and "baseline" in self.models]
         pairs = {model: study.runs[model] + study.runs["baseline"] for model in unjudged}
-        self.unjudged = {model: unlike(runs) for model, runs in pairs.items()}
+        self.unjudged = {model: unlike(runs, study.all_runs) for model, runs in pairs.items()}
 
     def pareto_front(self) -> tuple[list[str], list[str]]:
         """(the Pareto front, models that are not on it by what may be chance).
 
-        On the front no other model is both more accurate and faster by the measured means. Of the
-        rest, those are dominated of which that is shown: by the verdict, pairs without the
-        baseline corrected among themselves, or by inference times whose ranges from p10 to p90 do
-        not overlap. Only models with a verdict and a time are judged.
+        On the front no other model is both more accurate and faster by the measured means, paired
+        by seed. Of the rest, those are dominated of which that is shown: by the verdict, pairs
+        without the baseline corrected among themselves, or by inference times whose ranges from p10
+        to p90 do not overlap. Only models with a verdict and a time are judged.
         """
         costs = self.costs
         timed = [m for m in ("baseline", *self.against) if m in self.models and m in costs]
@@ -78,12 +80,14 @@ class Findings:
         pairs = compare(self.study, {pair: pair for pair in itertools.combinations(timed[1:], 2)})
         pairs |= {(model, "baseline"): c for model, c in self.against.items()}
         verdict = {pair: comparison.verdict for pair, comparison in pairs.items()}
-        measured = {
-            m: (round(self.models[m]["test_acc_mean"], 9), -costs[m]["ms_per_image"]) for m in timed
-        }
+        gain = {(a, b): c.difference for (a, b), c in pairs.items()}
+        gain |= {(b, a): -difference for (a, b), difference in gain.items()}
 
         def dominates(a, b):
-            return measured[a] != measured[b] and all(map(float.__ge__, measured[a], measured[b]))
+            means = [self.models[model]["test_acc_mean"] for model in (a, b)]
+            gained = round(gain.get((a, b), means[0] - means[1]), 9)
+            saved = costs[b]["ms_per_image"] - costs[a]["ms_per_image"]
+            return min(gained, saved) >= 0 < max(gained, saved)
 
         def is_shown(a, b):
             more_accurate = verdict.get((a, b)) == "better" or verdict.get((b, a)) == "worse"
@@ -136,18 +140,20 @@ def compare(study: Study, pairs: dict, other: Study | None = None) -> dict[str, 
         name: (study.accuracies(model), (other or study).accuracies(reference))
         for name, (model, reference) in pairs.items()
     }
-    found = compared(values, study.result["test_images"])
+    n_images = study.result["test_images"] or 10_000  # it may not be known
+    found = compared(values, lambda name: 100 / n_images)
+    there = other.all_runs if other else []
     for name, comparison in found.items():
         both = zip((study, other or study), pairs[name], strict=True)
         runs = [where.by_seed(model)[seed] for where, model in both for seed in comparison.seeds]
-        comparison.unlike = unlike(runs)
+        comparison.unlike = unlike(runs, study.all_runs, there)
     return found
 
 
-def compared(values: dict[str, tuple[dict, dict]], n_images: int | None) -> dict[str, Comparison]:
-    """Likewise of {name: (accuracies, those of the reference)}, on so many images."""
-    step = 100 / n_images if n_images else 0.0
-    found = {name: c for name, v in values.items() if (c := verdicts.compare(*v, step))}
+def compared(values: dict, step) -> dict[str, Comparison]:
+    """Likewise of {name: (accuracies, those of the reference)}. step(name): that of accuracies."""
+    both = ((name, verdicts.compare(*v, step(name))) for name, v in values.items())
+    found = {name: comparison for name, comparison in both if comparison}
     verdicts.correct(list(found.values()))
     return found
 
@@ -177,7 +183,8 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
     runs = [run for model in ["baseline", *models] for run in study.runs.get(model, [])]
     if not models or not same_labels(runs):
         return None
-    labels, sizes = np.unique(runs[0].labels, return_counts=True)
+    labels, counts = np.unique(runs[0].labels, return_counts=True)
+    sizes = dict(zip(labels, counts, strict=True))
 
     def of_class(model: str, label: int) -> dict[int, float]:
         by_seed = study.by_seed(model).items()
@@ -186,7 +193,7 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
     baseline = {label: of_class("baseline", label) for label in labels}
     found = compared(
         {(m, label): (of_class(m, label), baseline[label]) for m in models for label in labels},
-        int(sizes.min()),
+        lambda name: 100 / sizes[name[1]],
     )
     names = dict(enumerate(study.result["classes"]))
     return ByClass(
@@ -208,9 +215,9 @@ def explained_of(studies: list[Study], rows: list[dict], problems: list[str]) ->
         if run is None or not wanted.items() <= row.items():
             continue
         strangers -= 1
-        if row.get("predictions"):
+        if row.get("predictions") and run.predicted:
             fits = row["predictions"] == run.predicted
-        else:  # an older one; precisions may differ by so much, not by more
+        else:  # it is not known; precisions may differ by so much, not by more
             same_images = n == run.result["test_images"]
             fits = not same_images or abs(run.result["test_acc"] - row["test_acc"]) <= 0.5
         if fits:

@@ -166,7 +166,7 @@ def read_classes(path: Path, result: dict) -> np.ndarray | None:
         return None
     try:
         classes = np.load(io.BytesIO(read_small(path)))
-        if classes.dtype.kind not in "iu" or classes.max(initial=0) > 9999:
+        if classes.dtype.kind not in "iu" or not classes.size or classes.max() > 9999:
             raise ValueError("something else than classes")
     except Exception as error:  # a damaged file raises what it likes
         raise ValueError(f"{path.name}: {in_one_line(error)}") from error

@@ -68,39 +68,47 @@ def edited(then: dict, now: dict) -> list[str]:
     return sorted(changed or then.keys() ^ now.keys())
 
 
-def who(runs: list, alike_in_pairs: bool = False) -> str:
-    """'se seeds 0 1, baseline seed 0' of runs; 'seeds 0 1' of all the runs with these seeds."""
+def who(runs: list, name=lambda run: run.result["model"]) -> str:
+    """'se seeds 0 1, baseline seed 0' of runs."""
     seeds = {}
     for run in runs:
-        seeds.setdefault("" if alike_in_pairs else run.result["model"], set()).add(run.seed)
+        seeds.setdefault(name(run), set()).add(run.seed)
     return ", ".join(
         f"{model} seed{'s' * (len(of) > 1)} {' '.join(map(str, sorted(of)))}".strip()
         for model, of in seeds.items()
     )
 
 
-def unlike(runs: list) -> list[str]:
-    """In what of code, device, torch, precision and mode these runs (finished.Run) differ."""
-    found = []
+def unlike(runs: list, here: list, there: list = ()) -> list[str]:
+    """In what of code, device, torch, precision and mode these runs (finished.Run) differ.
+
+    They are of the runs `here`, and of those `there`, which are compared with them.
+    """
+    found, elsewhere = [], {run.folder for run in there}
+
+    def name(run) -> str:
+        return run.result["model"] + " there" * (run.folder in elsewhere)
+
     for key in CIRCUMSTANCES:
         groups = {}
         for run in runs:
             groups.setdefault(run.circumstances[key], []).append(run)
         if len(groups) > 1:
-            seeds = [seed for own in groups.values() for seed in {run.seed for run in own}]
-            pairs = len(seeds) == len(set(seeds))  # no seed is in two groups
-            described = (f"{who(own, pairs)}: {value}" for value, own in groups.items())
+            # Where all runs with one seed are alike, so are pairs, and seeds are named alone.
+            of_seeds = {(run.seed, run.circumstances[key]) for run in [*here, *there]}
+            in_pairs = len(of_seeds) == len({seed for seed, _ in of_seeds})
+            names = (lambda run: "") if in_pairs else name
+            described = (f"{who(own, names)}: {value}" for value, own in groups.items())
             found.append(f"{key} {'; '.join(described)}")
     baseline_first = sorted(runs, key=lambda run: run.result["model"] != "baseline")
     codes = [run.circumstances["code"] for run in baseline_first]
     usual = max(codes, key=codes.count, default={})  # of those that as many have, the first
     others = [run for run in runs if run.circumstances["code"] != usual]
     if others:
-        names = sorted(
-            {name for run in others for name in edited(run.circumstances["code"], usual)}
-        )
-        found.append(f"{who(others)}: trained by other code ({', '.join(names)})")
+        codes = [run.circumstances["code"] for run in others]
+        scripts = sorted({script for code in codes for script in edited(code, usual)})
+        found.append(f"{who(others, name)}: trained by other code ({', '.join(scripts)})")
     for run in runs:
         if run.env.get("changes"):
-            found.append(f"{who([run])}: {'; '.join(map(str, run.env['changes']))}")
+            found.append(f"{who([run], name)}: {'; '.join(map(str, run.env['changes']))}")
     return found

@@ -109,8 +109,10 @@ def run_folders(runs_dir: Path, problems: list[str]) -> list[Path]:
         inside = [path / each for each in folders if each[0] != "."]
         # A link to where this has been may be circular.
         folders[:] = [p.name for p in inside if not (p.is_symlink() and p.resolve() in seen)]
-    # The highest comes first, so that of a run and a copy of it the run is kept; links come last.
-    real = {path.resolve(): path for path in sorted(found, key=lambda path: path == path.resolve())}
+    # The highest comes first, so that of a run and a copy of it the run is kept; of a run and links
+    # to it, the run.
+    linked = sorted(found, key=lambda path: path.resolve() == path.absolute())
+    real = {path.resolve(): path for path in linked}
     return sorted(
         real.values(), key=lambda path: (len(path.parts), path.parent, len(path.name), path.name)
     )

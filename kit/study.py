@@ -108,7 +108,7 @@ def table(s: SimpleNamespace, quick: bool, planning: bool) -> Iterator[list[Job]
 def study(out: Path, miniature: bool, on_gpu: bool, planning: bool) -> Iterator[list[Job] | str]:
     """Everything a claim needs, what matters most first: docs/reference-study.md."""
     further = ["baseline", *(model for model in MODELS if model not in COMPARED)]
-    runs, fp32, modules = out / "runs", out / "fp32", out / "modules"
+    runs, fp32, to_the_end, modules = (out / n for n in ("runs", "fp32", "to_the_end", "modules"))
     first, more, few, once = range(5), range(5, 10), range(3), range(3)
     width, small, limit, turns = [], [], ["--limit-test", 10000], []
     same = "(baseline or se- or cbam or everything) and not static"  # of tests/test_fast.py
@@ -142,22 +142,26 @@ def study(out: Path, miniature: bool, on_gpu: bool, planning: bool) -> Iterator[
     yield one(*write)
     yield train(runs, COMPARED, first[1:], flags=small)
     yield one(*write)
-    yield "4. Is bfloat16 as good as float32?"
+    yield "4. The same without early stopping, which ends runs while the learning rate is high"
+    yield train(to_the_end / "runs", COMPARED, once, flags=["--patience", 50, *small])
+    yield one("benchmark.py", "--models", *COMPARED, "--keep", "--out", to_the_end, *costs, 64)
+    yield one("report.py", "--runs", to_the_end / "runs", "--out", to_the_end, "--compare", runs)
+    yield "5. Is bfloat16 as good as float32?"
     yield train(fp32, ["baseline", "cbam_blocks"], few, flags=["--precision", "fp32", *small])
     write = ["report.py", "--runs", runs, "--out", out, "--compare", fp32]
     yield one(*write)
-    yield "5. The recipe strong: the baseline, and the two modules that are best in validation"
+    yield "6. The recipe strong: the baseline, and the two modules that are best in validation"
     if best := best_two(runs, first):
         yield train(runs, ["baseline", *best], few, "strong", flags=small)
         yield one(*write)
     else:
         yield "(which two are best is known when 3 is done)"
-    yield "6. Every further module"
+    yield "7. Every further module"
     yield [Job([*test, others])]
     yield one("benchmark.py", "--models", *further, "--keep", "--out", modules, *costs, 64)
     yield train(modules / "runs", further, once, flags=small)
     yield one("report.py", "--runs", modules / "runs", "--out", modules)
-    yield "7. More seeds of 3"
+    yield "8. More seeds of 3"
     yield train(runs, COMPARED, more, flags=small)
     yield one(*write)
 

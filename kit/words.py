@@ -62,8 +62,10 @@ def flag(reasons) -> str:
     return " †" if reasons else ""
 
 
-def flagged(models: list[str], f: Findings) -> str:
-    return ", ".join(f"`{model}`{flag(f.against[model].unlike)}" for model in models)
+def flagged(models: list[str], f: Findings, costs: bool = False) -> str:
+    """Their names, marked where their verdict is, or, if costs count, their time."""
+    marked = {model for model, c in f.against.items() if c.unlike} | set(f.stale if costs else ())
+    return ", ".join(f"`{model}`{flag(model in marked)}" for model in models)
 
 
 def how(row: dict) -> str:
@@ -253,9 +255,8 @@ TEMPLATES = jinja2.Environment(
     keep_trailing_newline=True,
 )
 FILTERS = (
-    text, tex, flag, flagged, who, one_line, fmt, change, interval, mean_and_sd, how,
-    training_ratio, ablation, mark, environments, devices, notes, header, main_table, cost_table,
-    mode_table,
+    text, tex, flag, flagged, who, one_line, fmt, change, interval, mean_and_sd, how, ablation,
+    training_ratio, mark, environments, devices, notes, header, main_table, cost_table, mode_table,
 )  # fmt: skip
 TEMPLATES.filters |= {function.__name__: function for function in FILTERS} | {
     "names": lambda models: ", ".join(f"`{model}`" for model in models),

@@ -71,6 +71,20 @@ def test_pareto_front_by_the_means_and_what_is_not_shown(make_study, accuracies,
     assert (found.front, found.tied) == (front, tied)
 
 
+def test_the_front_is_of_the_seeds_that_models_share(make_study):
+    """se is better in every pair, though the baseline's mean over all its seeds is higher."""
+    study = make_study({"baseline": [93.0, 93.1, 93.2, 95.3, 95.4], "se": [93.5, 93.61, 93.7]})
+    found = Findings(study, [], [row("baseline", 1.0), row("se", 2.0)])
+    assert found.against["se"].verdict == "better" and found.front == ["baseline", "se"]
+
+
+def test_times_may_be_whole_numbers(make_study):
+    times = {"ms_per_image": 2, "ms_per_image_p10": 1, "ms_per_image_p90": 3}
+    rows = [row(model, 1.0) | times for model in ("baseline", "se")]
+    study = make_study({"baseline": [93, 94, 93], "se": [92, 93, 92]})
+    assert Findings(study, [], rows).front == ["baseline"]
+
+
 def test_no_front_without_verdicts_or_times(make_study):
     study = make_study({"baseline": BASE, "se": [93.0]})
     assert Findings(study, [], [row("baseline", 1.0), row("se", 2.0)]).front == []
@@ -87,6 +101,10 @@ def test_two_pairs_that_happen_to_agree_are_no_proof(make_study):
     found = Findings(make_study({"baseline": [92.9, 93.1], "se": [92.93, 93.13]}), [], [])
     assert found.against["se"].sd == pytest.approx(0.01)  # one image of 10,000
     assert found.against["se"].verdict == "not distinguishable"
+    for run in found.study.all_runs:
+        run.result["test_images"] = None  # not known
+    found = Findings(found.study, [], [])
+    assert found.against["se"].verdict == "not distinguishable"
 
 
 def test_a_control_is_compared_with_its_own_module(make_study):
@@ -95,6 +113,13 @@ def test_a_control_is_compared_with_its_own_module(make_study):
     assert c.difference == pytest.approx(np.mean(MORE) - np.mean(SAME))
     assert c.p_holm == pytest.approx(stats.ttest_rel(MORE, SAME).pvalue)
     assert c.verdict == "better" and list(found.controlled) == ["se"]
+
+
+def test_a_variant_is_compared_with_the_control_of_its_own(make_study):
+    accuracies = {"baseline": BASE, "se_r8": MORE, "se_static": SAME, "se_static_r8": BASE}
+    found = Findings(make_study(accuracies), [], [])
+    assert list(found.controlled) == ["se_r8"] and found.controls["se_r8"] == "se_static_r8"
+    assert found.controlled["se_r8"].difference == pytest.approx(np.mean(MORE) - np.mean(BASE))
 
 
 def test_the_published_way_is_pytorchs_default_where_that_was_measured(make_study):
@@ -151,9 +176,34 @@ def test_class_by_class_as_counted_one_by_one(make_study):
     )
 
 
+def test_a_class_of_few_images_hides_no_other(make_study):
+    """Of one image, where an accuracy is 0 or 100%; the others have a thousand and more."""
+    study = make_study({"baseline": BASE, "se": MORE})
+    labels = np.repeat([0, 1, 2], [1, 4000, 5999])
+    for model, runs in study.runs.items():
+        for run in runs:
+            wrong = 400 - 200 * (model == "se") + run.seed * (3 if model == "se" else 2)
+            run.labels, run.predictions = labels, labels.copy()
+            run.predictions[1 : 1 + wrong] = 0
+            vars(run).pop("correct", None)
+    _, second, _ = Findings(study, [], []).by_class.against_baseline["se"]
+    assert second.verdict == "better" and second.sd < 1
+
+
 def test_without_labels_there_are_no_classes(make_study):
     study = make_study({"baseline": BASE, "se": SAME})
     study.runs["se"][0].labels = None
     found = Findings(study, [], [])
     assert found.by_class is None and found.resampled["se"] is None
     assert json.dumps(found.models)  # plain numbers
+
+
+def test_epochs_until_early_stopping_and_accuracy(make_study):
+    study = make_study({"baseline": BASE, "se": LESS})
+    assert Findings(study, [], []).stopping is None  # as many epochs in all runs
+    for run, epochs in zip(study.all_runs, [9, 15, 12, 50, 33, 4, 7, 9, 7, 8], strict=True):
+        run.result["epochs_run"] = epochs
+    values = [[run.result[key] for run in study.all_runs] for key in ("epochs_run", "test_acc")]
+    assert Findings(study, [], []).stopping == pytest.approx(stats.pearsonr(*values).statistic)
+    del study.runs["se"][0]
+    assert Findings(study, [], []).stopping is None  # nine runs are few

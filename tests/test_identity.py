@@ -160,6 +160,21 @@ def test_pairs_that_are_alike_are_named_by_their_seeds(runs):
     (line,) = [line for line in block.splitlines() if line.startswith("- †")]
     here = json.loads((folder_of(runs, "se", 0) / "result.json").read_text())["device"]
     assert line == f"- † device seeds 0 2: {here}; seed 1: NVIDIA H100"
+    # But for the baseline's: its pairs are not alike, and every line names the models.
+    change(folder_of(runs, "baseline", 1), "result", device=here)
+    finding, _, block = found_in(runs)
+    assert f"device se seeds 0 2, baseline seeds 0 1 2: {here}; se seed 1: NVIDIA H100" in block
+    assert "device seed" not in finding + block
+
+
+def test_which_of_two_folders_is_unlike_is_said(runs, tmp_path):
+    there = tmp_path / "there"
+    shutil.copytree(runs, there)
+    for seed in range(3):
+        change(folder_of(there, "se", seed), "result", device="NVIDIA H100")
+    found_in(runs, "--compare", str(there))
+    text = (runs.parent / "out/report.md").read_text().partition("## Compared with")[2]
+    assert "se there seeds 0 1 2: NVIDIA H100" in text and "† device se seeds 0 1 2: " in text
 
 
 def test_what_contradicts_itself_is_no_result(runs, capsys):
@@ -247,6 +262,9 @@ def test_a_cost_measured_with_other_code_is_marked(runs):
     assert "(measured with other code: models.py)" in finding
     assert "se: its cost was measured with other code (models.py) than its accuracy" in block
     assert "| 1.00x † |" in block and "| 2.00 † |" in (out / "report.md").read_text()
+    assert r"1.00\textsuperscript{*} \\" in (out / "results.tex").read_text()
+    (summary,) = json.loads((out / "summary.json").read_text())["studies"]
+    assert summary["costs_of_other_code"] == {"se": ["models.py"]}
 
 
 # --- Damage ---------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import statistics
 import report
 from kit import verdicts
 from kit.figures import FIGURES
-from kit.findings import ablation
+from kit.findings import Findings, ablation
 from kit.results import Study, read_rows, read_studies
 from kit.words import interval
 
@@ -124,7 +124,8 @@ def test_beside_other_runs(study, finished_run, tmp_path, capsys):
     assert stopped.value.code == 2 and is_one_line(capsys.readouterr().err)
     (tmp_path / "empty").mkdir()
     assert report.main([*args, str(tmp_path / "empty")]) == 0
-    assert f"--compare {tmp_path / 'empty'}: no finished run" in (out / "report.md").read_text()
+    reason = f"--compare {tmp_path / 'empty'}: no finished run"
+    assert reason in (out / "report.md").read_text() and reason in capsys.readouterr().err
 
 
 def test_the_readme_s_block(study, tmp_path, capsys, monkeypatch):
@@ -146,6 +147,10 @@ def test_the_readme_s_block(study, tmp_path, capsys, monkeypatch):
     assert text.endswith("<!-- end of out -->\n\nThe rest.\n")
     assert row_of(text, "`se`")[1] == "3" and "](out/report.md)" in text
     assert report.main(args) == 0 and readme.read_text() == text
+    gates = "<!-- explain.py: out -->\nas it was\n<!-- end of explain.py -->\n"
+    readme.write_text(text + gates)
+    assert report.main(args) == 0 and readme.read_text() == text + gates
+    assert "its table of gates stays" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_read_is_named(study, monkeypatch, tmp_path, capsys):
@@ -163,8 +168,9 @@ def test_a_folder_that_cannot_be_read_is_named(study, monkeypatch, tmp_path, cap
     monkeypatch.setattr(os, "scandir", scan)
     assert report.main(["--runs", str(runs), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()
-    assert "/published/se left out, it cannot be read: Permission denied" in text
-    assert text.count("cannot be read") == 1
+    reason = "/published/se left out, it cannot be read: Permission denied"
+    assert text.count(reason) == text.count("cannot be read") == 2  # what was found, is missing
+    assert reason in capsys.readouterr().out
     missing = tmp_path / "not" / "there"
     assert report.main(["--runs", str(missing), "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
@@ -207,12 +213,15 @@ def test_inference_time_in_every_mode(study):
         times = {"ms_per_image": ms, "ms_per_image_p10": 0.09, "ms_per_image_p90": 0.2}
         rows.append(ROW | {"model": model, "mode": "compile"} | times)
     rows += [ROW | {"model": "se", "batch_size": 1}]
+    rows += [ROW | {"model": "baseline", "image": "3x32x32", "ms_per_image_p90": 0.9}]
     (out / "benchmark.json").write_text(json.dumps(rows))
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert row_of(text, "baseline")[8] == "0.250"  # the published way: eager, fp32, batch 64
-    lines = text[text.index("## Inference time in every mode") :].splitlines()[2:9]
-    assert lines[0] == "a test; torch 2:" and lines[4:] == [
+    lines = text[text.index("## Inference time in every mode") :].splitlines()[2:15]
+    assert lines[0] == "a test; torch 2; images 1x28x28, 10 classes:"
+    assert lines[8] == "a test; torch 2; images 3x32x32, 10 classes:"
+    assert lines[12] == "| 64 | 64 | fp32 | eager | 0.250 |" and lines[4:7] == [
         "| 64 | 64 | fp32 | eager | 0.250 | 0.250 (1.00x) |",
         "| 64 | 64 | fp32 | compile | 0.100 | 0.150 (1.50x) |",
         "| 64 | 1 | fp32 | eager | - | 0.250 / 0.300 / 0.400 |",
@@ -378,11 +387,17 @@ def test_an_accuracy_that_its_predictions_do_not_bear_out_is_no_result(study):
 
 
 @pytest.mark.parametrize(
-    "body", [b"PK\x03\x04 no archive", b"", b"\x93NUMPY\x01\x00", np.float32(1).tobytes()]
+    "body", [b"PK\x03\x04 no archive", b"", b"\x93NUMPY\x01\x00", np.float32(1).tobytes(), None]
 )
 def test_what_is_no_array_of_classes_is_named(study, body):
     runs, _ = study
-    (runs / "fashion_mnist/published/se/seed1/test_labels.npy").write_bytes(body)
+    path = runs / "fashion_mnist/published/se/seed1/test_labels.npy"
+    if body is None:
+        np.save(path, np.array([], dtype=np.uint8))
+        result = path.with_name("result.json")
+        result.write_text(json.dumps(json.loads(result.read_text()) | {"test_images": None}))
+    else:
+        path.write_bytes(body)
     (found,), problems = read_studies(runs)
     assert len(found.runs["se"]) == 2 and "se/seed1 left out" in problems[0]
 
@@ -582,6 +597,14 @@ def test_the_interval_is_that_of_paired_proportions():
     assert ablation(row | {"test_acc_gates_fixed": None}) is None
     _, (low, high) = ablation(row | {"won": 0, "lost": 0})
     assert low == -high < -10  # of 11 images none changed: that says little
+
+
+def test_without_a_baseline_the_axis_says_what_is_100_percent(finished_run, tmp_path):
+    make_runs(finished_run, tmp_path, {"eca": [93.0], "gc": [93.0]})
+    (study,), _ = read_studies(tmp_path)
+    styles = {model: {"color": "C0", "marker": "o"} for model in study.runs}
+    figure = FIGURES["accuracy_vs_params.png"][0](Findings(study, [], []), styles)
+    assert figure.axes[0].get_xlabel() == "parameters (eca: 100%)"
 
 
 def test_without_a_second_epoch_there_are_no_curves(finished_run, tmp_path):

@@ -136,6 +136,8 @@ def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path)
     best = "baseline", "cbam_blocks", "se"
     expected = [
         *(("runs", "published", m, k, "") for k in range(5) for m in compared),
+        *(("to_the_end/runs", "published", m, k, "--patience 50")
+          for k in range(3) for m in compared),
         *(("fp32", "published", m, k, "--precision fp32")
           for k in range(3) for m in ("baseline", "cbam_blocks")),
         *(("runs", "strong", m, k, "") for k in range(3) for m in best),
@@ -143,7 +145,7 @@ def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path)
         *(("runs", "published", m, k, "") for k in range(5, 10) for m in compared),
     ]  # fmt: skip
     assert runs_in(lines) == [(f"{tmp_path}/{r}", *n, str(k), f) for r, *n, k, f in expected]
-    assert len(expected) == 101 and sum(line.endswith("# done") for line in lines) == 15
+    assert len(expected) == 116 and sum(line.endswith("# done") for line in lines) == 15
     scripts = [shlex.split(line, comments=True)[1] for line in lines if line[0] != "#"]
     assert scripts[:2] == ["data.py", "-m"]
     assert scripts[2:5] == ["benchmark.py"] * 3
@@ -236,8 +238,12 @@ def test_the_miniature(tmp_path):
 
     done = run_all("study", "--miniature", OUT=out)
     assert done.returncode == 0, done.stderr
-    text, modules = (out / "report.md").read_text(), (out / "modules/report.md").read_text()
+    text, to_the_end, modules = (
+        (out / folder / "report.md").read_text() for folder in ("", "to_the_end", "modules")
+    )
     assert all(f"| {model} (smoke test) | 3 |" in text for model in study.COMPARED)
+    assert all(f"| {model} (smoke test) | 1 |" in to_the_end for model in study.COMPARED)
+    assert "there patience 10 instead of 50 here" in to_the_end
     assert all(f"| {model} (smoke test) | 1 |" in modules for model in FURTHER)
     assert "recipe strong, epochs = 4" in text and "![explain compare]" in text
     speed = json.loads((out / "benchmark_train.json").read_text())
