@@ -168,8 +168,7 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
     size, precision, failed = cases[0]["batch_size"], cases[0]["precision"], False
     about, bar = f"{precision}, batch {size}", functools.partial(tqdm, disable=None, leave=False)
     images = torch.rand(size, *shape_of(args.image), device=args.device)
-    repeats = args.repeats or REPEATS[args.device.type][size > 1]
-    ready = []
+    repeats, ready = repeats_of(size, args), []
     for case in bar(cases, f"{about}: setting up"):
         try:
             ready.append((*prepare(case, images), []))
@@ -181,6 +180,7 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
             line = ("error: " if wrong else "note: ") + line + fast.first_line(error)
             tqdm.write(line, file=sys.stderr)  # above the progress bar
             failed |= wrong
+    fast.set_up_torch(precision)  # one that failed may have left other flags
     for _ in bar(range(repeats), f"{about}: timing"):
         for _, forward, seconds in ready:
             seconds.append(seconds_per_call(forward, images))
@@ -190,6 +190,10 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
         row["images_per_second"] = 1e3 / row["ms_per_image"]
         row["repeats"] = repeats
     return [row for row, *_ in ready], failed
+
+
+def repeats_of(size: int, args: argparse.Namespace) -> int:
+    return args.repeats or REPEATS[args.device.type][size > 1]
 
 
 def place(row: dict) -> tuple:
@@ -268,6 +272,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     try:
         if args.like:
+            if (args.width, args.image, args.classes) != (64, IMAGE, CLASSES):
+                parser.error("--like RUN has --width, --image and --classes: give one or the other")
             run = read_run(args.like).result
             args.width, args.classes = run["width"], len(run["classes"])
             args.image = "x".join(map(str, run["image"]))
@@ -277,9 +283,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.batch_sizes = args.batch_sizes or ([64] if args.train else [1, 64])
     others = args.keep or args.overwrite or (args.image, args.classes) != (IMAGE, CLASSES)
     if args.train and (others or fast.DEFAULT in (args.precisions or [])):
-        parser.error(
-            "--train takes no --keep, --overwrite, --image, --classes or default precision"
-        )
+        parser.error("--train takes no --keep, --overwrite, --image, --classes, default precision")
     if args.switches and not args.train:
         parser.error("--switches are for --train")
     numbers = [*args.batch_sizes, args.width, args.classes]
@@ -320,7 +324,7 @@ def main(argv: list[str] | None = None) -> int:
             write_atomically(args.out / "benchmark_train.md", training_speed.markdown(rows))
         print(training_speed.markdown(rows))
         return 0
-    common["sha256"] = source_hashes(SOURCES)
+    common |= {"sha256": source_hashes(SOURCES), "timed_by": source_hashes(["benchmark.py"])}
     keys = "precision", "batch_size", "model", "mode"
     asked = itertools.product(
         args.precisions, args.batch_sizes, dict.fromkeys(args.models), args.modes
@@ -329,11 +333,19 @@ def main(argv: list[str] | None = None) -> int:
     with locked(args.out, "benchmark*"):
         there = [] if args.overwrite else rows_that_stay(args.out / "benchmark.json")
         rows = {place(row): row for row in there}
-        kept = {at for at, row in rows.items() if args.keep and common.items() <= row.items()}
+        kept = {
+            at
+            for at, row in rows.items()
+            if args.keep and common.items() <= row.items()
+            and row.get("repeats", 0) >= repeats_of(row["batch_size"], args)
+        }  # fmt: skip
         missing, new, failed = [case for case in cases if place(case) not in kept], 0, False
         for _, group in itertools.groupby(missing, itemgetter(*keys[:2])):
-            found, wrong = measure(list(group), args)
+            group = list(group)
+            found, wrong = measure(group, args)
             failed, new = failed | wrong, new + len(found)
+            for case in group:  # what fails now has no row of earlier code either
+                rows.pop(place(case), None)
             rows |= {place(row): row for row in found}
             write(args.out, rows)  # now already, for --keep after a stop
         print(write(args.out, rows))

@@ -56,7 +56,10 @@ KINDS = {
 }  # fmt: skip
 DEFAULTS = {"overrides": {}, "quick": False}
 DEFAULTS |= dict.fromkeys(("limit_test", "image_size", "position", "reduction", "recipe"))
-CODE = ("explain.py", "models.py", "kit/attention.py", "kit/attribution.py")  # --keep compares it
+CODE = (  # that --keep compares
+    "explain.py", "models.py", "data.py", "kit/attention.py", "kit/attribution.py",
+    "kit/pictures.py",
+)  # fmt: skip
 TOLERANCE = 0.01  # share of predictions that rounding may change: a run may have been in bfloat16
 
 
@@ -144,7 +147,7 @@ def check_predictions(path: Path, config: dict, dataset, idx, predictions) -> st
     """Raises UserError if `predictions` of the test images `idx` are not those that the run has
     left; the digest of these, None where there are none."""
     own = data.stratified(dataset.test_labels, config["limit_test"] or len(dataset.test_labels))
-    with suppress(OSError, ValueError, AttributeError):  # a checkpoint alone, or an older run
+    with suppress(OSError, ValueError, AttributeError, RecursionError):  # none, or an older run's
         weights = json.loads(read_small(path.parent / "result.json")).get("weights")
         if weights not in (None, sha256_of(path)):
             raise UserError(f"{path} is not the one of the run, by its sha256 in result.json")
@@ -249,22 +252,19 @@ def ablation(model, images, labels, predictions, means: dict[str, nn.Module]) ->
 
 
 def sha256_of(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def asked(path: Path, config: dict, args) -> dict:
     """What a row of explain.json was asked for; weights and code by content."""
-    own = {"limit_test": args.limit_test, "limit_cam": args.limit_cam, "code": source_hashes(CODE)}
-    weights = sha256_of(path) if path.is_file() else None
-    return own | {"data": settings_of(config).get("data"), "weights": weights}
+    own = {"limit_test": args.limit_test, "limit_cam": args.limit_cam, "images": args.asked}
+    weights, of_data = sha256_of(path) if path.is_file() else None, settings_of(config).get("data")
+    return own | {"code": source_hashes(CODE), "data": of_data, "weights": weights}
 
 
 def is_kept(rows: list[dict], configs: list[dict], args) -> bool:
-    """Whether these runs are among the rows, with the same data, weights and predictions.
-
-    (Results that were committed and cloned have no weights.)
-    """
+    """Whether these runs are among the rows, with the same data, predictions and weights, which
+    results that were committed and cloned lack."""
     by_key, keys = {key_of(row): row for row in rows}, list(map(key_of, configs))
     try:
         for path, config, key in zip(args.paths, configs, keys, strict=True):
@@ -273,13 +273,12 @@ def is_kept(rows: list[dict], configs: list[dict], args) -> bool:
             left = read_classes(path.parent / "test_predictions.npy", {"test_images": None})
             if (
                 row["asked"] != wanted
-                or args.images not in (None, row["images"])
                 or not (args.out / row["picture"]).is_file()
                 or (left is not None and digest_of(left) != row["predictions"])
                 or (len(keys) > 1 and row["compared"] != keys)
             ):
                 return False
-        return True
+        return len(keys) == 1 or (args.out / "explain_compare.png").is_file()
     except (OSError, ValueError, LookupError, TypeError):
         return False
 
@@ -291,8 +290,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, nargs=1, dest="runs", help="a run's folder")
     which.add_argument("--checkpoint", type=Path, help="a best.pt, in its run's folder")
-    which.add_argument("--compare", type=Path, nargs="+", dest="runs", metavar="RUN",
-        help="runs' folders")  # fmt: skip
+    which.add_argument("--compare", type=Path, nargs="+", dest="runs", metavar="RUN", help="runs")
     add("--images", type=int, nargs="+", metavar="I", help="to show: of the test set, from 0")
     add("--limit-test", type=int, help=f"test images; default: the run's, up to {LIMIT_TEST:,}")
     add("--limit-cam", type=int, default=100, help=f"of these, images for Grad-CAM; {default}")
@@ -308,6 +306,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--limit-test and --limit-cam must be at least 1, --images at least 0")
     if len(set(map(Path.resolve, args.runs or []))) < len(args.runs or []):
         parser.error("--compare: a run is named twice")
+    args.asked = args.images  # or None; explain() fills in which are shown
     try:
         args.device = choose_device(args.device)
         data.resolve(args.dataset or "fashion_mnist")

@@ -40,11 +40,13 @@ host=${PYTHON:-python3} python=.venv/bin/python
 if ready "$host"; then
   python=$host
 elif ! ready "$python"; then
-  if [[ ${1:-} == plan ]]; then PYTHON=$python exec "$host" -m kit.study "$@"; fi  # needs none
-  echo "$host lacks a pinned requirement: setting up .venv (5 GB, some minutes)" >&2
-  "$host" -m venv .venv || die 1 "no .venv could be made: see above"
-  "$python" -m pip install --quiet --disable-pip-version-check --require-hashes \
-    -r requirements.lock || die 1 "the requirements could not be installed: see above"
+  if [[ ${1:-} == plan ]]; then NO_PACKAGES=1 PYTHON=$python exec "$host" -m kit.study "$@"; fi
+  (flock 9 || true  # of workers that start together one sets up, and the others wait
+    ready "$python" && exit
+    echo "$host lacks a pinned requirement: setting up .venv (5 GB, some minutes)" >&2
+    "$host" -m venv .venv || die 1 "no .venv could be made: see above"
+    "$python" -m pip install --quiet --disable-pip-version-check --require-hashes \
+      -r requirements.lock || die 1 "the requirements could not be installed: see above") 9<.
 fi
 export PYTHON=$python  # the commands of a plan begin with it
 [[ ${1:-} == test ]] || exec "$python" -m kit.study "$@"

@@ -31,10 +31,14 @@ def captured(model: nn.Module, modules: dict[str, nn.Module]):
     seen, was_training = {}, model.training
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
-            hook = module.register_forward_hook(
-                lambda _, inputs, output, name=name: seen.update({name: (inputs[0], output)})
+            before = module.register_forward_pre_hook(  # a copy: a module may work in place
+                lambda _, inputs, name=name: seen.update({name: inputs[0].detach().clone()})
             )
-            stack.callback(hook.remove)
+            after = module.register_forward_hook(
+                lambda _, inputs, output, name=name: seen.update({name: (seen[name], output)})
+            )
+            stack.callback(before.remove)
+            stack.callback(after.remove)
         stack.callback(model.train, was_training)
         model.eval()
         yield seen

@@ -20,7 +20,7 @@ from http.client import HTTPException
 from pathlib import Path
 
 from kit.command_line import UserError, in_one_line
-from kit.files import check_allowed, check_writable, is_only_read, write_atomically
+from kit.files import check_writable, is_only_read, locked, write_atomically
 
 import numpy as np
 import torch
@@ -62,9 +62,7 @@ class ImageData:
         train = {hash(image.tobytes()) for image in self.train_images.numpy()}
         return sum(hash(image.tobytes()) in train for image in self.test_images.numpy())
 
-    def mean_and_std(
-        self, normalize: str | None, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def mean_and_std(self, normalize: str | None, device) -> tuple[torch.Tensor, torch.Tensor]:
         """By which images are normalised. "data": those of the data, (C, 1, 1) each; else 0.5 and
         0.5, as published, which scale pixels to [-1, 1] whatever the data."""
         if normalize != "data":
@@ -93,14 +91,15 @@ def from_torchvision(name: str, data_dir: Path) -> ImageData:
     import torchvision  # here, for it takes a second to import
 
     try:
-        fetch = not is_only_read(data_dir)
+        if fetch := not is_only_read(data_dir):
+            data_dir.mkdir(parents=True, exist_ok=True)
         load = partial(getattr(torchvision.datasets, name), data_dir, download=fetch)
-        train, test = load(train=True), load(train=False)
+        with locked(data_dir):  # several runs may start at the same time
+            train, test = load(train=True), load(train=False)
     except Exception as error:  # of networks, archives, checksums and pickles: they are many
         raise UserError(
             f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read "
-            f"({in_one_line(error)}): bring its files there, as torchvision lays them out, or try "
-            "again"
+            f"({in_one_line(error)}): bring its files there, as torchvision has them, or try again"
         ) from error
 
     def tensors(part):
@@ -157,7 +156,7 @@ THREE_WAYS = (
 TWO_WAYS = "Get it with a network, or put its four files, packed (.gz), into --data-dir"
 
 
-def load_idx(name: str, data_dir: Path) -> ImageData:
+def load_idx(name: str, data_dir: Path, origin: str = "") -> ImageData:
     """60,000 + 10,000 grey images of 28x28 in ten classes. Raises UserError in one line."""
     ways = THREE_WAYS if name == "FashionMNIST" else TWO_WAYS
     raw, fashion = data_dir / name / "raw", name == "FashionMNIST"
@@ -176,11 +175,14 @@ def load_idx(name: str, data_dir: Path) -> ImageData:
     for path, error in bad.items():  # nothing is fetched where something else lies
         if {path.name, path.name.removesuffix(".gz")} & set(missing):
             raise UserError(f"{error}. Move it away, or use another --data-dir. {ways}.")
-    if bad:
-        paths = ", ".join(map(str, bad))
+    if paths := ", ".join(map(str, bad)):
         print(f"note: passed over, not the published files of {name}: {paths}", file=sys.stderr)
-    fetched, origin = fetch(name, missing, raw, ways) if missing else ({}, "")
-    bodies, used = bodies | fetched, used | ({raw: None} if missing else {})
+    if missing:
+        check_writable(raw, f"choose another --data-dir. {ways}")
+        with locked(raw):  # where another process may bring them meanwhile
+            absent = [file for file in missing if not (raw / file).exists()]
+            origin = fetch(name, absent, raw, ways) if absent else ""
+        return load_idx(name, data_dir, origin)
     source = f"read from {', '.join(map(str, used))}, sha256 verified{origin}"
     arrays = [parse_idx(bodies[file]) for file in sha256]
     return ImageData(
@@ -213,10 +215,8 @@ def parse_idx(body: bytes) -> torch.Tensor:
     return torch.from_numpy(values.reshape(sizes).copy())  # a copy, for torch wants it writable
 
 
-def fetch(name: str, files: list[str], raw: Path, ways: str) -> tuple[dict[str, bytes], str]:
-    """({file: its content}, the source used): brought into `raw`, as torchvision has them."""
-    check_allowed(raw)
-    check_writable(raw, f"choose another --data-dir. {ways}")
+def fetch(name: str, files: list[str], raw: Path, ways: str) -> str:
+    """Brings them into `raw`, as torchvision has them; from where, in words."""
     import torchvision
 
     failures, mirrors = [], getattr(torchvision.datasets, name).mirrors
@@ -233,7 +233,7 @@ def fetch(name: str, files: list[str], raw: Path, ways: str) -> tuple[dict[str, 
             continue
         for file in files:
             write_atomically(raw / file, (bodies if file.endswith(".gz") else contents)[file])
-        return contents, f", just fetched from {source}"
+        return f", just fetched from {source}"
     raise UserError(
         f"{files[0]} (expected sha256 {IDX[name][0][files[0]]}): not in --data-dir or below it, "
         f"{raw.parent.parent}, and it cannot be fetched ({'; '.join(failures)}). {ways}."

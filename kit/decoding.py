@@ -2,7 +2,8 @@
 
 Orientation (EXIF), palettes and transparency (on white) are applied, and colours of any kind become
 RGB. Of 16 bits the upper 8 count, of several frames the first. Colour profiles are ignored. Images
-that are grey, all of them, whatever their files say, have one channel.
+that are grey, all of them, whatever their files say, have one channel. Of damage, truncation is
+found, and in PNG files any: other formats have no checksums.
 """
 
 import functools
@@ -128,11 +129,11 @@ def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
         headers = list(pool.map(header, paths))
         raise_if_bad(paths, headers)
-        sizes = Counter(size for size, _, _ in headers)
+        sizes = Counter(size for size, *_ in headers)
         (size, most), n = sizes.most_common(1)[0], len(paths)
         if image_size or most < MOST * n:
             size = (image_size or DEFAULT_SIZE,) * 2
-        grey = all(mode[0] in "1LI" and mode != "LAB" for _, mode, _ in headers)
+        grey = all(mode[0] in "1LI" and mode != "LAB" for _, mode, *_ in headers)
         shape = (n, 1 if grey else 3, size[1], size[0])
         raise_if_large(folder, int(np.prod(shape, dtype=np.int64)), shape)
         images, coloured, resized = np.empty(shape, np.uint8), [], []
@@ -153,17 +154,23 @@ def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.
         raise_if_bad(paths, list(pool.map(fill, range(n))))
     if not grey and not coloured:
         images = images[:, :1].copy()
-    frames = [path for path, (_, _, n) in zip(paths, headers, strict=True) if n > 1]
-    deep = [path for path, (_, mode, _) in zip(paths, headers, strict=True) if mode[0] == "I"]
-    said = [(frames, "first frame only"), (deep, "upper 8 of 16 bits")]
-    if not image_size:
+    read = list(zip(paths, headers, strict=True))
+    said = [
+        ([path for path, (*_, frames, _) in read if frames > 1], "first frame only"),
+        ([path for path, (*_, deep) in read if deep], "upper 8 of 16 bits"),
+    ]
+    if image_size:
+        odd = [path for path, ((width, height), *_) in read if width != height]
+        said.append((odd, "not square, cropped in the middle"))
+    else:
         other = "another size" if most >= MOST * n else f"one of {len(sizes):,} sizes"
         said.append((resized, f"{other}, scaled and cropped to {size[0]} x {size[1]}"))
     return images, "; ".join(counted(found, what, folder) for found, what in said if found)
 
 
 def header(path: Path):
-    """((width, height), mode, number of frames), without decoding it; or what went wrong."""
+    """((width, height), mode, number of frames, whether it has more than 8 bits), without decoding
+    it; or what went wrong."""
     from PIL import ExifTags, Image
 
     try:
@@ -176,7 +183,10 @@ def header(path: Path):
                 turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
             if turned in (5, 6, 7, 8) and image.format != "TIFF":  # Pillow turns a TIFF itself
                 size = size[::-1]
-            return size, image.mode, getattr(image, "n_frames", 1)
+            mode, frames, raw = image.mode, getattr(image, "n_frames", 1), str(image.tile[:1])
+            if image.format == "PNG":
+                image.verify()  # its checksums, which decoding does not look at
+            return size, mode, frames, mode[0] == "I" or ";16" in raw
     except Exception as error:  # a damaged file raises what it likes
         return error
 
@@ -188,15 +198,21 @@ def pixels(path: Path, grey: bool):
     # From an open file: by its name Pillow maps a TIFF into memory, wrongly if it is to be turned.
     with open(path, "rb") as file, Image.open(file) as image:
         image.load()
+        of = image.format
         with suppress(Exception):  # a damaged EXIF counts as none
             ImageOps.exif_transpose(image, in_place=True)
         if image.mode[0] == "I":
             deep = np.asarray(image)
             deep = np.where(deep == image.info.get("transparency"), 65_535, deep)
+            if image.format == "TIFF":  # of more than 8 bits Pillow does neither
+                deep = deep << 4 if image.tag_v2.get(258) == (12,) else deep
+                deep = 65_535 - deep if image.tag_v2.get(262) == 0 else deep  # 0 is white
             image = Image.fromarray((deep >> 8).astype(np.uint8))
         if image.has_transparency_data:
-            white = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(white, image.convert("RGBA"))
+            image, white = image.convert("RGBA"), Image.new("RGBA", image.size, "white")
+            # Alpha that is 0 everywhere is none: TGA and BMP have a fourth byte that may be unused.
+            if image.getchannel("A").getextrema()[1] or of not in ("TGA", "BMP"):
+                image = Image.alpha_composite(white, image)
         return image.convert("L" if grey else "RGB")
 
 

@@ -9,18 +9,27 @@ import subprocess
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 
 HERE = Path(__file__).resolve().parent.parent
 LOCK = Path("/opt/requirements.lock")  # the Dockerfile puts it there, and sets IMAGE_REVISION
 # Of the shell: how many threads, and which instructions. Another one rounds differently.
-VARIABLES = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA")
+VARIABLES = (
+    "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA",
+)  # fmt: skip
 # What the figures of a run depend on: an edit here makes another experiment.
 SOURCES = (
     "train.py", "models.py", "data.py", "kit/attention.py", "kit/augment.py", "kit/datasets.py",
     "kit/image_folder.py", "kit/decoding.py", "kit/fast.py", "kit/ema.py", "kit/checkpoint.py",
     "kit/run.py", "kit/settings.py",
 )  # fmt: skip
+# Of the code that runs, whatever is edited while data are read or another process is waited for.
+AT_START = {
+    str(path.relative_to(HERE)): hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in (*HERE.glob("*.py"), *HERE.glob("kit/*.py"))
+}
 
 
 def driver_version() -> str | None:
@@ -55,6 +64,7 @@ def describe_environment(device: torch.device) -> dict:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "torch": torch.__version__,
+        "numpy": np.__version__,  # which draws split and order
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
         "driver": driver_version(),
@@ -82,8 +92,8 @@ def image() -> dict | None:
 
 
 def source_hashes(names=SOURCES) -> dict[str, str]:
-    """sha256 of these scripts."""
-    return {name: hashlib.sha256((HERE / name).read_bytes()).hexdigest() for name in names}
+    """sha256 of these scripts, as they were when this process began."""
+    return {name: AT_START[name] for name in names}
 
 
 def output_of(*command) -> str | None:

@@ -45,10 +45,10 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
     path = Path(path)
     check_allowed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
         with open(temporary, "wb") as file:
-            file.write(body.encode() if isinstance(body, str) else body)
+            file.write(body.encode(errors="backslashreplace") if isinstance(body, str) else body)
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():
@@ -76,6 +76,7 @@ def read_small(path: Path) -> bytes:
 
 def check_writable(folder: Path, advice: str = "choose another --out") -> None:
     """Makes the folder where there is none. Raises OSError: before long work, not after."""
+    check_allowed(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -100,7 +101,7 @@ def locked(folder: Path, *names: str) -> Iterator[None]:
         except BlockingIOError:
             print(f"waiting: another process is at work on {folder}", file=sys.stderr, flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-        for left in (path for name in names for path in folder.glob(f".{name}.tmp")):
+        for left in (path for name in names for path in folder.glob(f".{name}.tmp*")):
             left.unlink(missing_ok=True)
         yield
     finally:

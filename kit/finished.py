@@ -7,10 +7,10 @@ result, and is never guessed at.
 import hashlib
 import io
 import json
-import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from unicodedata import category
 
 from kit.command_line import UserError, in_one_line
 from kit.files import read_small
@@ -28,7 +28,7 @@ def between(low: float, high: float):
 NUMBER, POSITIVE = between(-1e15, 1e15), between(1e-12, 1e15)
 SHARE, PERCENT, CORRELATION = between(0, 1), between(0, 100), between(-1.001, 1.001)
 NAME, COUNT, SIZE, SHAPE, GATES, HASHES, CORRELATIONS = (
-    lambda x: type(x) is str and re.fullmatch(r"[\w.+-]+", x),
+    lambda x: type(x) is str and x and all(c in "._+-" or category(c)[0] in "LMN" for c in x),
     lambda x: type(x) is int and 0 <= x < 1e15,
     lambda x: COUNT(x) and x > 0,
     lambda x: type(x) is list and all(map(COUNT, x)),
@@ -192,6 +192,7 @@ def completed(folder: Path, config: dict) -> Run | None:
         advice = "use --overwrite to train that run again"
         raise UserError(f"{folder} is damaged ({in_one_line(error)}): {advice}") from error
     chosen = (run.config.get("overrides") or {}) | config["overrides"]
-    by_device = {"mode"} if "precision" in chosen else {"mode", "precision"}
+    is_chosen = "precision" in chosen or not config.get("auto_precision", True)
+    by_device = {"mode"} if is_chosen else {"mode", "precision"}
     refuse_another_run(folder, run.config, config, ignore=by_device)
     return run

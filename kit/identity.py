@@ -13,7 +13,7 @@ from kit.command_line import UserError
 # Everything else in it counts, so that a new setting cannot be forgotten.
 NO_SETTING = {
     "command", "data_dir", "dataset", "runs", "device", "target_acc", "overwrite", "keep_last",
-    "dry_run", "self_check", "overrides", "quick", "base_model",
+    "dry_run", "self_check", "overrides", "quick", "base_model", "auto_precision",
 }  # fmt: skip
 NOT_USED = (None, 0, False, "half")  # how config.json says so
 FASHION_MNIST = "023af56f2df4044c"  # the digest: its files were always verified

@@ -9,8 +9,8 @@ Hidden files and folders are never read. All that is left out is counted and nam
 Images come in the order of their file names, classes in that of theirs.
 
 Images of one size keep it, and so do three of four: the others are scaled until they cover it and
-cropped in the middle. Where sizes vary more, and with an --image-size, all become squares of 64 or
-that many pixels. How files are decoded, and where that is kept: kit/decoding.py.
+cropped in the middle. Where sizes vary more, and with an --image-size, all become so squares of 64
+or that many pixels. How files are decoded, and where that is kept: kit/decoding.py.
 """
 
 import mimetypes
@@ -42,7 +42,7 @@ PARTS = {
 UNREAD = "ending not read"
 HIDDEN = {  # besides all that begins with a dot: what systems leave in folders
     "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir",
-    "$recycle.bin", "system volume information", "lost+found",
+    "$recycle.bin", "system volume information", "lost+found", "#recycle", "@recycle", "#snapshot",
 }  # fmt: skip
 
 Labelled = list[tuple[Path, str]]  # images and their classes
@@ -60,6 +60,10 @@ def load_folder(folder: Path, data_dir: Path, image_size: int | None = None) -> 
         names = [str(part.relative_to(folder)) for part in parts]
         how = f"training set {names[0]}, test set {names[1]}"
     else:
+        for path in entries(root)[0]:
+            inside = {part_of(each) for each in entries(path)[0]}
+            if "train" in inside and inside & {"test", "val"}:
+                raise UserError(f"{path} has parts of its own: move the classes into the parts")
         train, test = divided(in_class_folders(root, left_out))
         how = "a sixth of each class is the test set"
     return load(folder, train, test, image_size, data_dir, left_out, how)
@@ -78,7 +82,7 @@ def load_tiny_imagenet(data_dir: Path) -> ImageData:
             f"{annotations} is not there: get tiny-imagenet-200.zip (250 MB, from the pages of "
             f"Stanford's course CS231n) and unpack it in {data_dir}"
         )
-    rows = [line.split("\t") for line in annotations.read_text().splitlines()]
+    rows = [line.split("\t") for line in annotations.read_text(errors="replace").splitlines()]
     test = sorted((folder / "val" / "images" / row[0], row[1]) for row in rows if len(row) > 1)
     train = in_class_folders(folder / "train", left_out)
     for part, images in (("train", train), ("val", test)):
@@ -251,7 +255,8 @@ def load(
         odd = sorted({name for _, name in train} ^ {name for _, name in test})
         raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
     images, note = decoded(folder, [path for path, _ in train + test], image_size, data_dir)
-    if said := "; ".join(filter(None, [tail(left_out, folder), note])):
+    found = [counted(paths, why, folder) for why, paths in sorted(left_out.items()) if paths]
+    if said := "; ".join(filter(None, [found and f"left out: {'; '.join(found)}", note])):
         print(f"note: in {folder}: {said}", file=sys.stderr)
     train_images, test_images = torch.from_numpy(images).split([len(train), len(test)])
     train_labels, test_labels = (
@@ -262,8 +267,3 @@ def load(
     more = f", and {len(classes) - 10:,} more" if len(classes) > 10 else ""
     source = f"read from {folder}: {how}; training + test images: {shown}{more}"
     return ImageData(train_images, train_labels, test_images, test_labels, classes, source)
-
-
-def tail(left_out: LeftOut, folder: Path) -> str:
-    found = [counted(paths, why, folder) for why, paths in sorted(left_out.items()) if paths]
-    return f"left out: {'; '.join(found)}" if found else ""

@@ -22,11 +22,12 @@ STEP = (WIDTH - LABEL) / COLUMNS
 TILE = STEP - GAP  # an image's width
 COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="lightgrey")
 LEGEND = """\
-For each of the first ten classes, unless --images chose others: the first test image that the \
-model named below classifies correctly, and the first that it misclassifies; an empty cell: none. \
+For each of the first ten classes, unless --images chose others, of the test images tried: the \
+first that the model named below classifies correctly, and the first that it misclassifies; an \
+empty cell: none. \
 Below an image: predicted class, probability, red with ✗ if wrong. Each Grad-CAM map has its own \
 scale, dark blue (lowest) to yellow; pale: no evidence for the predicted class."""
-GATES = " All gates have the scale below; grey: no input (inactive)."
+GATES = " All gates have the scale below: a stage's last module; grey: no input (inactive)."
 
 
 @dataclass

@@ -225,6 +225,7 @@ def read_rows(path: Path) -> tuple[list[dict], list[str]]:
     for row in rows:
         try:
             check(row, ROWS[path.stem])
+            json.dumps(row, allow_nan=False)
             low, median, high = (row.get(f"ms_per_image{p}", 0) for p in ("_p10", "", "_p90"))
             if not low <= median <= high:
                 raise ValueError("a median that is not between p10 and p90")

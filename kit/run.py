@@ -82,10 +82,8 @@ class Run:
     # --- Signals ----------------------------------------------------------------------------------
 
     def on_signal(self, signum: int, frame) -> None:
-        """Remembers a signal until the step is done. Before the first there is nothing to save.
-
-        (An exception raised here could come out of any line, and some swallow it.)
-        """
+        """Remembers a signal until the step is done: an exception raised here could come out of any
+        line, and some swallow it. Before the first step there is nothing to save."""
         if not self.in_loop:
             self.stack.close()
             os._exit(128 + signum)
@@ -108,7 +106,7 @@ class Run:
         full_batches = loader.n_train >= s.batch_size  # the other modes are for these
         self.mode = choose_mode(s.mode, s.device, steps) if full_batches else "eager"
         self.config |= {"mode": self.mode, "optimizer": type(optimizer).__name__}
-        env = describe_environment(s.device)
+        self.env = env = describe_environment(s.device)
         if s.overwrite:
             run_folder.clear(folder)  # only now that data and model are there
         elif (folder / "config.json").exists():
@@ -123,11 +121,14 @@ class Run:
             where = f"epoch {self.progress.epochs + 1}, after {self.progress.step:,} steps"
             print(f"resuming in {where}{in_brackets(changes)}")
         write_json(folder / "config.json", self.config)
-        write_json(folder / "env.json", env)
         self.write_best_and_metrics()
         self.writer = open_writer(folder, self.stack)
+        self.in_loop = True  # for a signal that closes the writer while it writes would hang
         for row in self.progress.history:
             log_epoch(self.writer, row)
+        self.in_loop = False
+        if self.stopped_by:
+            self.leave_if_stopped()
         return self.progress
 
     def speed_up(self, step, forward):
@@ -154,6 +155,7 @@ class Run:
             f"{s.precision}, {self.mode}",
             flush=True,
         )
+        run_folder.write_env(self.folder, self.env, self.mode)
         self.saved_at, self.in_loop = time.perf_counter(), True
         return step
 
@@ -162,10 +164,8 @@ class Run:
     def log_and_save(self) -> None:
         """After an epoch: last.pt, metrics.jsonl, TensorBoard, a line on the terminal."""
         row, best = self.progress.history[-1], self.progress.best_epoch == self.progress.epochs
-        if time.perf_counter() - self.saved_at >= 100 * self.last_save_took:
-            self.save()
-        else:
-            self.write_best_and_metrics(best=False)
+        due = time.perf_counter() - self.saved_at >= 100 * self.last_save_took
+        self.save() if due else self.write_best_and_metrics(best=False)
         log_epoch(self.writer, row)
         print(
             f"epoch {row['epoch']:2d}/{self.settings.epochs}  lr {row['lr']:.2e}  "
@@ -247,9 +247,9 @@ class Run:
             "overrides": s.overrides,
             "weights": hashlib.sha256((self.folder / "best.pt").read_bytes()).hexdigest(),
         }
-        self.stack.callback(run_folder.discard_states, self.folder, s.keep_last)
         self.writer.close()
         write_json(self.folder / "result.json", result)  # last: it means that all is there
+        self.stack.callback(run_folder.discard_states, self.folder, s.keep_last)
         return result
 
     def finish(self, result: dict) -> int:

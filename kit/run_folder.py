@@ -39,7 +39,11 @@ def lock(folder: Path, stack: ExitStack) -> None:
     stack.callback(remove_empty)
     if os.environ.get("WAIT_FOR_RUNS") and is_locked(folder):
         print(f"waiting: another process is training in {folder}", flush=True)
-        stack.enter_context(FileLock(folder / ".lock"))
+        while True:
+            with suppress(FileNotFoundError):  # a process that has written nothing takes it along
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(folder / ".lock"))
+                break
     else:
         try:
             stack.enter_context(FileLock(folder / ".lock", timeout=1))
@@ -70,7 +74,7 @@ def changes_since(folder: Path, env: dict) -> list[str]:
         hashes = then.get("sha256") or {}
         if scripts := edited(hashes, env["sha256"]):
             changes.append(f"{', '.join(scripts)} edited since" if hashes else "by unknown code")
-        for key in ("device", "torch"):
+        for key in ("device", "torch", "numpy"):
             if then.get(key) and env.get(key, then[key]) != then[key]:
                 changes.append(f"{key} {then[key]} before, {env[key]} since")
         there = then.get("variables") or {}
@@ -80,6 +84,14 @@ def changes_since(folder: Path, env: dict) -> list[str]:
         return changes
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         return [f"its env.json is damaged: {error}"]
+
+
+def write_env(folder: Path, env: dict, mode: str) -> None:
+    """env.json, and in it the mode of the steps; of a resumed run, whether that has changed."""
+    if "changes" in env:
+        before = read_json(folder / "env.json").get("mode", mode)
+        env["changes"] += [f"mode {before} before, {mode} since"] * (before != mode)
+    write_json(folder / "env.json", env | {"mode": mode})
 
 
 def in_brackets(changes: list[str]) -> str:
@@ -111,7 +123,7 @@ def write_array(path: Path, array: np.ndarray) -> None:
 def remove_strays(folder: Path) -> None:
     """What a killed process left of a file it was writing, and its curves, which may lack the last
     epochs: they are drawn again from the history."""
-    for path in [*folder.glob(".*.tmp"), *folder.glob("events.out.tfevents.*")]:
+    for path in [*folder.glob(".*.tmp*"), *folder.glob("events.out.tfevents.*")]:
         path.unlink()
 
 

@@ -123,6 +123,7 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
         parser.error(str(error))
     if impossible := why_not(settings.mode, settings.precision, settings.device):
         parser.error(impossible)
+    settings.auto_precision = settings.precision == "auto"
     settings.precision = choose_precision(settings.precision, settings.device)
     settings.base_model = settings.model  # the run's own name says what is different
     settings.model += f"_{settings.position}" if settings.position else ""

@@ -23,8 +23,8 @@ from kit.command_line import UserError, exit_code, make_parser
 from kit.files import check_writable
 from kit.runner import DAMAGED, Job, Runner, read
 
-MODELS = {}  # before PyTorch is installed, a plan is printed without knowing them
-if find_spec("torch"):
+MODELS = {}  # before all packages are installed, a plan is printed without knowing them
+if find_spec("torch") and not os.environ.get("NO_PACKAGES"):
     from kit.environment import HERE, source_hashes
     from kit.finished import completed
     from kit.preflight import preflight, visible_gpus

@@ -137,7 +137,44 @@ def test_a_mode_with_other_logits_is_left_out_and_fails(tmp_path, monkeypatch, c
     assert benchmark.main([*flags, "--repeats", "1", "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
     assert is_one_line(error) and "se, mode compile, fp32" in error and "1.0e-03" in error
+    (eager,) = rows_of(tmp_path)
+    assert eager["mode"] == "eager"
+    older = eager | {"mode": "compile", "sha256": {}}  # one that earlier code has measured
+    (tmp_path / "benchmark.json").write_text(json.dumps([eager, older]))
+    assert benchmark.main([*flags, "--repeats", "1", "--out", str(tmp_path)]) == 1
     assert [row["mode"] for row in rows_of(tmp_path)] == ["eager"]
+
+
+def test_a_trial_is_not_kept_for_a_measurement(tmp_path):
+    flags = ["--models", "se", "--width", "4", "--batch-sizes", "2", "--modes", "eager"]
+    flags += ["--device", "cpu", "--out", str(tmp_path), "--keep", "--repeats"]
+    for repeats, kept in (("1", 1), ("3", 3), ("2", 3)):
+        assert benchmark.main([*flags, repeats]) == 0
+        assert [row["repeats"] for row in rows_of(tmp_path)] == [kept]
+
+
+def test_one_without_memory_leaves_no_flags_to_the_others(tmp_path, monkeypatch):
+    """They are set to float32 for the logits that others are compared with."""
+    seen, build = [], benchmark.build
+
+    def failing(*shape):
+        if shape[0] == "cbam_blocks":
+            fast.set_up_torch("fp32")
+            raise torch.OutOfMemoryError("out of memory")
+        return build(*shape)
+
+    timed = benchmark.seconds_per_call
+    monkeypatch.setattr(benchmark, "build", failing)
+    monkeypatch.setattr(
+        benchmark,
+        "seconds_per_call",
+        lambda *call: seen.append(torch.are_deterministic_algorithms_enabled()) or timed(*call),
+    )
+    monkeypatch.setattr(fast, "why_not", lambda *_: None)  # as on a GPU
+    flags = ["--models", "se", "cbam_blocks", "--width", "4", "--batch-sizes", "2", "--modes"]
+    flags += ["eager", "--precisions", "default", "--repeats", "2", "--device", "cpu"]
+    assert benchmark.main([*flags, "--out", str(tmp_path)]) == 1
+    assert seen == [False, False]
 
 
 def test_a_mode_that_does_not_run_is_left_out(tmp_path, monkeypatch, capsys):
@@ -241,6 +278,7 @@ def test_a_mode_that_falls_back_is_no_row(tmp_path, monkeypatch, capsys):
         ["--modes", "graph"],
         ["--precisions", "tf32"],
         ["--precisions", "default"],
+        ["--like", "runs/any", "--width", "8"],
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(flags, capsys):

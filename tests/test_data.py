@@ -1,3 +1,4 @@
+import contextlib
 import gzip
 import http.server
 import shutil
@@ -177,6 +178,21 @@ def test_fetches_what_is_missing(nowhere, mirror, raw_files, tmp_path):
     assert "torchvision's mirror" in dataset.source
     assert (raw_files / LABELS).read_bytes() == body
     assert "mirror" not in data.load_dataset("fashion_mnist", tmp_path).source  # now from disk
+
+
+def test_another_process_may_fetch_at_the_same_time(nowhere, raw_files, tmp_path, monkeypatch):
+    """This one waits for it, and takes what it has brought."""
+    body = (raw_files / LABELS).read_bytes()
+    (raw_files / LABELS).unlink()
+
+    @contextlib.contextmanager
+    def waited(folder):
+        (folder / LABELS).write_bytes(body)
+        yield
+
+    monkeypatch.setattr(datasets, "locked", waited)
+    monkeypatch.setattr(datasets, "fetch", None)
+    assert "just fetched" not in data.load_dataset("fashion_mnist", tmp_path).source
 
 
 def test_keeps_nothing_of_a_wrong_download(nowhere, mirror, raw_files, tmp_path):

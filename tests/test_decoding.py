@@ -2,6 +2,7 @@
 
 import os
 import signal
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -101,6 +102,68 @@ def test_transparent_pixels_are_white(tmp_path, mode, ending):
     expected = np.asarray(image.convert("L" if len(shown) == 1 else "RGB"))
     expected = expected[None] if len(shown) == 1 else expected.transpose(2, 0, 1)
     assert np.array_equal(shown[:, :, ~CLEAR], expected[:, :, ~CLEAR])
+
+
+@pytest.mark.parametrize("ending", [".tga", ".png"])
+def test_alpha_that_is_0_everywhere(tmp_path, ending):
+    """In a TGA it is a byte that is not used; a PNG is transparent."""
+    clear = Image.fromarray(np.dstack([COLOUR, np.zeros_like(GREY)]))
+    shown = read(tmp_path, clear, ending)
+    assert (
+        np.array_equal(shown, COLOUR.transpose(2, 0, 1)) if ending == ".tga" else shown.min() > 254
+    )
+
+
+def tiff(bits, photometric, data):
+    """A TIFF of 4 x 1 pixels, as Pillow does not write them."""
+    tags = {256: 4, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1,
+            279: len(data)}  # fmt: skip
+    fields = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    start = struct.pack("<2sHI", b"II", 42, 8 + len(data))
+    return start + data + struct.pack("<H", len(tags)) + fields + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("bits", "photometric", "data"),
+    [
+        (8, 0, bytes([0, 64, 128, 255])),  # 0: white is zero
+        (8, 1, bytes([0, 64, 128, 255])),
+        (12, 1, bytes([0x00, 0x04, 0x00, 0x80, 0x0F, 0xFF])),  # 0, 1024, 2048, 4095
+        (16, 0, np.array([0, 16384, 32768, 65535], "<u2").tobytes()),
+        (16, 1, np.array([0, 16384, 32768, 65535], "<u2").tobytes()),
+    ],
+    ids=str,
+)
+def test_tiffs_of_any_depth_and_polarity(tmp_path, bits, photometric, data):
+    path = tmp_path / "a.tif"
+    path.write_bytes(tiff(bits, photometric, data))
+    images, _ = decoding.decode(tmp_path, [path], None)
+    expected = np.array([0, 64, 128, 255])
+    assert abs(images.ravel() - (expected if photometric else 255 - expected)).max() <= 1
+
+
+def test_a_damaged_png_is_found_by_its_checksums(tmp_path):
+    """Pillow decodes most of these to other pixels."""
+    path, smooth = (
+        tmp_path / "a.png",
+        np.add.outer(np.arange(64), 2 * np.arange(64)).astype(np.uint8),
+    )
+    Image.fromarray(smooth).save(path)
+    whole = path.read_bytes()
+    at = whole.index(b"IDAT") + 4
+    for place in np.random.default_rng(0).integers(at, len(whole) - 16, 20):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(UserError, match="1 images cannot be read"):
+            decoding.decode(tmp_path, [path], None)
+
+
+def test_sides_that_are_cropped_away_are_said(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / "set" / name).mkdir(parents=True)
+        for i, size in enumerate([(8, 8), (32, 8), (8, 8)]):
+            Image.new("L", size, i).save(tmp_path / f"set/{name}/{i}.png")
+    data.load_dataset(str(tmp_path / "set"), image_size=8)
+    assert "not square, cropped in the middle: 2 (a/1.png, b/1.png)" in capsys.readouterr().err
 
 
 def test_half_transparent_is_half_white(tmp_path):

@@ -149,6 +149,15 @@ def test_a_position_without_input_does_not_hide_the_map():
     assert gate_numbers(found) == {}  # nothing ever comes in: nothing is said
 
 
+def test_a_module_that_works_in_place_has_gates():
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return x.mul_(0.25)
+
+    _, found, _ = gates_of(Gated(InPlace()), torch.rand(3, 4, 2, 2) + 1)
+    torch.testing.assert_close(found["attention"], torch.full((3, 4), 0.25))
+
+
 def test_what_adds_has_no_gate_and_is_replaced_by_a_term():
     gc = ATTENTION["gc"](64).eval()
     nn.init.normal_(gc.fc2.weight)
@@ -254,6 +263,13 @@ def test_the_script_on_runs_side_by_side(finished_run, tmp_path, capsys):
         assert explain.main([*wanted, *flags, "--keep", "--out", str(again)]) == 0
         assert "kept: " in capsys.readouterr().out
     assert (again / "explain.json").read_bytes() == made
+    (again / "explain_compare.png").unlink()
+    assert explain.main([*runs, *flags, "--keep", "--out", str(again)]) == 0
+    assert (again / "explain_compare.png").exists()
+    for images, kept in ((["--images", "5"], False), (["--images", "5"], True), ([], False)):
+        command = ["--run", str(other), *flags, *images, "--keep", "--out", str(tmp_path / "few")]
+        assert explain.main(command) == 0
+        assert capsys.readouterr().out.startswith("kept: ") == kept
 
 
 def test_what_was_explained_before_stays(finished_run, tmp_path, capsys):
@@ -591,7 +607,7 @@ def test_weights_that_give_nan_are_one_line(finished_run, tmp_path, capsys):
 def test_rows_of_gates_are_those_of_their_classes(finished_run, tmp_path, fashion_mnist):
     """Of a class that no image is of, nothing is said."""
     config = explain.read_config(finished_run / "best.pt")
-    asked = dict(device=torch.device("cpu"), limit_test=6, limit_cam=1, images=None)
+    asked = dict(device=torch.device("cpu"), limit_test=6, limit_cam=1, images=None, asked=None)
     path = finished_run / "best.pt"
     args = argparse.Namespace(**asked, data_dir=REPO / "data", dataset=None, paths=[path])
     dataset, idx = explain.load_dataset([config], args)

@@ -1,5 +1,6 @@
 """Files that are whole or not there, whose, and what a killed process leaves of them."""
 
+import multiprocessing
 import os
 import shlex
 import signal
@@ -26,6 +27,22 @@ def test_the_umask_is_kept(tmp_path, umask):
         os.umask(before)
     assert (tmp_path / "folder/a.json").stat().st_mode & 0o777 == 0o666 & ~umask
     assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_many_may_write_the_same_file(tmp_path):
+    """Each time it is whole, one of theirs."""
+    path, bodies = tmp_path / "a", [bytes([i]) * 100_000 for i in range(4)]
+
+    def write(body):
+        for _ in range(20):
+            write_atomically(path, body)
+            assert path.read_bytes() in bodies
+
+    processes = [multiprocessing.Process(target=write, args=(body,)) for body in bodies]
+    [process.start() for process in processes]
+    [process.join(60) for process in processes]
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert os.listdir(tmp_path) == ["a"]
 
 
 def test_small_files_only(tmp_path):

@@ -179,6 +179,9 @@ def test_a_data_set_may_have_any_letters(tmp_path, capsys, name):
     assert train.main([*FLAGS, "--dataset", str(folder), "--runs", str(tmp_path / "runs")]) == 0
     (result,) = (tmp_path / "runs").rglob("result.json")
     assert result.parents[3].name == name
+    capsys.readouterr()
+    assert train.main([*FLAGS, "--dataset", str(folder), "--runs", str(tmp_path / "runs")]) == 0
+    assert capsys.readouterr().out.startswith("already complete")
 
 
 @pytest.mark.parametrize(("name", "wrong"), [("two words", "' '"), ("a$b", "'$'"), ("a'b", '"\'"')])
@@ -226,7 +229,9 @@ HIDDEN = [".ipynb_checkpoints/a.png", ".DS_Store", "._a.png", "__MACOSX/a.png", 
 
 
 @pytest.mark.parametrize("where", ["", "cat", "cat/deep/er"])
-@pytest.mark.parametrize("name", [*HIDDEN, ".git/a.png", "@eaDir/a.png", "desktop.ini"])
+@pytest.mark.parametrize(
+    "name", [*HIDDEN, ".git/a.png", "@eaDir/a.png", "desktop.ini", "#recycle/a.png"]
+)
 def test_nothing_hidden_is_read(tmp_path, capsys, where, name):
     folder = make(tmp_path / "set", {"cat": 6, "dog": 6})
     make(folder / "cat" / "deep", {"er": 1}, seed=1)

@@ -140,6 +140,7 @@ def test_sizes_and_colours(tmp_path):
         (lambda f: [p.unlink() for p in (f / "dog").glob("*[1-9].png")], "class dog has a single"),
         (lambda f: (f / "cat").rename(f / ".cat"), "each of two classes"),
         (lambda f: make(f / "train", {"cat": 2, "dog": 2}), "neither test nor val"),
+        (lambda f: make(f / "cat", {"train": 2, "test": 2}), "cat has parts of its own"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(tmp_path, capsys, break_it, words):

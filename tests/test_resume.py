@@ -1,5 +1,7 @@
 """Stopped, killed, damaged: a resumed run ends as one that was never stopped, bit for bit."""
 
+import contextlib
+import hashlib
 import json
 import multiprocessing
 import os
@@ -19,6 +21,9 @@ import train
 from kit import checkpoint, run
 from kit.command_line import UserError
 from kit.environment import peak_memory_mb
+from kit.finished import completed
+from kit.run_folder import lock, write_env
+from kit.tensorboard_log import log_epoch
 from models import build_model
 
 import numpy as np
@@ -626,8 +631,95 @@ def test_a_full_disk_is_one_line(tmp_path):
     assert [line for line in log.splitlines() if line.startswith("error: ")] == log.splitlines()[
         -1:
     ]
-    assert not list((runs / FOLDER).glob("*.pt")) and not list((runs / FOLDER).glob(".*.tmp"))
+    assert not list((runs / FOLDER).glob("*.pt")) and not list((runs / FOLDER).glob(".*.tmp*"))
     run_to_the_end(runs)
+
+
+def test_a_disk_that_is_full_at_the_very_end_costs_no_epoch(whole, tmp_path, monkeypatch, capsys):
+    write = run.write_json
+
+    def full(path, content):
+        if path.name == "result.json":
+            raise OSError(28, "No space left on device", str(path))
+        write(path, content)
+
+    command = ["--model", "se", *FLAGS[:-1], "--runs", str(tmp_path)]
+    took = property(lambda run: 0.0, lambda run, took: None)  # so it is saved each epoch
+    monkeypatch.setattr(run.Run, "last_save_took", took, raising=False)
+    monkeypatch.setattr(run, "write_json", full)
+    assert train.main(command) == 1 and is_one_line(capsys.readouterr().err)
+    monkeypatch.setattr(run, "write_json", write)
+    assert train.main(command) == 0
+    printed = capsys.readouterr().out
+    assert "resuming in epoch 4, after 0 steps" in printed and "epoch  3/3" not in printed
+    assert metrics_of(tmp_path / FOLDER) == metrics_of(whole[0])
+
+
+def signal_while_writing():
+    def signalled(writer, row):
+        queue = writer.file_writer.event_writer._async_writer._byte_queue
+        put = queue.put
+        queue.put = lambda body: (os.kill(os.getpid(), signal.SIGTERM), put(body))
+        log_epoch(writer, row)
+
+    run.log_epoch = signalled
+
+
+def test_a_signal_while_curves_are_drawn_again(stopped, tmp_path):
+    """Closing a writer that is in the middle of writing would hang."""
+    shutil.copytree(stopped, tmp_path / "runs")
+    process = in_a_child(tmp_path / "runs", signal_while_writing)
+    process.join(60)
+    assert process.exitcode == 143 and "stopped by SIGTERM" in (tmp_path / "runs.log").read_text()
+
+
+def test_a_mode_that_changed_is_said(tmp_path):
+    write_env(tmp_path, {}, "compile")  # a run that begins
+    assert json.loads((tmp_path / "env.json").read_text()) == {"mode": "compile"}
+    write_env(tmp_path, {"changes": []}, "compile")
+    write_env(tmp_path, {"changes": ["x"]}, "eager")
+    changes = ["x", "mode compile before, eager since"]
+    assert json.loads((tmp_path / "env.json").read_text()) == {"changes": changes, "mode": "eager"}
+
+
+def test_a_precision_that_is_asked_for_is_another_run(finished_run, tmp_path, capsys):
+    """Without one, a run that another machine has trained in its own is the same."""
+    folder = tmp_path / "fashion_mnist/published/cbam_blocks/seed0"
+    shutil.copytree(finished_run, folder)
+    config = json.loads((folder / "config.json").read_text())
+    for name in ("config.json", "result.json"):
+        content = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(content | {"precision": "bf16"}))
+    assert completed(folder, config | {"auto_precision": True})
+    with pytest.raises(UserError, match="precision bf16 instead of fp32"):
+        completed(folder, config | {"auto_precision": False})
+
+
+def test_the_code_of_a_run_is_that_which_was_imported(tmp_path):
+    shutil.copytree(REPO / "kit", tmp_path / "kit")
+    (tmp_path / "train.py").write_text("")
+    edited = "import kit.environment as e; open('train.py', 'w').write('#')"
+    command = [sys.executable, "-c", f"{edited}; print(e.source_hashes(['train.py'])['train.py'])"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.strip() == hashlib.sha256(b"").hexdigest()
+
+
+def wait_for(folder):
+    os.environ["WAIT_FOR_RUNS"] = "1"
+    with contextlib.ExitStack() as stack:
+        lock(folder, stack)
+
+
+def test_a_run_that_waits_takes_over_from_one_that_wrote_nothing(tmp_path):
+    folder = tmp_path / "runs/seed0"
+    with contextlib.ExitStack() as stack:
+        lock(folder, stack)
+        process = processes.Process(target=wait_for, args=(folder,))
+        process.start()
+        time.sleep(3)
+    assert not folder.exists() or process.is_alive()
+    process.join(30)
+    assert process.exitcode == 0
 
 
 def test_predictions_are_those_of_the_best_weights(whole):
