@@ -95,6 +95,13 @@ def test_a_closed_standard_output():
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_a_closed_standard_error(tmp_path):
+    flags = ["--width", "4", "--device", "cpu", "--dry-run", "--runs", str(tmp_path)]
+    command = shlex.join([sys.executable, "train.py", "--model", "se", *flags])
+    done = subprocess.run(["sh", "-c", f"{command} 2>&-"], cwd=REPO, capture_output=True, text=True)
+    assert done.returncode == 0 and "dry run: one batch each" in done.stdout
+
+
 def test_a_terminal_that_knows_ascii_alone(tmp_path):
     runs, small = str(tmp_path / "é"), [*SMALL, "--data-dir", str(REPO / "data"), "--epochs", "1"]
     code = f"""
