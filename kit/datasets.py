@@ -180,7 +180,7 @@ def load_idx(name: str, data_dir: Path, origin: str = "") -> ImageData:
     if missing:
         check_writable(raw, f"choose another --data-dir. {ways}")
         with locked(raw):  # where another process may bring them meanwhile
-            absent = [file for file in missing if not (raw / file).exists()]
+            absent = [file for file in missing if not (raw / file).is_file()]
             origin = fetch(name, absent, raw, ways) if absent else ""
         return load_idx(name, data_dir, origin)
     source = f"read from {', '.join(map(str, used))}, sha256 verified{origin}"

@@ -89,8 +89,9 @@ def changes_since(folder: Path, env: dict) -> list[str]:
 def write_env(folder: Path, env: dict, mode: str) -> None:
     """env.json, and in it the mode of the steps; of a resumed run, whether that has changed."""
     if "changes" in env:
-        before = read_json(folder / "env.json").get("mode", mode)
-        env["changes"] += [f"mode {before} before, {mode} since"] * (before != mode)
+        with suppress(UserError):  # a damaged one is among the changes
+            before = read_json(folder / "env.json").get("mode", mode)
+            env["changes"] += [f"mode {before} before, {mode} since"] * (before != mode)
     write_json(folder / "env.json", env | {"mode": mode})
 
 

@@ -75,8 +75,8 @@ def test_results_and_pages_are_what_report_py_writes(page, folder, tmp_path, mon
     out, copy = tmp_path / folder, tmp_path / page.relative_to(REPO)
     out.mkdir(parents=True)
     copy.parent.mkdir(exist_ok=True)
-    for kept in ["benchmark.json", *(REPO / folder).glob("explain*")]:
-        shutil.copy(REPO / folder / kept, out)
+    for kept in [*(REPO / folder).glob("benchmark.json"), *(REPO / folder).glob("explain*")]:
+        shutil.copy(kept, out)
     shutil.copy(page, copy)
     monkeypatch.chdir(REPO)  # folders are named in the report as they are on the command line
     args = ["--runs", f"{folder}/runs", "--out", str(out), "--readme", str(copy)]

@@ -680,6 +680,9 @@ def test_a_mode_that_changed_is_said(tmp_path):
     write_env(tmp_path, {"changes": ["x"]}, "eager")
     changes = ["x", "mode compile before, eager since"]
     assert json.loads((tmp_path / "env.json").read_text()) == {"changes": changes, "mode": "eager"}
+    (tmp_path / "env.json").write_text("{")
+    write_env(tmp_path, {"changes": ["damaged"]}, "eager")  # as changes_since says
+    assert json.loads((tmp_path / "env.json").read_text())["changes"] == ["damaged"]
 
 
 def test_a_precision_that_is_asked_for_is_another_run(finished_run, tmp_path, capsys):
