@@ -116,8 +116,7 @@ def train(settings, dataset, run: Run) -> dict:
         batches = loader.epoch(epoch)
         progress.begin_epoch(len(batches), device)  # or resume it at progress.step
         start = time.perf_counter() - progress.seconds
-        # None: only on a terminal. (There is no stderr after 2>&-.)
-        bar = dict(desc=f"epoch {epoch}", leave=False, disable=None if sys.stderr else True)
+        bar = dict(desc=f"epoch {epoch}", leave=False, disable=None)  # None: only on a terminal
         try:
             for i in trange(progress.step, len(batches), **bar):
                 run.leave_if_stopped()

@@ -3,6 +3,7 @@ says how it ended: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n 
 
 import argparse
 import functools
+import io
 import os
 import signal
 import sys
@@ -46,8 +47,7 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether there was no memory, on a GPU or on the CPU. Libraries and drivers have their own
     words for it, and not all of them raise OutOfMemoryError."""
     text = str(error).lower().replace("_", " ")
-    words = "out of memory", "allocate memory", "alloc failed", "allocation failed", "size overflow"
-    text = text.replace("storage size calculation overflowed", "size overflow")
+    words = "out of memory", "allocate memory", "alloc failed", "allocation failed", "size calculat"
     return isinstance(error, MemoryError) or any(each in text for each in words)
 
 
@@ -72,6 +72,7 @@ def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., i
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:
+        sys.stderr = sys.stderr or io.StringIO()  # there is none after 2>&-
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a terminal may know no more than ASCII
         try:

@@ -9,8 +9,8 @@ Hidden files and folders are never read. All that is left out is counted and nam
 Images come in the order of their file names, classes in that of theirs.
 
 Images of one size keep it, and so do three of four: the others are scaled until they cover it and
-cropped in the middle. Where sizes vary more, and with an --image-size, all become so squares of 64
-or that many pixels. How files are decoded, and where that is kept: kit/decoding.py.
+cropped in the middle. Where sizes vary more, and with an --image-size, all become squares of 64 or
+that many pixels, cropped likewise. How files are decoded, and where that is kept: kit/decoding.py.
 """
 
 import mimetypes
