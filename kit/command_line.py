@@ -47,7 +47,8 @@ def is_out_of_memory(error: Exception) -> bool:
     """Whether there was no memory, on a GPU or on the CPU. Libraries and drivers have their own
     words for it, and not all of them raise OutOfMemoryError."""
     text = str(error).lower().replace("_", " ")
-    words = "out of memory", "allocate memory", "alloc failed", "allocation failed", "size calculat"
+    words = "out of memory", "allocate memory", "alloc failed", "allocation failed"
+    words += ("storage size calculation overflowed",)
     return isinstance(error, MemoryError) or any(each in text for each in words)
 
 
