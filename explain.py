@@ -32,7 +32,7 @@ from kit import attribution
 from kit.checkpoint import load_weights
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
 from kit.environment import source_hashes
-from kit.fast import set_up_torch
+from kit.fast import channels_last, set_up_torch
 from kit.files import check_writable, locked, only_read, read_small, write_atomically
 from kit.finished import COUNT, check, digest_of, read_classes
 from kit.identity import settings_of
@@ -140,7 +140,7 @@ def load_model(path: Path, config: dict, dataset: data.ImageData, seed=None) -> 
             f"{path} does not load as {config['model']} ({in_one_line(error)}): train it (Git "
             "keeps no weights)"
         ) from None
-    return model.to(memory_format=torch.channels_last).eval()
+    return channels_last(model).eval()
 
 
 def check_predictions(path: Path, config: dict, dataset, idx, predictions) -> str | None:
@@ -181,8 +181,7 @@ def explain(name: str, path: Path, config: dict, dataset: data.ImageData, idx, a
     mean_and_std = dataset.mean_and_std(config.get("normalize"), args.device)
 
     def normalized(idx):
-        images = data.normalize(dataset.test_images[idx].to(args.device), *mean_and_std)
-        return images.contiguous(memory_format=torch.channels_last)
+        return data.normalize(dataset.test_images[idx].to(args.device), *mean_and_std)
 
     labels, images = dataset.test_labels[idx].to(args.device), normalized(idx)
     probabilities, gates, means = attribution.gates_of(model, images)

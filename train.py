@@ -81,7 +81,7 @@ def train(settings, dataset, run: Run) -> dict:
         settings.base_model, len(dataset.classes), loader.channels, settings.width, settings.seed,
         settings.position, settings.reduction,
     ).to(device)  # fmt: skip
-    channels_last(model, loader)  # the layout that convolutions are fastest in
+    channels_last(model)  # the layout that convolutions are fastest in
     optimizer = adam(model, settings.lr, settings.weight_decay)
     scheduler = cosine(optimizer, settings.epochs, settings.warmup)
     ema = EMA(model, settings.ema) if settings.ema else None

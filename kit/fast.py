@@ -109,18 +109,18 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def channels_last(model: torch.nn.Module, loader=None) -> torch.nn.Module:
+def channels_last(model: torch.nn.Module) -> torch.nn.Module:
     """The model in the layout that convolutions are fastest in, in place.
 
-    Convolutions with one output channel stay as they are: for them the two layouts are one to
-    cuDNN, but two to the compiler. So does a narrow model whose loader has an odd batch, on a CPU:
-    in this layout oneDNN's backward pass of a strided 1x1 convolution of fewer than 16 channels
-    then writes beyond its memory (torch 2.11, AVX-512).
+    A narrow model on a CPU stays in the default layout: in channels_last oneDNN's gradient of the
+    weights of a strided 1x1 convolution with fewer than 16 input channels writes beyond its memory
+    (uxlfoundation/oneDNN issue 6035). Convolutions with one output channel stay as they are too:
+    for them the two layouts are the same to cuDNN, but not to the compiler.
     """
-    if loader and loader.images.is_cpu and (loader.n_train | loader.batch_size) % 2:
-        strided = [m for m in model.modules() if getattr(m, "stride", 1) == (2, 2)]
-        if any(m.kernel_size == (1, 1) and m.in_channels < 16 for m in strided):
-            return model
+    convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
+    strided = [m for m in convolutions if m.kernel_size == (1, 1) and m.stride != (1, 1)]
+    if any(m.in_channels < 16 and m.weight.is_cpu for m in strided):
+        return model
     model.to(memory_format=torch.channels_last)
     for parameter in model.parameters():
         if parameter.dim() == 4 and len(parameter) == 1:

@@ -1,5 +1,6 @@
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -124,11 +125,22 @@ def test_best_weights_give_the_predictions_and_the_accuracy(finished_run, fashio
     assert result_of(finished_run)["test_acc"] == pytest.approx(correct)
 
 
-def test_an_odd_batch_of_a_narrow_model_does_not_crash_pytorch(tmp_path):
-    """In the layout channels_last it does, on a CPU with AVX-512: so from a process of its own."""
-    flags = ["--model", "baseline", "--width", "8", "--limit-train", "63", "--limit-test", "20"]
-    place = ["--data-dir", REPO / "data", "--runs", tmp_path, "--device", "cpu", "--epochs", "1"]
-    assert "test accuracy" in script("train.py", *flags, *place).stdout
+@pytest.mark.parametrize(("isa", "width", "batch"), [("AVX2", 4, 16), ("AVX512_CORE", 8, 15)])
+def test_training_a_narrow_model_damages_no_memory(isa, width, batch, tmp_path):
+    """In channels_last oneDNN writes beyond its memory, which glibc's checks find at once."""
+    env = {"LD_PRELOAD": "libc_malloc_debug.so.0", "MALLOC_CHECK_": "3"}
+    env |= {"OMP_NUM_THREADS": "1", "ONEDNN_MAX_CPU_ISA": isa}
+    flags = ["--model", "se", "--width", str(width), "--batch-size", str(batch), "--mode", "eager"]
+    small = ["--limit-train", "48", "--limit-test", "20", "--epochs", "1", "--device", "cpu"]
+    place = ["--data-dir", REPO / "data", "--runs", tmp_path]
+    run = script("train.py", *flags, *small, *place, env=os.environ | env, timeout=200)
+    assert "test accuracy" in run.stdout, run.stderr
+
+
+def test_a_narrow_model_on_a_cpu_keeps_the_default_layout():
+    for width, last in ((2, False), (8, False), (15, False), (16, True), (64, True)):
+        weight = channels_last(build_model("baseline", width=width)).layer1[0].conv1.weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == last
 
 
 def test_the_loop_equals_an_obvious_one(finished_run, fashion_mnist):
