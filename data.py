@@ -140,6 +140,7 @@ class Loader:
             self.train_idx = self.train_idx[: settings.limit_train]
             val_idx = val_idx[: max(settings.batch_size, settings.limit_train // 9)]
         self.n_train = len(self.train_idx)
+        self.steps = -(-self.n_train // self.batch_size)  # per epoch, the last partial batch too
         if self.n_train < 2 or 1 in (self.batch_size, self.n_train % self.batch_size):
             raise UserError(
                 f"{self.n_train:,} training images in batches of {self.batch_size} leave a batch "

@@ -27,7 +27,7 @@ class Progress:
     """How far a run is. It is true between any two steps, and is saved as it stands."""
 
     history: list[dict] = field(default_factory=list)  # a row of metrics.jsonl per epoch
-    best: dict | None = None  # weights of the first epoch with the highest validation accuracy
+    best: dict | None = None  # weights to be tested, so far: see end_epoch
     # Of the partial epoch:
     step: int = 0
     losses: torch.Tensor | None = None  # (steps,), on the device
@@ -40,6 +40,7 @@ class Progress:
 
     @property
     def best_epoch(self) -> int:
+        """The first with the highest validation accuracy."""
         return max(self.history, key=lambda row: row["val_acc"])["epoch"] if self.history else 0
 
     def begin_epoch(self, steps: int, device: torch.device) -> None:
@@ -49,11 +50,12 @@ class Progress:
             self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.losses, self.correct = self.losses.to(device), self.correct.to(device)
 
-    def end_epoch(self, row: dict, model: torch.nn.Module) -> None:
-        """Appends the epoch's row, and copies the weights if they are the best so far."""
+    def end_epoch(self, row: dict, model: torch.nn.Module, tested: str) -> None:
+        """Appends the epoch's row. Copies the weights if they are the best so far, or if the last
+        are to be tested."""
         self.history.append(row)
         self.step = 0
-        if self.best_epoch == self.epochs:
+        if tested == "last" or self.best_epoch == self.epochs:
             self.best = {key: value.clone() for key, value in model.state_dict().items()}
 
 

@@ -36,7 +36,7 @@ DEFAULT = "default"  # to be compared with: of benchmark.py, on CUDA; on a CPU i
 FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}
 # `auto` compiles runs of at least so many steps. On two CPU cores compiling took 50 s, and saved
 # nothing to 11 ms a step (results/cpu_2_cores); on an H100 it took 20 to 36 s. Guesses so far.
-COMPILE_PAYS_FROM = {"cpu": 8_000, "cuda": 20_000}
+COMPILE_PAYS_FROM = 8_000
 # Relative error. Rounding to bf16 makes up to 0.2, other random numbers (dropout) may make more; a
 # compiler's fault about 1, or NaN.
 WRONG_GRADIENTS = 0.9
@@ -59,7 +59,7 @@ def choose_mode(name: str, device: torch.device, steps: int) -> str:
     """`auto`: the mode in which a run of `steps` steps should take the least time in all."""
     if name != "auto":
         return name
-    parts = ["compile"] * (steps >= COMPILE_PAYS_FROM[device.type])
+    parts = ["compile"] * (steps >= COMPILE_PAYS_FROM)
     parts += ["graph"] * (device.type == "cuda")
     return "+".join(parts) or "eager"
 

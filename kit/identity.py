@@ -15,7 +15,7 @@ NO_SETTING = {
     "command", "data_dir", "dataset", "runs", "device", "target_acc", "overwrite", "keep_last",
     "dry_run", "self_check", "overrides", "quick", "base_model", "auto_precision",
 }  # fmt: skip
-NOT_USED = (None, 0, False, "half")  # how config.json says so
+NOT_USED = (None, 0, False, "half", "epoch", "best")  # how config.json says so
 FASHION_MNIST = "023af56f2df4044c"  # the digest: its files were always verified
 CIRCUMSTANCES = ("device", "torch", "precision", "mode")  # and the code
 

@@ -102,7 +102,7 @@ class Run:
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
         # `auto` looks at the length of the whole run, so that a resumed one takes the same mode.
-        steps = s.epochs * loader.n_train // s.batch_size
+        steps = s.epochs * loader.steps
         full_batches = loader.n_train >= s.batch_size  # the other modes are for these
         self.mode = choose_mode(s.mode, s.device, steps) if full_batches else "eager"
         self.config |= {"mode": self.mode, "optimizer": type(optimizer).__name__}
@@ -218,7 +218,8 @@ class Run:
         """Writes result.json, which is returned."""
         self.save() if self.settings.keep_last else self.write_best_and_metrics()
         s, loader, history = self.settings, self.loader, self.progress.history
-        seconds, best_epoch = sum(row["seconds"] for row in history), self.progress.best_epoch
+        seconds = sum(row["seconds"] for row in history)
+        best_epoch = len(history) if s.tested == "last" else self.progress.best_epoch
         result = {
             "model": s.model,
             "dataset": s.dataset_name,
@@ -227,7 +228,7 @@ class Run:
             "width": s.width,
             **accuracies,  # test_acc, test_acc_last
             "val_acc": history[best_epoch - 1]["val_acc"],
-            "best_epoch": best_epoch,
+            "best_epoch": best_epoch,  # whose weights are tested: best.pt
             "epochs_run": len(history),
             "stopped_early": len(history) < s.epochs,
             "test_images": len(loader.test[1]),
@@ -257,14 +258,14 @@ class Run:
         if self.settings.dry_run:
             print("dry run: one batch each was trained, validated and tested; no run is kept")
             return 0
-        smoke_test = "; a smoke test, not a result" * result["quick"]
+        s, smoke_test = self.settings, "; a smoke test, not a result" * result["quick"]
+        last = f", {result['test_acc_last']:.2f}% with the last" if s.tested == "best" else ""
         print(
-            f"test accuracy {result['test_acc']:.2f}% with the best weights (epoch "
-            f"{result['best_epoch']}, validation {result['val_acc']:.2f}%), "
-            f"{result['test_acc_last']:.2f}% with the last; epochs: {result['epochs_run']}, "
-            f"training: {result['train_seconds']:.0f} s{smoke_test}"
+            f"test accuracy {result['test_acc']:.2f}% with the {s.tested} weights (epoch "
+            f"{result['best_epoch']}, validation {result['val_acc']:.2f}%){last}; epochs: "
+            f"{result['epochs_run']}, training: {result['train_seconds']:.0f} s{smoke_test}"
         )
-        accuracy, target = result["test_acc"], self.settings.target_acc
+        accuracy, target = result["test_acc"], s.target_acc
         if target is not None and accuracy < target:
             raise UserError(f"test accuracy {accuracy:.2f}% misses the target of {target:g}%")
         return 0

@@ -1,6 +1,7 @@
 """The command line of train.py: a flag for each setting of a recipe, and those of a run."""
 
 import argparse
+import math
 import shlex
 import sys
 from pathlib import Path
@@ -14,11 +15,13 @@ import torch
 WIDTH = 64  # channels of the first stage, as published
 # The least and the most of a setting; of the others 0 and 10^9.
 BOUNDS = {
-    "epochs": (1, 1e9), "batch_size": (1, 1e9), "patience": (1, 1e9), "lr": (1e-9, 1e9),
+    "epochs": (1, 1e9), "batch_size": (1, 1e9), "lr": (1e-9, 1e9),
     "label_smoothing": (0, 1), "ema": (0, 0.999999), "erase": (0, 1), "crop": (0, 256),
     "randaugment": (0, 14), "cutmix": (0, 100), "mixup": (0, 100),
 }  # fmt: skip
-CHOICES = {"normalize": ("half", "data")}
+CHOICES = {
+    "normalize": ("half", "data"), "anneal": ("epoch", "batch"), "tested": ("best", "last"),
+}  # fmt: skip
 
 
 def number(kind: type, least: float, most: float):
@@ -105,7 +108,7 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
     """
     parser = train_parser(description, table, recipes, models, data)
     settings = parser.parse_args(argv)
-    recipe, published = recipes[settings.recipe], recipes["published"]
+    recipe = recipes[settings.recipe]
     for name, value in recipe.items():
         if getattr(settings, name) is None:
             setattr(settings, name, value)
@@ -131,13 +134,10 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
     # What differs from the recipe: the report keeps such runs apart.
     own = recipe | dict(width=WIDTH, precision=choose_precision("auto", settings.device))
     settings.overrides = {k: v for k in own if (v := getattr(settings, k)) != own[k]}
-    # A smoke test rather than a result: the report says so wherever it shows its figures.
-    settings.quick = bool(
-        settings.limit_train
-        or settings.limit_test
-        or settings.epochs < published["epochs"]
-        or settings.patience < published["patience"]
-        or settings.width != WIDTH
+    # A smoke test is shorter than its recipe: the report says so wherever it shows its figures.
+    length = ("epochs", "patience", "limit_train", "limit_test")  # 0: without a limit
+    settings.quick = settings.recipe == "quick" or any(
+        (getattr(settings, key) or math.inf) < (recipe[key] or math.inf) for key in length
     )
     settings.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
     return settings

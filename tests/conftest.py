@@ -18,6 +18,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 REPO = Path(__file__).resolve().parent.parent
 # A run of a second or two: narrow, three batches an epoch, the last of them partial.
@@ -155,6 +157,22 @@ def assert_same(found, expected):
             assert_same(*pair)
     else:
         assert found == expected
+
+
+class HostWatch(TorchDispatchMode):
+    """Notes what makes the host wait: values read, tensors of the CPU among those of the GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
+        kinds = {t.device.type for t in tensors if t.dim()}
+        if len(kinds) > 1 or function is torch.ops.aten._local_scalar_dense.default:
+            self.found.append(str(function))
+        return out
 
 
 # --- Studies that were never trained, as report.py sees them --------------------------------------

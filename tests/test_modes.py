@@ -19,10 +19,8 @@ from models import MODELS, build_model
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, assert_same, is_one_line, script, stop_at, train_small
+from conftest import REPO, HostWatch, assert_same, is_one_line, script, stop_at, train_small
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 CPU = torch.device("cpu")
 FOLDER = "fashion_mnist/published/baseline/seed0"
@@ -330,22 +328,6 @@ def test_whatever_means_out_of_memory_is_called_that(words, capsys):
     assert capsys.readouterr().err == error
     assert command_line.is_out_of_memory(MemoryError())
     assert not command_line.is_out_of_memory(RuntimeError("CUDNN_STATUS_NOT_SUPPORTED"))
-
-
-class HostWatch(TorchDispatchMode):
-    """Notes what makes the host wait: values read, tensors of the CPU among those of the GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.found = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor)]
-        kinds = {t.device.type for t in tensors if t.dim()}
-        if len(kinds) > 1 or function is torch.ops.aten._local_scalar_dense.default:
-            self.found.append(str(function))
-        return out
 
 
 def waits(model, device):

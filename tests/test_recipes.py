@@ -1,4 +1,4 @@
-"""The parts of the recipe `strong`, each against its formula, and all against an obvious loop."""
+"""Recipes: the parts of `strong`, each against its formula; the schedule of `short`, its resumption."""
 
 import copy
 import json
@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, assert_same, settings_of, stop_at
+from conftest import REPO, HostWatch, assert_same, metrics_of, settings_of, stop_at
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 FLAGS = ["--model", "cbam_blocks", "--recipe", "strong", "--cutmix", "1", "--width", "8"]
 FLAGS += ["--device", "cpu"]
@@ -47,7 +49,7 @@ def test_adamw_decays_the_weights_alone():
 
 def test_warm_up_then_cosine():
     optimizer = train.adam(torch.nn.Linear(2, 2), 0.4)
-    scheduler = train.cosine(optimizer, epochs=10, warmup=3)
+    scheduler = train.cosine(optimizer, steps=10, warmup=3)
     found = []
     for _ in range(10):
         found.append(float(scheduler.get_last_lr()[0]))
@@ -163,6 +165,98 @@ def test_compiled_it_does_the_same(strong_run, tmp_path):
         for f in (strong_run, tmp_path / FOLDER)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+# --- short: annealed per batch, the last weights tested -------------------------------------------
+
+SHORT = ["--model", "se", "--recipe", "short", "--width", "8", "--limit-train", "80", "--epochs", "3"]
+SHORT += ["--batch-size", "16", "--limit-test", "40", "--device", "cpu", "--keep-last"]
+SHORT += ["--data-dir", str(REPO / "data")]  # 5 steps an epoch, 15 in all
+SHORT_FOLDER = "fashion_mnist/short/se/seed0"
+
+
+def rate(step, warmup=0, steps=15):
+    if step < warmup:
+        return 1e-3 * (step + 1) / (warmup + 1)
+    return 5e-4 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
+
+
+@pytest.mark.parametrize(
+    ("mode", "warmup"),
+    [("eager", 0), ("eager", 1), pytest.param("compile", 0, marks=pytest.mark.slow)],
+)
+def test_the_learning_rate_of_every_step(mode, warmup, tmp_path):
+    rates = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(float(optimizer.param_groups[0]["lr"]))
+    )
+    try:
+        flags = [*SHORT, "--mode", mode, "--warmup", str(warmup), "--runs", str(tmp_path)]
+        assert train.main(flags) == 0
+    finally:
+        hook.remove()
+    expected = [rate(step, 5 * warmup) for step in range(15)]
+    assert rates[-15:] == pytest.approx(expected)  # a compiled step was tried before
+    epochs = [row["lr"] for row in metrics_of(tmp_path / SHORT_FOLDER)]
+    at_the_end = [rate(step, 5 * warmup) for step in (5, 10, 15)]
+    assert epochs == pytest.approx(at_the_end, abs=1e-12) and epochs[-1] == 0
+
+
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    runs = tmp_path_factory.mktemp("short")
+    assert train.main([*SHORT, "--runs", str(runs)]) == 0
+    return runs / SHORT_FOLDER
+
+
+@pytest.mark.parametrize("n", [3, 9])
+def test_short_stopped_within_an_epoch_ends_the_same(n, short_run, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_at(n, patch)
+        assert train.main([*SHORT, "--runs", str(tmp_path)]) == 130
+    state = checkpoint.load(tmp_path / SHORT_FOLDER / "last.pt")
+    assert state["progress"]["step"] == {3: 2, 9: 2}[n]
+    assert train.main([*SHORT, "--runs", str(tmp_path)]) == 0
+    assert metrics_of(tmp_path / SHORT_FOLDER) == metrics_of(short_run)
+    ends = [checkpoint.load(runs / "last.pt") for runs in (tmp_path / SHORT_FOLDER, short_run)]
+    for part in ("model", "optimizer", "scheduler"):
+        assert_same(*(end[part] for end in ends))
+
+
+def test_short_tests_the_last_weights(short_run):
+    """Whichever epoch is best in validation: best.pt holds what test_predictions.npy is of."""
+    result = json.loads((short_run / "result.json").read_text())
+    rows = metrics_of(short_run)
+    assert result["test_acc"] == result["test_acc_last"] and result["best_epoch"] == 3
+    assert result["val_acc"] == rows[-1]["val_acc"]
+    tested, last = (checkpoint.load(short_run / f"{name}.pt") for name in ("best", "last"))
+    assert_same(tested, dict(last["model"]))
+    assert result["epochs_run"] == 3 and not result["stopped_early"]
+
+
+def test_on_a_gpu_the_rate_is_set_without_waiting():
+    with FakeTensorMode(), HostWatch() as watch:
+        optimizer = torch.optim.Adam(torch.nn.Linear(2, 2, device="cuda").parameters())
+        optimizer.param_groups[0]["lr"] = torch.tensor(1e-3, device="cuda")  # as train.adam does
+        for warmup in (0, 4):
+            scheduler = train.cosine(optimizer, steps=20, warmup=warmup)
+            for _ in range(20):
+                scheduler.step()
+        assert optimizer.param_groups[0]["lr"].is_cuda
+    assert watch.found == []
+
+
+@pytest.mark.parametrize(("flags", "quick"), [
+    ("--recipe published", False), ("--recipe short", False), ("--recipe strong", False),
+    ("--recipe quick", True), ("--recipe quick --epochs 50 --limit-train 0", True),
+    ("--recipe short --epochs 9", True), ("--recipe short --epochs 20", False),
+    ("--recipe short --patience 3", True), ("--recipe published --patience 9", True),
+    ("--recipe published --patience 0", False), ("--recipe published --epochs 49", True),
+    ("--recipe short --limit-train 50000", True), ("--recipe short --limit-test 9999", True),
+    ("--recipe short --width 16", False), ("--recipe published --width 8", False),
+])  # fmt: skip
+def test_a_smoke_test_is_shorter_than_its_own_recipe(flags, quick):
+    assert settings_of("--model", "se", *flags.split()).quick == quick
 
 
 OFF = ["--weight-decay", "0", "--warmup", "0", "--label-smoothing", "0", "--ema", "0"]
