@@ -1,4 +1,4 @@
-"""Recipes: the parts of `strong`, each against its formula; the schedule of `short`, its resumption."""
+"""Recipes: the parts of `strong` against their formulas, the schedule of `short`."""
 
 import copy
 import json
@@ -169,8 +169,18 @@ def test_compiled_it_does_the_same(strong_run, tmp_path):
 
 # --- short: annealed per batch, the last weights tested -------------------------------------------
 
-SHORT = ["--model", "se", "--recipe", "short", "--width", "8", "--limit-train", "80", "--epochs", "3"]
-SHORT += ["--batch-size", "16", "--limit-test", "40", "--device", "cpu", "--keep-last"]
+SHORT = ["--model", "se", "--recipe", "short", "--width", "8", "--limit-train", "80"]
+SHORT += [
+    "--epochs",
+    "3",
+    "--batch-size",
+    "16",
+    "--limit-test",
+    "40",
+    "--device",
+    "cpu",
+    "--keep-last",
+]
 SHORT += ["--data-dir", str(REPO / "data")]  # 5 steps an epoch, 15 in all
 SHORT_FOLDER = "fashion_mnist/short/se/seed0"
 
