@@ -40,9 +40,9 @@ from kit import fast, training_speed
 from kit.command_line import UserError, exit_code, is_out_of_memory, make_parser
 from kit.environment import device_name, source_hashes
 from kit.files import check_writable, locked, write_atomically
-from kit.finished import read_run
 from kit.preflight import choose_device, preflight
 from kit.results import rows_that_stay
+from kit.runs import read_run
 from models import MODELS, build_model, count_parameters
 
 import numpy as np

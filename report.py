@@ -1,7 +1,7 @@
 """From run folders to a report: is a model better than the baseline, and what does it cost?
 
     python report.py                                  # runs/ -> results/
-    python report.py --runs DIR --out DIR             # either may hold benchmark.json, explain.json
+    python report.py --runs DIR --out DIR             # either may hold benchmark.json
     python report.py --compare DIR                    # with another recipe, precision or GPU
     python report.py --formats png pdf svg            # figures for a paper; its table: results.tex
     python report.py --out results/mine --readme README.md    # rewrites the README's blocks
@@ -28,14 +28,15 @@ import os
 import re
 import sys
 from pathlib import Path
+from urllib.parse import quote
 
 from kit import words
 from kit.command_line import UserError, exit_code, make_parser
 from kit.figures import FIGURES, FORMATS, draw_figures
 from kit.files import check_writable, locked, write_atomically
-from kit.findings import Findings, compare, explained_of, have_same_labels
-from kit.identity import different_settings
+from kit.findings import Findings, compare, have_same_labels
 from kit.results import PUBLISHED, Study, read_rows, read_studies
+from kit.runs import different
 from kit.verdicts import Comparison, seeds_in_words
 
 import markdown
@@ -57,23 +58,21 @@ def make_report(
         where = f"{runs_dir}" + ", which is no folder" * (not runs_dir.is_dir())
         raise UserError(f"no finished run below {where}: {words.one_line(reasons)}")
     costs, damaged = read_rows(first_of(out, runs_dir, "benchmark.json"))
-    seen, of_seen = read_rows(first_of(out, runs_dir, "explain.json"))
-    problems += damaged + of_seen
-    explained = explained_of(studies, seen, problems)
-    found = [Findings(*each, costs) for each in zip(studies, explained, strict=True)]
+    problems += damaged
+    found = [Findings(study, costs) for study in studies]
     first = found[0]
     unread = ("left out, its files", "left out, it cannot be read")
     first.damaged = [line for line in problems if any(words in line for words in unread)]
     figures = draw_figures(first, formats)
     pictures = {name: body for name, body in figures.items() if name in FIGURES}
-    pictures |= explained_pictures(first.explained, out)
+    pictures |= explained_pictures(first.study, out)
     there = compare_runs(first, other, problems) if other else None
     if other and not there:
         print(f"note: {words.one_line(problems[-1])}", file=sys.stderr)
     machines = {}  # what inference was timed on, and with which images -> its rows
     for row in costs:
-        images = f"{row.get('image', '1x28x28')}, {row.get('classes', 10)} classes"
-        name = f"{row['device']}; torch {row.get('torch') or 'unknown'}; images {images}"
+        images = f"{row['image']}, {row['classes']} classes"
+        name = f"{row['device']}; torch {row['torch']}; images {images}"
         machines.setdefault(name, []).append(row)
     sections = [f for f in found if f is first or f.against]
     report = words.fill(
@@ -116,33 +115,35 @@ def compare_runs(here: Findings, folder: Path, problems: list[str]) -> dict | No
     studies.sort(key=lambda study: study.title != here.study.title)
     for study in studies[1:]:
         problems.append(f"--compare {folder}: {study.title} there is not compared")
-    there = Findings(studies[0], [], [])  # its inference times are for a report of its own
+    there = Findings(studies[0], [])  # its inference times are for a report of its own
     settings, others = (study.all_runs[0].settings for study in (here.study, studies[0]))
     of_data = {key: settings.get(key) for key in ("data", "test_images", "image", "classes")}
-    different = different_settings({key: others.get(key) for key in of_data}, of_data)
-    if different or not have_same_labels(here.study.all_runs + studies[0].all_runs):
-        different = "; ".join(different) or "other test labels"
-        problems.append(f"--compare {folder}: not compared, {different}")
+    differences = different({key: others.get(key) for key in of_data}, of_data)
+    if differences or not have_same_labels(here.study.all_runs + studies[0].all_runs):
+        why = "; ".join(differences) or "other test labels"
+        problems.append(f"--compare {folder}: not compared, {why}")
         return None
     models = [model for model in here.models if model in there.models]
     found = compare(here.study, {model: (model, model) for model in models}, there.study)
     return {
         "folder": folder, "found": there, "models": models, "against": found,
-        "different": different_settings(others, settings),
+        "different": different(others, settings),
         "notes": list(dict.fromkeys(line for c in found.values() for line in c.unlike)),
     }  # fmt: skip
 
 
-def explained_pictures(rows: list[dict], out: Path) -> dict[str, bytes]:
-    """{file name: PNG}: the models side by side, and each of those with gates."""
-    # The models side by side, unless it has been drawn of other runs since.
-    names = ["explain_compare.png"] if len(rows) > 1 and all(map(is_compared, rows)) else []
-    names += [row["picture"] for row in [row for row in rows if row["gates"]] or rows[:1]]
-    return {name: (out / name).read_bytes() for name in names if (out / name).is_file()}
-
-
-def is_compared(row: dict) -> bool:
-    return bool(row.get("compared", True))  # older rows do not say
+def explained_pictures(study: Study, out: Path) -> dict[str, bytes]:
+    """{link from the report: PNG}: the models side by side, and each of those with gates."""
+    runs = [run for run in study.all_runs if run.explained]
+    paths = [out / "explain_compare.png"] if len(runs) > 1 else []
+    shown = [run for run in runs if run.explained["gates"]] or runs[:1]
+    paths += [run.folder / "explain.png" for run in shown]
+    found = {}
+    for path in paths:
+        if path.is_file() and not path.is_symlink():  # a stranger's link may lead anywhere
+            link = quote(Path(os.path.relpath(path, out)).as_posix())
+            found[link] = path.read_bytes()
+    return {link: body for link, body in found.items() if body.startswith(b"\x89PNG")}
 
 
 def as_page(report: str, pictures: dict[str, bytes]) -> str:

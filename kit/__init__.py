@@ -11,14 +11,14 @@ What figures depend on
 
 A run
     settings        the flags of train.py, made from its tables
-    run             resume, signals, saving, logging, result.json;  run_folder: its files
-    identity        is it the same run, may runs be compared?  finished: one that is complete, read
+    run             resume, signals, saving, logging, result.json
+    runs            a run's folder: read, checked, compared, locked
     checkpoint      last.pt: states saved, verified, loaded in place
     preflight       will this machine do, on which device?  environment: what it is (env.json)
     tensorboard_log, command_line (errors, exit codes), files
 
 The report and the pictures
-    results         studies of comparable runs; rows of benchmark.json and explain.json
+    results         studies of comparable runs; rows of benchmark.json
     verdicts        is a difference real?  findings, costs: what a study shows, in numbers
     report.md, readme_block.md, page.html       Jinja templates;  words: their sentences and cells
     figures         the report's figures;  plots: matplotlib as they need it

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kit.command_line import UserError, is_out_of_memory
-from kit.identity import different_settings, settings_of
+from kit.runs import different, settings_of
 
 import torch
 
@@ -132,8 +132,8 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
             continue
         try:
             state = load(path)
-            if different := different_settings(settings_of(state["config"]), settings_of(config)):
-                raise ValueError(f"it is of a run with {'; '.join(different)}")
+            if other := different(settings_of(state["config"]), settings_of(config)):
+                raise ValueError(f"it is of a run with {'; '.join(other)}")
             progress = Progress(**state["progress"])
             if [row["epoch"] for row in progress.history] != list(range(1, progress.epochs + 1)):
                 raise ValueError("its epochs are not in order")

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from statistics import median
 
-from kit.identity import edited
 from kit.results import Study, in_table_order
+from kit.runs import edited
 
 
 @dataclass
@@ -26,11 +26,11 @@ def measured(study: Study, rows: list[dict]) -> dict[str, dict]:
     rows = [
         row for row in rows
         if row["mode"] == "eager" and row["precision"] in ("default", "fp32")
-        and (row.get("width", 64), row.get("image", "1x28x28"), row.get("classes", 10)) == own
+        and (row["width"], row["image"], row["classes"]) == own
     ]  # fmt: skip
     # Times are compared on one machine: that of the runs, or else that of most rows.
-    machines = [(row["device"], row.get("torch")) for row in rows]
-    of_runs = {(run.result["device"], run.env.get("torch")) for run in study.all_runs}
+    machines = [(row["device"], row["torch"]) for row in rows]
+    of_runs = {(run.result["device"], run.env["torch"]) for run in study.all_runs}
     machine = max(machines, key=lambda m: (m in of_runs, machines.count(m)), default=None)
     rows = [row for row, its in zip(rows, machines, strict=True) if its == machine]
     published = "default" if "default" in {row["precision"] for row in rows} else "fp32"
@@ -44,7 +44,7 @@ def by_other_code(study: Study, costs: dict[str, dict]) -> dict[str, list[str]]:
     """{model: scripts that were edited between its runs and its row}, as far as that is known."""
     found = {}
     for model, row in costs.items():
-        of_row = row.get("sha256") or {}
+        of_row = row["sha256"]
         codes = [run.circumstances["code"] for run in study.runs.get(model, [])]
         scripts = {
             name for code in codes if code for name in edited(of_row, code) if name in of_row

@@ -6,11 +6,14 @@ through `write_atomically`.
 """
 
 import fcntl
+import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from kit.command_line import in_one_line
 
 SMALL = 2**26  # bytes, far above what a small file of a run has
 _only_read: list[Path] = []
@@ -72,6 +75,44 @@ def read_small(path: Path) -> bytes:
     if not path.is_file():
         raise OSError(f"{path} is no file")
     return path.read_bytes()
+
+
+def fits(value, kind) -> bool:
+    """kind: a type, (least, most) of a number, a range of whole numbers, or a test."""
+    if isinstance(kind, tuple):
+        return type(value) in (int, float) and kind[0] <= value <= kind[1]  # nan and inf are not
+    if isinstance(kind, range):
+        return type(value) is int and value in kind
+    return type(value) is kind if isinstance(kind, type) else kind(value)
+
+
+def maybe(kind):
+    """A kind that may be absent or null."""
+    return lambda value: value is None or fits(value, kind)
+
+
+def check(content: dict, kinds: dict) -> dict:
+    """`content`, or an exception of any kind that names a value that is missing or cannot be."""
+    for key, kind in kinds.items():
+        if not fits(content.get(key), kind):
+            raise ValueError(f"{key} is {content.get(key)}")
+    return content
+
+
+def read_json(path: Path, kinds: dict | None = None):
+    """The object in a .json file, or the list of those in a .jsonl file. Raises ValueError that
+    names the file unless each has a value of its kind under each key."""
+    try:
+        body = read_small(path)
+        lines = body.splitlines() if path.suffix == ".jsonl" else [body]
+        found = [check(json.loads(line), kinds or {}) for line in lines]
+    except Exception as error:  # whatever a damaged file leads to
+        raise ValueError(f"{path.name}: {in_one_line(error)}") from error
+    return found if path.suffix == ".jsonl" else found[0]
+
+
+def write_json(path: Path, content) -> None:
+    write_atomically(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
 
 def check_writable(folder: Path, advice: str = "choose another --out") -> None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from kit import costs, verdicts
-from kit.finished import Run
-from kit.identity import unlike
 from kit.results import Study, in_table_order
+from kit.runs import FinishedRun, unlike
 from kit.verdicts import Comparison
 
 import numpy as np
@@ -28,8 +27,9 @@ class ByClass:
 class Findings:
     """Everything about one study."""
 
-    def __init__(self, study: Study, explained: list[dict], cost_rows: list[dict]):
-        self.study, self.explained = study, explained  # rows of explain.json, of this study's runs
+    def __init__(self, study: Study, cost_rows: list[dict]):
+        self.study = study
+        self.explained = [run.explained for run in study.all_runs if run.explained]
         self.damaged: list[str] = []  # runs that are left out, in words
         # Beside a smoke test or other settings, the published figures would only mislead.
         like_it = not study.result["quick"] and study.overrides.keys() <= {"precision", "mode"}
@@ -104,7 +104,7 @@ class Findings:
 # --- Accuracy -------------------------------------------------------------------------------------
 
 
-def summarize(runs: list[Run]) -> dict:
+def summarize(runs: list[FinishedRun]) -> dict:
     """Over the seeds of one model. sd: the sample standard deviation (n - 1); None for one run."""
     accuracies = [run.result["test_acc"] for run in runs]
     n, middle = len(runs), mean(accuracies)
@@ -140,8 +140,7 @@ def compare(study: Study, pairs: dict, other: Study | None = None) -> dict[str, 
         name: (study.accuracies(model), (other or study).accuracies(reference))
         for name, (model, reference) in pairs.items()
     }
-    n_images = study.result["test_images"] or 10_000  # it may not be known
-    found = compared(values, lambda name: 100 / n_images)
+    found = compared(values, lambda name: 100 / study.result["test_images"])
     there = other.all_runs if other else []
     for name, comparison in found.items():
         both = zip((study, other or study), pairs[name], strict=True)
@@ -158,13 +157,13 @@ def compared(values: dict, step) -> dict[str, Comparison]:
     return found
 
 
-def have_same_labels(runs: list[Run]) -> bool:
+def have_same_labels(runs: list[FinishedRun]) -> bool:
     """Whether these runs were tested on the same images, as far as their labels are there."""
     labels = [run.labels for run in runs if run.labels is not None]
     return all(np.array_equal(other, labels[0]) for other in labels)
 
 
-def same_labels(runs: list[Run]) -> bool:
+def same_labels(runs: list[FinishedRun]) -> bool:
     """Whether the predictions of these runs are there, and of the same images."""
     labels = runs[0].labels
     return all(r.correct is not None and np.array_equal(r.labels, labels) for r in runs)
@@ -204,34 +203,6 @@ def compare_classes(study: Study, models: list[str]) -> ByClass | None:
 
 
 # --- What attention attends to --------------------------------------------------------------------
-
-
-def explained_of(studies: list[Study], rows: list[dict], problems: list[str]) -> list[list[dict]]:
-    """Of each study the rows that are of its runs; adds those that are of none to the problems."""
-    found, strangers = [{} for _ in studies], len(rows)
-    for row, (study, own) in itertools.product(rows, zip(studies, found, strict=True)):
-        run, n = study.by_seed(row["model"]).get(row["seed"]), row["test_images"]
-        wanted = dict(dataset=study.dataset, recipe=study.recipe, overrides=study.overrides)
-        if run is None or not wanted.items() <= row.items():
-            continue
-        strangers -= 1
-        if row.get("predictions") and run.predicted:
-            fits = row["predictions"] == run.predicted
-        else:  # it is not known; precisions may differ by so much, not by more
-            same_images = n == run.result["test_images"]
-            fits = not same_images or abs(run.result["test_acc"] - row["test_acc"]) <= 0.5
-        if fits:
-            own.setdefault(row["model"], []).append(row)
-        else:
-            problems.append(
-                f"explain.json: {row['model']} seed {row['seed']} left out, it is not of the run "
-                "that is here now: run python explain.py again"
-            )
-    if strangers:
-        problems.append(
-            f"explain.json: {strangers} of its {len(rows)} entries belong to no run here"
-        )
-    return [[row for model in in_table_order(own) for row in own[model]] for own in found]
 
 
 def ablation(row: dict) -> tuple[float, tuple[float, float]] | None:

@@ -1,4 +1,4 @@
-"""All that report.py may compare: finished runs in studies, rows of benchmark.json, explain.json.
+"""All that report.py may compare: finished runs in studies, and rows of benchmark.json.
 
 Needs no torch. A run folder lies anywhere below --runs and is what its result.json says. What is
 damaged or does not fit the others is named in one line and left out.
@@ -14,9 +14,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit.command_line import in_one_line
-from kit.files import read_small
-from kit.finished import ROWS, Run, check, read_run
-from kit.identity import different_settings, settings_of
+from kit.files import check, maybe, read_json, read_small
+from kit.runs import (
+    COUNT,
+    NUMBER,
+    PERCENT,
+    POSITIVE,
+    SIZE,
+    FinishedRun,
+    are_hashes,
+    different,
+    is_name,
+    read_run,
+)  # fmt: skip
 
 import numpy as np
 
@@ -27,6 +37,20 @@ PUBLISHED = {
     "cbam_blocks": dict(test_acc=92.59, params_m=11.26, flops_g=0.92, ms_per_image=0.09),
     "cbam_classifier": dict(test_acc=93.18, params_m=11.21, flops_g=0.92, ms_per_image=0.07),
 }
+COST = dict(
+    model=is_name, precision=is_name, mode=is_name, device=str, torch=str, image=str, classes=SIZE,
+    batch_size=SIZE, width=SIZE, sha256=are_hashes, params=POSITIVE, flops=POSITIVE,
+    flops_aten=POSITIVE, ms_per_image=POSITIVE, ms_per_image_p10=POSITIVE,
+    ms_per_image_p90=POSITIVE, ms_per_image_p99=POSITIVE,
+)  # fmt: skip
+STAGE = dict(
+    mean=NUMBER, spread_over_channels=NUMBER, spread_over_images=NUMBER, hardly_vary=(0, 1),
+    saturated=maybe((0, 1)),
+)  # fmt: skip
+EXPLAINED = dict(
+    test_images=SIZE, test_acc=PERCENT, test_acc_gates_fixed=maybe(PERCENT), won=COUNT, lost=COUNT,
+    gates=lambda gates: all(check(stage, STAGE) for stage in gates.values()),
+)  # fmt: skip
 
 
 @dataclass
@@ -36,11 +60,11 @@ class Study:
     dataset: str
     recipe: str
     overrides: dict
-    runs: dict[str, list[Run]]  # model -> its runs by seed
-    left_out: dict[str, list[Run]]  # why -> runs that are no result or cannot be compared
+    runs: dict[str, list[FinishedRun]]  # model -> its runs by seed
+    left_out: dict[str, list[FinishedRun]]  # why -> runs that are no result or cannot be compared
 
     @property
-    def all_runs(self) -> list[Run]:
+    def all_runs(self) -> list[FinishedRun]:
         return [run for runs in self.runs.values() for run in runs]
 
     @property
@@ -61,7 +85,7 @@ class Study:
         """Of the first run: width, quick, image, classes and test_images are those of all."""
         return self.all_runs[0].result
 
-    def by_seed(self, model: str) -> dict[int, Run]:
+    def by_seed(self, model: str) -> dict[int, FinishedRun]:
         return {run.seed: run for run in self.runs.get(model, [])}
 
     def accuracies(self, model: str) -> dict[int, float]:
@@ -77,9 +101,10 @@ def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
             continue
         try:
             run = read_run(folder)
+            run.explained = read_explained(run, problems)
             key = [run.result[key] for key in ("dataset", "recipe", "quick")]
-            overrides = settings_of(run.result["overrides"])
-            groups.setdefault((*key, json.dumps(overrides, sort_keys=True)), []).append(run)
+            overrides = json.dumps(run.result["overrides"], sort_keys=True)
+            groups.setdefault((*key, overrides), []).append(run)
         except Exception as error:  # whatever a damaged file leads to
             reason = f"its files are damaged or contradict each other ({in_one_line(error)})"
             problems.append(f"{folder} left out, {reason}: train it again with --overwrite")
@@ -118,7 +143,7 @@ def run_folders(runs_dir: Path, problems: list[str]) -> list[Path]:
     )
 
 
-def comparable(runs: list[Run]) -> tuple[dict[str, list[Run]], dict[str, list[Run]]]:
+def comparable(runs: list[FinishedRun]) -> tuple[dict, dict]:
     """({model: its runs by seed}, {why: runs that are left out}) of the runs of one study."""
     left_out, kept = {}, {}
     for run in alike(runs, left_out):
@@ -140,35 +165,27 @@ def epochs_of(folder: Path) -> int:
         return 0
 
 
-def alike(runs: list[Run], left_out: dict[str, list[Run]]) -> list[Run]:
+def alike(runs: list[FinishedRun], left_out: dict[str, list[FinishedRun]]) -> list[FinishedRun]:
     """Those with the settings, data and test labels that most have, and of those with equal
     numbers the baseline; the others are left out."""
     usual = most_common(runs, lambda run: json.dumps(run.settings, sort_keys=True)).settings
     found = []
     for run in runs:
-        if different := different_settings(run.settings, usual):
-            why = f"it has other settings: {'; '.join(different)}"
+        if differences := different(run.settings, usual):
+            why = f"it has other settings: {'; '.join(differences)}"
             left_out.setdefault(why, []).append(run)
         else:
             found.append(run)
     with_labels = [run for run in found if run.labels is not None]
-    if not with_labels:
-        return found
-    labels = most_common(with_labels, lambda run: run.labels.tolist()).labels
-    for run in list(found):
-        if run.labels is None:
-            run.labels = labels
-        try:
-            if not np.array_equal(run.labels, labels):
-                raise ValueError("other test labels")
-            run.check_accuracy()
-        except ValueError as error:
-            left_out.setdefault(str(error), []).append(run)
-            found.remove(run)
+    if with_labels:
+        labels = most_common(with_labels, lambda run: run.labels.tolist()).labels
+        others = [run for run in with_labels if not np.array_equal(run.labels, labels)]
+        left_out |= {"other test labels": others} if others else {}
+        found = [run for run in found if run not in others]
     return found
 
 
-def most_common(runs: list[Run], key) -> Run:
+def most_common(runs: list[FinishedRun], key) -> FinishedRun:
     """One of those whose key most have; of keys with equal numbers, that of a baseline."""
     keys = [str(key(run)) for run in runs]
     n = Counter(keys)
@@ -177,7 +194,9 @@ def most_common(runs: list[Run], key) -> Run:
     )[1]
 
 
-def of_one_model(runs: list[Run], left_out: dict[str, list[Run]]) -> list[Run]:
+def of_one_model(
+    runs: list[FinishedRun], left_out: dict[str, list[FinishedRun]]
+) -> list[FinishedRun]:
     """Those that are results: of one size, and no two of them with the same mistakes."""
     sizes = Counter(run.result["params"] for run in runs).most_common()
     usual = sizes[0][0] if len(sizes) == 1 or sizes[0][1] > sizes[1][1] else None
@@ -196,7 +215,7 @@ def of_one_model(runs: list[Run], left_out: dict[str, list[Run]]) -> list[Run]:
     return found
 
 
-def same_mistakes(run: Run, other: Run) -> bool:
+def same_mistakes(run: FinishedRun, other: FinishedRun) -> bool:
     """Whether one is a copy of the other: in its history, seconds included, or in its predictions,
     where so many are wrong that it is no chance."""
     if run.metrics == other.metrics:
@@ -212,22 +231,19 @@ def in_table_order(models) -> list[str]:
 
 
 def read_rows(path: Path) -> tuple[list[dict], list[str]]:
-    """The rows of a benchmark.json or explain.json; what is wrong with others, in words."""
-    again, found, wrong = f"run python {path.stem}.py again", [], []
-    if not path.exists():
-        return [], []
+    """The rows of a benchmark.json; what is wrong with others, in words."""
+    again, found, wrong = "run python benchmark.py again", [], []
     try:
-        rows = json.loads(read_small(path))
+        rows = read_json(path) if path.exists() else []
         if type(rows) is not list:
-            raise ValueError("it is no list")
-    except Exception as error:  # whatever a damaged file leads to
-        return [], [f"{path} left out, it is damaged ({in_one_line(error)}): {again}"]
+            raise ValueError(f"{path.name}: it is no list")
+    except ValueError as error:
+        return [], [f"{path} left out, it is damaged ({error}): {again}"]
     for row in rows:
         try:
-            check(row, ROWS[path.stem])
+            check(row, COST)
             json.dumps(row, allow_nan=False)
-            low, median, high = (row.get(f"ms_per_image{p}", 0) for p in ("_p10", "", "_p90"))
-            if not low <= median <= high:
+            if not row["ms_per_image_p10"] <= row["ms_per_image"] <= row["ms_per_image_p90"]:
                 raise ValueError("a median that is not between p10 and p90")
             found.append(row)
         except Exception as error:
@@ -236,6 +252,19 @@ def read_rows(path: Path) -> tuple[list[dict], list[str]]:
         return found, []
     which = f"{len(wrong)} of its {len(rows)} rows left out"
     return found, [f"{path}: {which}, they are damaged ({wrong[0]}): {again}"]
+
+
+def read_explained(run: FinishedRun, problems: list[str]) -> dict | None:
+    """What explain.py found of the run; adds to the problems if that is damaged."""
+    path = run.folder / "explain.json"
+    try:
+        found = read_json(path, EXPLAINED) if path.exists() else None
+        json.dumps(found, allow_nan=False)
+    except ValueError as error:
+        again = "run python explain.py again"
+        problems.append(f"{path} left out, it is damaged ({in_one_line(error)}): {again}")
+        return None
+    return found and found | {"model": run.result["model"], "seed": run.seed}
 
 
 def rows_that_stay(path: Path) -> list[dict]:

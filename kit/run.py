@@ -1,6 +1,6 @@
 """A run while it is trained: resumed where it was stopped, saved, logged, complete at its end.
 
-    with Run(settings, digest of the data) as run:      # its folder (kit/run_folder.py) is locked
+    with Run(settings, digest of the data) as run:      # its folder (kit/runs.py) is locked
         run.result                                      # there if the run is complete already
         progress = run.restore(loader, model, optimizer, scheduler, ema)
         step = run.speed_up(step, forward)              # compiled, or one CUDA graph
@@ -23,15 +23,13 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from kit import checkpoint, run_folder
+from kit import checkpoint, runs
 from kit.checkpoint import Progress, copied, load_state, serialized
 from kit.command_line import Stopped, UserError, handle_signals, noted
 from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
 from kit.fast import choose_mode, fast
-from kit.files import write_atomically
-from kit.finished import completed
-from kit.identity import refuse_another_run
-from kit.run_folder import in_brackets, read_json, write_array, write_json
+from kit.files import read_json, write_atomically, write_json
+from kit.runs import completed, in_brackets, refuse_another_run, write_array
 from kit.settings import as_config
 from kit.tensorboard_log import log_epoch, log_test, open_writer
 
@@ -51,18 +49,18 @@ class Run:
         self.set_up_seconds = self.save_seconds = self.last_save_took = self.saved_at = 0.0
 
     def __enter__(self):
-        s, runs = self.settings, self.settings.runs
+        s, parent = self.settings, self.settings.runs
         with ExitStack() as self.stack:
             handle_signals(self.on_signal, self.stack)
             if s.dry_run:
-                runs = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="runs-")))
-            self.folder = runs / s.dataset_name / s.recipe / s.model / f"seed{s.seed}"
-            run_folder.lock(self.folder, self.stack)
+                parent = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="runs-")))
+            self.folder = parent / s.dataset_name / s.recipe / s.model / f"seed{s.seed}"
+            runs.lock(self.folder, self.stack)
             if not s.overwrite and (there := completed(self.folder, self.config)):
                 # It may have been killed after its result was written, before these went.
-                run_folder.discard_states(self.folder, there.config.get("keep_last", True))
+                runs.discard_states(self.folder, there.config.get("keep_last", True))
                 env = {"sha256": source_hashes()}
-                changes = in_brackets(run_folder.changes_since(self.folder, env))
+                changes = in_brackets(runs.changes_since(self.folder, env))
                 print(f"already complete: {self.folder}{changes}")
                 self.result = there.result
             self.stack = self.stack.pop_all()  # nothing failed: all of it stays until __exit__
@@ -108,15 +106,18 @@ class Run:
         self.config |= {"mode": self.mode, "optimizer": type(optimizer).__name__}
         self.env = env = describe_environment(s.device)
         if s.overwrite:
-            run_folder.clear(folder)  # only now that data and model are there
+            runs.clear(folder)  # only now that data and model are there
         elif (folder / "config.json").exists():
             advice = "delete it to resume from last.pt, or use --overwrite to start from scratch"
-            there = read_json(folder / "config.json", advice, model=str)
+            try:
+                there = read_json(folder / "config.json", dict(model=str))
+            except ValueError as error:
+                raise UserError(f"{folder} is damaged ({error}): {advice}") from error
             refuse_another_run(folder, there, self.config)
-        run_folder.remove_strays(folder)
+        runs.remove_strays(folder)
         self.progress = checkpoint.resume(folder, self.parts, self.device, self.config)
         if self.progress.epochs or self.progress.step:
-            changes = run_folder.changes_since(folder, env)
+            changes = runs.changes_since(folder, env)
             env["changes"] = changes  # so that they are not forgotten
             where = f"epoch {self.progress.epochs + 1}, after {self.progress.step:,} steps"
             print(f"resuming in {where}{in_brackets(changes)}")
@@ -155,7 +156,7 @@ class Run:
             f"{s.precision}, {self.mode}",
             flush=True,
         )
-        run_folder.write_env(self.folder, self.env, self.mode)
+        runs.write_env(self.folder, self.env, self.mode)
         self.saved_at, self.in_loop = time.perf_counter(), True
         return step
 
@@ -250,7 +251,7 @@ class Run:
         }
         self.writer.close()
         write_json(self.folder / "result.json", result)  # last: it means that all is there
-        self.stack.callback(run_folder.discard_states, self.folder, s.keep_last)
+        self.stack.callback(runs.discard_states, self.folder, s.keep_last)
         return result
 
     def finish(self, result: dict) -> int:

@@ -41,7 +41,7 @@ class Job:
     @property
     def is_at_work(self) -> bool:
         """Whether another process trains it."""
-        from kit.run_folder import is_locked  # here, for a plan needs no packages
+        from kit.runs import is_locked  # here, for a plan needs no packages
 
         return self.folder is not None and is_locked(self.folder)
 

@@ -26,9 +26,8 @@ from kit.runner import DAMAGED, Job, Runner, read
 MODELS = {}  # before all packages are installed, a plan is printed without knowing them
 if find_spec("torch") and not os.environ.get("NO_PACKAGES"):
     from kit.environment import HERE, source_hashes
-    from kit.finished import completed
     from kit.preflight import preflight, visible_gpus
-    from kit.run_folder import changes_since, in_brackets
+    from kit.runs import changes_since, completed, in_brackets
     from kit.settings import as_config
     from models import MODELS
 
@@ -99,7 +98,7 @@ def table(s: SimpleNamespace, quick: bool, planning: bool) -> Iterator[list[Job]
     size = ["--like", (done or runs)[0].folder] if s.dataset != "fashion_mnist" else []
     cheap = ["--modes", "eager", "--batch-sizes", 64] if quick else []
     yield one("benchmark.py", "--models", *s.models, "--keep", "--out", s.out, *size, *cheap)
-    limit = ["--limit-test", 500, "--limit-cam", 20] if quick else ["--limit-test", 10000]
+    limit = ["--limit-test", 500] if quick else ["--limit-test", 10000]
     if explained := [r.folder for r in runs[: len(s.models)] if planning or r in done]:
         yield one("explain.py", "--keep", "--out", s.out, *limit, "--compare", *explained)
     yield one("report.py", "--runs", s.runs, "--out", s.out)

@@ -9,9 +9,9 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from kit.attribution import attention_modules, enlarged, gates_of, grad_cam, scaled, stage_of
-from kit.identity import NO_SETTING
 from kit.pictures import FONT_SIZE, over_image
 from kit.plots import legible, plt, shortened
+from kit.runs import NO_SETTING
 
 import numpy as np
 import torch

@@ -3,12 +3,12 @@
 import re
 from collections import Counter
 from pathlib import Path
+from urllib.parse import unquote
 
 from kit.costs import Cost
 from kit.findings import Findings, ablation
-from kit.finished import Run
-from kit.identity import who
 from kit.results import Study, in_table_order
+from kit.runs import FinishedRun, who
 
 import jinja2
 
@@ -35,6 +35,12 @@ def tex(value) -> str:
     """As text that LaTeX prints as it is; what pdflatex has no character for is a question mark."""
     line = one_line(value).encode("latin-1", errors="replace").decode("latin-1")
     return re.sub(r"[\\{}$&#^_~%]", lambda m: TEX.get(m[0], "\\" + m[0]), line)
+
+
+def caption(picture: str) -> str:
+    """In words; one in a run's folder is called by model and seed."""
+    name = " ".join(unquote(picture)[:-4].split("/")[-3:])
+    return text(name.replace("_", " ").replace(" vs ", " against "))
 
 
 def fmt(value: float | None, form: str = ".2f", unit: str = "") -> str:
@@ -88,10 +94,10 @@ def mark(study: Study) -> str:
     if not study.result["quick"]:
         return ""
     config, width = study.all_runs[0].config, study.result["width"]
-    epochs = config.get("epochs") or "?"
+    epochs = config["epochs"]
     less = [f"{epochs} epoch" + "s" * (epochs != 1)]
     for key, what in (("limit_train", "training images"), ("limit_test", "test images")):
-        if config.get(key):
+        if config[key]:
             less.append(f"{config[key]:,} {what}")
     if width != 64:
         less.append(f"width {width} instead of 64")
@@ -100,7 +106,7 @@ def mark(study: Study) -> str:
     return f"smoke test: {', '.join(less)}"
 
 
-def environments(runs: list[Run]) -> list[str]:
+def environments(runs: list[FinishedRun]) -> list[str]:
     """What the runs were made with, each kind with their number, and when."""
     counted = Counter(map(environment, runs)).items()
     lines = [f"{n} run{'s' * (n > 1)}: {words}" for words, n in counted]
@@ -109,7 +115,7 @@ def environments(runs: list[Run]) -> list[str]:
     return lines
 
 
-def environment(run: Run) -> str:
+def environment(run: FinishedRun) -> str:
     env, image = run.env, run.env.get("image")
     revision = image.get("revision") if isinstance(image, dict) else None
     commit = str(env.get("git_commit") or revision or "unknown")[:12]
@@ -120,7 +126,7 @@ def environment(run: Run) -> str:
     )
 
 
-def device(run: Run) -> str:
+def device(run: FinishedRun) -> str:
     return ", ".join(run.result[key] for key in ("device", "precision", "mode"))
 
 
@@ -201,7 +207,7 @@ def mode_table(rows: list[dict]) -> str:
     models = in_table_order({row["model"] for row in rows})
     variants = {}  # (width, batch size, precision, mode) -> model -> row
     for row in rows:
-        variant = (row.get("width", 64), row["batch_size"], row["precision"], row["mode"])
+        variant = (row["width"], row["batch_size"], row["precision"], row["mode"])
         variants.setdefault(variant, {})[row["model"]] = row
 
     def cell(row: dict | None, base: dict | None) -> str:
@@ -260,7 +266,7 @@ FILTERS = (
 )  # fmt: skip
 TEMPLATES.filters |= {function.__name__: function for function in FILTERS} | {
     "names": lambda models: ", ".join(f"`{model}`" for model in models),
-    "caption": lambda figure: figure[:-4].replace("_", " ").replace(" vs ", " against "),
+    "caption": caption,
     "p": lambda p: "< 0.001" if p is not None and p < 0.001 else fmt(p, ".3f"),
 }
 

@@ -181,7 +181,8 @@ ROW = {
     "params": 177_890, "flops": 915_000_000, "flops_aten": 911_000_000, "batch_size": 64,
     "precision": "fp32", "mode": "eager", "ms_per_image": 0.25, "ms_per_image_p10": 0.2,
     "ms_per_image_p90": 0.3, "ms_per_image_p99": 0.4, "images_per_second": 4000.0,
-    "peak_memory_mb": None, "device": "a test", "torch": "2", "width": 64,
+    "peak_memory_mb": None, "device": "a test", "torch": "2", "width": 64, "image": "1x28x28",
+    "classes": 10, "sha256": {},
 }  # fmt: skip
 SLOWER = {"ms_per_image": 0.375, "ms_per_image_p10": 0.35, "ms_per_image_p90": 0.4}
 FULL = {"quick": False, "overrides": {}, "width": 64}
@@ -212,21 +213,16 @@ def study(finished_run, tmp_path):
 
 @pytest.fixture
 def explained(finished_run, tmp_path):
-    """A folder with runs/ of two seeds and out/ with explain.json of the first."""
+    """A folder with runs/ of two seeds, the first of which is explained, and out/."""
     for seed in (0, 1):
-        copy_run(finished_run, tmp_path / "runs", "cbam_blocks", seed)
-    result = json.loads((finished_run / "result.json").read_text())
+        folder = copy_run(finished_run, tmp_path / "runs", "cbam_blocks", 1 - seed)
+    result = json.loads((folder / "result.json").read_text())
     gates = {"mean": 0.25, "spread_over_channels": 0.01, "spread_over_images": 0.002}
-    row = {
-        "model": "cbam_blocks", "seed": 0, "test_images": 100, "test_acc": result["test_acc"],
-        "won": 1, "lost": 3, "test_acc_gates_fixed": result["test_acc"] - 2,
+    found = {
+        "test_images": 100, "test_acc": result["test_acc"], "won": 1, "lost": 3,
+        "test_acc_gates_fixed": result["test_acc"] - 2, "images": [1],
         "gates": {"layer4": gates | {"saturated": None, "hardly_vary": 1.0}},
-        "deletion": 0.3, "deletion_random": 0.4, "insertion": 0.6, "insertion_random": 0.5,
-        "correlation_with_random_weights": {"layer3": 0.1, "layer4": None}, "cam_images": 4,
-        "picture": "explain_cbam_blocks_seed0.png",
     }  # fmt: skip
-    row |= {key: result[key] for key in ("dataset", "recipe", "overrides")}
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/explain.json").write_text(json.dumps([row]))
-    Image.new("RGB", (500, 500)).save(tmp_path / "out" / row["picture"])
+    (folder / "explain.json").write_text(json.dumps(found))
+    Image.new("RGB", (500, 500)).save(folder / "explain.png")
     return tmp_path

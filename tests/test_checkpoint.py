@@ -81,7 +81,7 @@ def test_the_best_weights_are_copies_in_their_own_layout(tmp_path):
     progress = checkpoint.Progress()
     for epoch, (accuracy, value) in enumerate(((50.0, 1.0), (60.0, 2.0), (60.0, 3.0)), start=1):
         torch.nn.init.constant_(model.weight, value)
-        progress.end_epoch({"epoch": epoch, "val_acc": accuracy}, model)
+        progress.end_epoch({"epoch": epoch, "val_acc": accuracy}, model, "best")
     torch.nn.init.zeros_(model.weight)
     assert (progress.best_epoch, progress.epochs) == (2, 3)  # the first of the best
     (tmp_path / "best.pt").write_bytes(checkpoint.serialized(progress.best))

@@ -21,8 +21,7 @@ import train
 from kit import checkpoint, run
 from kit.command_line import UserError
 from kit.environment import peak_memory_mb
-from kit.finished import completed
-from kit.run_folder import lock, write_env
+from kit.runs import completed, lock, write_env
 from kit.tensorboard_log import log_epoch
 from models import build_model
 
@@ -357,7 +356,7 @@ def resumed(folder):
     config = json.loads((folder / "config.json").read_text())
     model = build_model("se", width=8, seed=0)
     optimizer = train.adam(model, 1e-3)
-    scheduler = train.cosine(optimizer, epochs=3)
+    scheduler = train.cosine(optimizer, steps=3)
     parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, ema=None)
     progress = checkpoint.resume(folder, parts, torch.device("cpu"), config)
     return progress, model, optimizer

@@ -57,17 +57,18 @@ def finish(runs, *flags, **result):
         runs / settings.dataset_name / settings.recipe / settings.model / f"seed{settings.seed}"
     )
     folder.mkdir(parents=True, exist_ok=True)
-    config = as_config(settings) | {"data": result.pop("data", None)}
-    row = {"epoch": 1, "train_loss": 1.0, "val_acc": 50.0}
+    config = as_config(settings) | {"data": result.pop("data", "0")}
+    row = {"epoch": 1, "train_loss": 1.0, "val_acc": 50.0, "lr": 1e-3}
     result = dict(
         dataset=settings.dataset_name, test_acc=50.0, test_acc_last=50.0, val_acc=50.0, params=10,
         epochs_run=1, best_epoch=1, train_seconds=1.0, images_per_second=1.0, device="CPU",
+        classes=["a", "b"], image=[1, 28, 28], test_images=10,
     ) | result  # fmt: skip
     result |= {k: config[k] for k in ("model", "recipe", "seed", "width", "precision", "quick")}
     result |= {"overrides": config["overrides"], "mode": "eager"}
-    for name, content in (("config.json", config), ("result.json", result), ("env.json", {})):
+    env = {"torch": "2", "sha256": source_hashes(), "variables": {}}
+    for name, content in (("config.json", config), ("result.json", result), ("env.json", env)):
         (folder / name).write_text(json.dumps(content))
-    (folder / "env.json").write_text(json.dumps({"sha256": source_hashes()}))
     (folder / "metrics.jsonl").write_text(json.dumps(row))
     return folder
 
@@ -191,7 +192,8 @@ def test_done_is_a_whole_result_of_just_these_settings(plan, tmp_path):
 def test_a_run_with_any_other_setting_is_not_done(plan, tmp_path, name):
     """Whichever it is: they come from the table."""
     value = train.SETTINGS[name][0]
-    other = {"lr": 0.1, "normalize": "data", "flip": True}.get(name)
+    other = {"lr": 0.1, "normalize": "data", "flip": True, "anneal": "batch", "tested": "last"}
+    other = other.get(name)
     other = value + 1 if other is None else other
     folder = finish(tmp_path, "--model", "se", "--seed", 0)
     config = json.loads((folder / "config.json").read_text())

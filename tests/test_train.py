@@ -27,6 +27,7 @@ def test_the_published_recipe_stays_as_it_is(fashion_mnist):
     not_used |= {"label_smoothing": 0, "crop": 0, "flip": False, "randaugment": 0, "erase": 0}
     not_used |= {"cutmix": 0, "mixup": 0}
     used = {"epochs": 50, "batch_size": 64, "lr": 1e-3, "patience": 10, "normalize": "half"}
+    used |= {"anneal": "epoch", "tested": "best"}
     assert train.RECIPES["published"] == used | not_used
     assert {key: getattr(settings, key) for key in used} == used
     assert (settings.recipe, settings.width) == ("published", 64)
@@ -40,7 +41,7 @@ def test_explicit_flags_win_over_the_recipe():
     assert (settings.epochs, settings.limit_train, settings.limit_test) == (3, 1920, 1000)
     assert settings.overrides == {"epochs": 3} and settings.quick
     assert not settings_of("--model", "se", "--lr", "0.01").quick
-    assert settings_of("--model", "se", "--width", "16").quick
+    assert not settings_of("--model", "se", "--width", "16").quick  # another network
     bf16 = settings_of("--model", "se", "--precision", "bf16", "--device", "cpu")
     assert bf16.overrides == {"precision": "bf16"} and not bf16.quick
 
@@ -60,7 +61,7 @@ def test_help_has_groups_and_each_default_of_a_recipe_that_differs(capsys):
     assert places == sorted(places) and "options:" in words[: places[0]]
     for flag in train.SETTINGS:
         assert places[1] < words.index(f" --{flag.replace('_', '-')}", places[1]) < places[2]
-    assert "default: 50, quick: 1 " in words and "default: off, strong: on " in words
+    assert "default: 50, quick: 1, short: 10 " in words and "default: off, strong: on " in words
     assert "per image; default: 0, strong: 0.25 " in words
     assert "the last partial batch is kept; default: 64 --lr" in words
 
@@ -74,12 +75,6 @@ def test_normalize_does_what_its_help_says(fashion_mnist):
     assert (scaled["half"].min(), scaled["half"].max()) == (-1, 1)
     assert scaled["data"].mean().item() == pytest.approx(0, abs=0.01)
     assert scaled["data"].std().item() == pytest.approx(1, abs=0.01)
-
-
-def test_a_short_recipe_is_quick_whatever_its_name(monkeypatch):
-    monkeypatch.setitem(train.RECIPES, "toy", train.PUBLISHED | {"limit_train": 128})
-    settings = settings_of("--model", "se", "--recipe", "toy")
-    assert settings.quick and settings.overrides == {}
 
 
 def test_run_folder_holds_what_it_should(finished_run):
@@ -350,7 +345,7 @@ def test_adam_is_adam():
     layer = torch.nn.Linear(7, 5)
     weight, m, v = layer.weight.detach().double(), 0.0, 0.0
     optimizer = train.adam(layer, 1e-3)
-    scheduler = train.cosine(optimizer, epochs=4)
+    scheduler = train.cosine(optimizer, steps=4)
     for t in range(1, 5):
         optimizer.zero_grad()
         layer(torch.rand(3, 7)).square().sum().backward()

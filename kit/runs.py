@@ -1,0 +1,361 @@
+"""A run's folder: what its files hold, whether two runs may be compared, and whose it is now.
+
+    RUNS/<dataset>/<recipe>/<model>/seed<k>/
+        config.json env.json metrics.jsonl best.pt test_predictions.npy test_labels.npy result.json
+        last.pt prev.pt .lock                   while it runs
+        explain.json explain.png                by explain.py
+
+Every file is written by temporary file and rename, `result.json` last: it means that the run is
+complete. What is damaged, or contradicts another file of the run, is no result.
+
+Two runs are the same experiment if their settings and data are equal: otherwise one is neither
+resumed as the other nor paired with it. Where code, device, torch, precision or mode differ, the
+verdict says in what. Needs no torch.
+"""
+
+import io
+import os
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from unicodedata import category
+
+from kit.command_line import UserError, in_one_line
+from kit.files import fits, maybe, read_json, read_small, write_atomically, write_json
+
+import numpy as np
+from filelock import FileLock, Timeout
+
+# --- What is used of each file: {key: kind}, see kit/files.fits -----------------------------------
+
+NUMBER, POSITIVE, PERCENT = (-1e15, 1e15), (1e-12, 1e15), (0, 100)
+COUNT, SIZE, WIDTH = range(10**15), range(1, 10**15), range(1, 2**16)
+
+
+def is_name(value) -> bool:
+    """Of a model, recipe or data set: letters of any script, digits and ._+- alone."""
+    known = type(value) is str and value
+    return known and all(c in "._+-" or category(c)[0] in "LMN" for c in value)
+
+
+def is_text(value) -> bool:
+    return type(value) is str and value.isprintable()
+
+
+def are_hashes(value) -> bool:
+    return type(value) is dict and all(type(each) is str for each in value.values())
+
+
+RESULT = dict(
+    dataset=is_name, recipe=is_name, model=is_name, seed=COUNT, width=WIDTH, quick=bool,
+    overrides=dict, classes=list, image=lambda shape: all(fits(n, COUNT) for n in shape),
+    device=str, precision=is_name, mode=is_name, params=SIZE, test_images=SIZE, epochs_run=SIZE,
+    best_epoch=SIZE, test_acc=PERCENT, test_acc_last=PERCENT, val_acc=PERCENT,
+    train_seconds=POSITIVE, images_per_second=POSITIVE, peak_memory_mb=maybe(POSITIVE),
+    fallback=maybe(str),
+)  # fmt: skip
+CONFIG = dict(
+    model=is_name, base_model=str, dataset=is_text, dataset_name=is_name, data=str,
+    data_dir=is_text, recipe=is_name, seed=COUNT, width=WIDTH, epochs=COUNT, limit_train=COUNT,
+    limit_test=COUNT, overrides=dict, image_size=maybe(COUNT), position=maybe(str),
+    reduction=maybe(COUNT), normalize=str,
+)  # fmt: skip
+ENV = dict(torch=str, sha256=are_hashes, variables=dict, changes=maybe(list))
+METRICS = dict(epoch=COUNT, train_loss=NUMBER, lr=NUMBER, val_acc=PERCENT)
+
+# --- A finished run -------------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class FinishedRun:
+    folder: Path
+    result: dict  # result.json
+    config: dict  # config.json
+    env: dict  # env.json
+    metrics: list[dict]  # metrics.jsonl
+    labels: np.ndarray | None  # (test images,); None: not there
+    predictions: np.ndarray | None  # (test images,), by best.pt; None: not there
+    explained: dict | None = None  # explain.json
+
+    @property
+    def seed(self) -> int:
+        return self.result["seed"]
+
+    @property
+    def correct(self) -> np.ndarray | None:
+        """bool (test images,): whether best.pt is right; None where that is not known."""
+        known = self.labels is not None and self.predictions is not None
+        return self.predictions == self.labels if known else None
+
+    @cached_property
+    def settings(self) -> dict:
+        """What must be the same in all runs of a study; the test labels aside."""
+        of_model = {"model", "seed", "position", "reduction", "precision", "mode"}
+        found = {k: v for k, v in settings_of(self.config).items() if k not in of_model}
+        shape = {key: self.result[key] for key in ("test_images", "image")}
+        return found | shape | {"classes": len(self.result["classes"])}
+
+    @cached_property
+    def circumstances(self) -> dict:
+        """What should be the same."""
+        of_result = {key: self.result[key] for key in ("device", "precision", "mode")}
+        return of_result | {"torch": self.env["torch"], "code": self.env["sha256"]}
+
+
+def read_run(folder: Path) -> FinishedRun:
+    """The finished run in `folder`. Raises ValueError with one line where its files are damaged or
+    contradict each other."""
+    kinds = dict(result=RESULT, config=CONFIG, env=ENV)
+    result, config, env = (read_json(folder / f"{k}.json", kinds[k]) for k in kinds)
+    metrics = read_json(folder / "metrics.jsonl", METRICS)
+    stated = config | {"dataset": config["dataset_name"]}
+    for key in ("model", "dataset", "recipe", "seed", "width", "precision", "quick", "overrides"):
+        if stated.get(key) != result[key]:
+            there = stated.get(key)
+            raise ValueError(f"{key} is {result[key]} in result.json, {there} in config.json")
+    if [row["epoch"] for row in metrics] != list(range(1, result["epochs_run"] + 1)):
+        raise ValueError(f"metrics.jsonl has not the {result['epochs_run']} epochs of result.json")
+    labels, predictions = (
+        read_classes(folder / f"test_{part}.npy", result["test_images"])
+        for part in ("labels", "predictions")
+    )
+    run = FinishedRun(folder, result, config, env, metrics, labels, predictions)
+    if run.correct is not None and abs(100 * run.correct.mean() - result["test_acc"]) > 1e-6:
+        found, stated = 100 * run.correct.mean(), result["test_acc"]
+        raise ValueError(
+            f"{found:.2f}% of its predictions are correct, but its test_acc is {stated:.2f}%"
+        )
+    return run
+
+
+def read_classes(path: Path, n_images: int) -> np.ndarray | None:
+    """A class for each test image; None without the file. Raises ValueError that names it."""
+    if not path.exists():
+        return None
+    try:
+        classes = np.load(io.BytesIO(read_small(path)))
+        if classes.dtype.kind not in "iu" or not classes.size or classes.max() > 9999:
+            raise ValueError("something else than classes")
+    except Exception as error:  # a damaged file raises what it likes
+        raise ValueError(f"{path.name}: {in_one_line(error)}") from error
+    if classes.shape != (n_images,):
+        raise ValueError(f"{path.name} has shape {classes.shape}, {n_images:,} images were tested")
+    return classes
+
+
+def completed(folder: Path, config: dict) -> FinishedRun | None:
+    """The finished run in `folder`, None if there is none. Raises UserError if it is damaged, or
+    another than that of `config`, which has the settings as config.json has them."""
+    if not (folder / "result.json").exists():
+        return None
+    try:
+        run = read_run(folder)
+    except ValueError as error:
+        advice = "use --overwrite to train that run again"
+        raise UserError(f"{folder} is damaged ({in_one_line(error)}): {advice}") from error
+    chosen = run.config["overrides"] | config["overrides"]
+    is_chosen = "precision" in chosen or not config.get("auto_precision", True)
+    by_device = {"mode"} if is_chosen else {"mode", "precision"}
+    refuse_another_run(folder, run.config, config, ignore=by_device)
+    return run
+
+
+# --- The same run? --------------------------------------------------------------------------------
+
+# What config.json holds beside settings: where things lie, and what follows from other settings.
+# Everything else in it counts, so that a new setting cannot be forgotten.
+NO_SETTING = {
+    "command", "data_dir", "dataset", "runs", "device", "target_acc", "overwrite", "keep_last",
+    "dry_run", "overrides", "quick", "base_model", "auto_precision",
+}  # fmt: skip
+CIRCUMSTANCES = ("device", "torch", "precision", "mode")  # and the code
+
+
+def settings_of(config: dict) -> dict:
+    return {key: value for key, value in config.items() if key not in NO_SETTING}
+
+
+def different(there: dict, here: dict) -> list[str]:
+    """In words, which settings are not the same `there` as they are `here`.
+
+    A setting that is off (None, 0, False) is as one that is not there: a new setting, off by
+    default, leaves finished runs what they are.
+    """
+    special = {"data": "other images or labels"}
+    return [
+        special.get(key) or f"{key} {there.get(key) or 'none'} instead of {here.get(key) or 'none'}"
+        for key in sorted(there.keys() | here.keys())
+        if (there.get(key) or None) != (here.get(key) or None)
+    ]
+
+
+def refuse_another_run(folder: Path, there: dict, config: dict, ignore=frozenset()) -> None:
+    """Raises UserError unless `there`, the config.json in `folder`, is that of this run, as far as
+    `config` is known."""
+    before, now = (
+        {key: value for key, value in settings_of(c).items() if key in config.keys() - ignore}
+        for c in (there, config)
+    )
+    if differences := different(before, now):
+        raise UserError(
+            f"{folder} holds a run with {'; '.join(differences)}: use --overwrite to discard that "
+            "run, or another --runs folder"
+        )
+
+
+def edited(then: dict, now: dict) -> list[str]:
+    """Of {script: sha256} and another, those edited, or else those that only one of them has."""
+    changed = [name for name in then.keys() & now.keys() if then[name] != now[name]]
+    return sorted(changed or then.keys() ^ now.keys())
+
+
+def changes_since(folder: Path, env: dict) -> list[str]:
+    """In what `env` (scripts, device, torch, variables) differs from env.json, in words, after
+    what had changed before."""
+    try:
+        then = read_json(folder / "env.json", ENV)
+    except ValueError as error:
+        return [f"damaged ({error})"]
+    changes = list(map(str, then.get("changes") or []))
+    if scripts := edited(then["sha256"], env["sha256"]):
+        changes.append(f"{', '.join(scripts)} edited since")
+    before, since = then | then["variables"], env | env.get("variables", {})
+    for key in ("device", "torch", "numpy", "mode", *then["variables"]):
+        if key in since and key in before and before[key] != since[key]:
+            changes.append(f"{key} {before[key] or 'unset'} before, {since[key] or 'unset'} since")
+    return changes
+
+
+def in_brackets(changes: list[str]) -> str:
+    return f" ({'; '.join(changes)}; --overwrite starts from scratch)" if changes else ""
+
+
+def who(runs: list, name=lambda run: run.result["model"]) -> str:
+    """'se seeds 0 1, baseline seed 0' of runs."""
+    seeds = {}
+    for run in runs:
+        seeds.setdefault(name(run), set()).add(run.seed)
+    return ", ".join(
+        f"{model} seed{'s' * (len(of) > 1)} {' '.join(map(str, sorted(of)))}".strip()
+        for model, of in seeds.items()
+    )
+
+
+def unlike(runs: list, here: list, there: list = ()) -> list[str]:
+    """In what of code, device, torch, precision and mode these runs differ.
+
+    They are of the runs `here`, and of those `there`, which are compared with them.
+    """
+    found, elsewhere = [], {run.folder for run in there}
+
+    def name(run) -> str:
+        return run.result["model"] + " there" * (run.folder in elsewhere)
+
+    for key in CIRCUMSTANCES:
+        groups = {}
+        for run in runs:
+            groups.setdefault(run.circumstances[key], []).append(run)
+        if len(groups) > 1:
+            # Where all runs with one seed are alike, so are pairs, and seeds are named alone.
+            of_seeds = {(run.seed, run.circumstances[key]) for run in [*here, *there]}
+            in_pairs = len(of_seeds) == len({seed for seed, _ in of_seeds})
+            names = (lambda run: "") if in_pairs else name
+            described = (f"{who(own, names)}: {value}" for value, own in groups.items())
+            found.append(f"{key} {'; '.join(described)}")
+    baseline_first = sorted(runs, key=lambda run: run.result["model"] != "baseline")
+    codes = [run.circumstances["code"] for run in baseline_first]
+    usual = max(codes, key=codes.count, default={})  # of those that as many have, the first
+    others = [run for run in runs if run.circumstances["code"] != usual]
+    if others:
+        codes = [run.circumstances["code"] for run in others]
+        scripts = sorted({script for code in codes for script in edited(code, usual)})
+        found.append(f"{who(others, name)}: trained by other code ({', '.join(scripts)})")
+    for run in runs:
+        if run.env.get("changes"):
+            found.append(f"{who([run], name)}: {'; '.join(map(str, run.env['changes']))}")
+    return found
+
+
+# --- Locked, written, cleared ---------------------------------------------------------------------
+
+
+def lock(folder: Path, stack: ExitStack) -> None:
+    """Until `stack` is closed no other process works in `folder`, which is made if need be.
+
+    The lock ends with the process, whatever ends that. Folders made for it go again if they stay
+    empty. Raises UserError if another process has the lock; under run_all.sh waits for it instead.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def remove_empty():
+        with suppress(OSError):  # rmdir raises at the first that is not empty
+            for path in made:
+                path.rmdir()
+
+    stack.callback(remove_empty)
+    if os.environ.get("WAIT_FOR_RUNS") and is_locked(folder):
+        print(f"waiting: another process is training in {folder}", flush=True)
+        while True:
+            with suppress(FileNotFoundError):  # a process that has written nothing takes it along
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(folder / ".lock"))
+                break
+    else:
+        try:
+            stack.enter_context(FileLock(folder / ".lock", timeout=1))
+        except Timeout:
+            advice = "wait for it, or use another --runs folder"
+            raise UserError(f"another process is training in {folder}: {advice}") from None
+    stack.callback((folder / ".lock").unlink, missing_ok=True)  # while it is still held
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether another process is training in it."""
+    if not (folder / ".lock").exists():
+        return False
+    try:
+        FileLock(folder / ".lock").acquire(timeout=0).lock.release()
+    except Timeout:
+        return True
+    except OSError:
+        pass  # whoever locks it will say what is wrong
+    return False
+
+
+def write_env(folder: Path, env: dict, mode: str) -> None:
+    """env.json, and in it the mode of the steps; of a resumed run, whether that has changed."""
+    if "changes" in env:
+        with suppress(ValueError):  # a damaged one is among the changes
+            before = read_json(folder / "env.json").get("mode", mode)
+            env["changes"] += [f"mode {before} before, {mode} since"] * (before != mode)
+    write_json(folder / "env.json", env | {"mode": mode})
+
+
+def write_array(path: Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    write_atomically(path, buffer.getbuffer())
+
+
+def remove_strays(folder: Path) -> None:
+    """What a killed process left of a file it was writing, and its curves, which may lack the last
+    epochs: they are drawn again from the history."""
+    for path in [*folder.glob(".*.tmp*"), *folder.glob("events.out.tfevents.*")]:
+        path.unlink()
+
+
+def clear(folder: Path) -> None:
+    """Deletes the files in `folder`; the mark of completion goes first."""
+    (folder / "result.json").unlink(missing_ok=True)
+    for path in folder.iterdir():
+        if not path.is_dir() and path.name != ".lock":  # a folder there is not a run's
+            path.unlink()
+
+
+def discard_states(folder: Path, keep_last: bool) -> None:
+    """Deletes what only an unfinished run needs."""
+    unneeded = [folder / "prev.pt", *folder.glob("*.pt.corrupt")]
+    for path in unneeded if keep_last else [*unneeded, folder / "last.pt"]:
+        path.unlink(missing_ok=True)
