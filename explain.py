@@ -33,7 +33,7 @@ from kit.checkpoint import load_weights
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
 from kit.environment import source_hashes
 from kit.fast import channels_last, set_up_torch
-from kit.files import check_writable, locked, only_read, read_small, write_atomically
+from kit.files import check_writable, locked, read_small, write_atomically
 from kit.finished import COUNT, check, digest_of, read_classes
 from kit.identity import settings_of
 from kit.pictures import Explained, draw_comparison, draw_model
@@ -90,9 +90,9 @@ def load_dataset(configs: list[dict], args) -> tuple[data.ImageData, torch.Tenso
     first, n_test = configs[0], [config["limit_test"] for config in configs if config["limit_test"]]
     name, folder = args.dataset or first["dataset"], args.data_dir or Path(first["data_dir"])
     try:
-        with only_read(*[] if args.data_dir else [folder]):  # a config.json may name any folder
-            dataset = data.load_dataset(name, folder, first["image_size"])
-    except (UserError, PermissionError) as error:
+        # A config.json may name any folder: nothing is written there.
+        dataset = data.load_dataset(name, folder, first["image_size"], fetch=bool(args.data_dir))
+    except UserError as error:
         raise UserError(f"{error}; --dataset and --data-dir say where the images are now") from None
     for path, config in zip(args.paths, configs, strict=True):
         if settings_of(config).get("data") not in (None, dataset.digest):

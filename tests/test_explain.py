@@ -449,7 +449,7 @@ def test_a_folder_that_only_a_config_names_is_not_written_to(
     finished_run, tmp_path, capsys, monkeypatch, dataset
 ):
     """Nothing is fetched into it, and no decoded images are kept there, unless --data-dir does."""
-    monkeypatch.setattr(datasets, "download", lambda *_: pytest.fail("fetched"))
+    monkeypatch.setattr(datasets, "from_mirror", lambda *_: pytest.fail("fetched"))
     for k in range(10):
         (tmp_path / f"pets/{k}").mkdir(parents=True)
         for i in range(12):
