@@ -174,7 +174,7 @@ class Loader:
 
     def batch(self, idx: torch.Tensor, aug_params: torch.Tensor):
         """Part of a training step: (images[idx], augmented and normalised, float32 (N, C, H, W);
-        their labels (N,); with CutMix or MixUp the weight (N,) of an image's own label, else None).
+        their labels (N,); with CutMix the weight (N,) of an image's own label, else None).
         """
         images = self.augmentation.of_pixels(self.images[idx], aug_params)
         images, weight = self.augmentation.of_normalized(self.normalize(images), aug_params)
