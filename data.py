@@ -15,11 +15,12 @@ import os
 import sys
 import unicodedata
 from functools import partial
+from inspect import signature
 from pathlib import Path
 
 from kit.augment import Augmentation
 from kit.command_line import UserError, exit_code, make_parser
-from kit.datasets import ImageData, from_torchvision, load_idx
+from kit.datasets import ImageData, load_cifar, load_idx
 from kit.image_folder import load_folder, load_tiny_imagenet
 
 import numpy as np
@@ -29,8 +30,8 @@ DATASETS = {
     "fashion_mnist": partial(load_idx, "FashionMNIST"),
     "mnist": partial(load_idx, "MNIST"),
     "kmnist": partial(load_idx, "KMNIST"),
-    "cifar10": partial(from_torchvision, "CIFAR10"),
-    "cifar100": partial(from_torchvision, "CIFAR100"),
+    "cifar10": partial(load_cifar, "CIFAR10"),
+    "cifar100": partial(load_cifar, "CIFAR100"),
     "tiny_imagenet": load_tiny_imagenet,
 }
 
@@ -61,20 +62,20 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
 
 
 def load_dataset(
-    name: str, data_dir: Path | str = "data", image_size: int | None = None
+    name: str, data_dir: Path | str = "data", image_size: int | None = None, fetch: bool = True
 ) -> ImageData:
     """The data set `name` of DATASETS, fetched into `data_dir` where it is missing; or the folder.
 
-    image_size: pixels that the images of a folder are resized to. Raises UserError.
+    image_size: pixels that the images of a folder are resized to. Without `fetch` nothing is
+    written. Raises UserError.
     """
     try:
         name, _ = resolve(name, image_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    if name in DATASETS:
-        dataset = DATASETS[name](Path(data_dir))
-    else:
-        dataset = load_folder(Path(name), Path(data_dir), image_size)
+    load = DATASETS.get(name) or partial(load_folder, Path(name), image_size=image_size)
+    asked = {"fetch": fetch} if "fetch" in signature(load).parameters else {}
+    dataset = load(Path(data_dir), **asked)
     if n := dataset.n_copies:
         copies = f"{n:,} of {len(dataset.test_images):,} test images are also training images"
         print(f"note: {copies} (identical pixels): test accuracy is inflated", file=sys.stderr)
@@ -173,7 +174,7 @@ class Loader:
 
     def batch(self, idx: torch.Tensor, aug_params: torch.Tensor):
         """Part of a training step: (images[idx], augmented and normalised, float32 (N, C, H, W);
-        their labels (N,); with CutMix or MixUp the weight (N,) of an image's own label, else None).
+        their labels (N,); with CutMix the weight (N,) of an image's own label, else None).
         """
         images = self.augmentation.of_pixels(self.images[idx], aug_params)
         images, weight = self.augmentation.of_normalized(self.normalize(images), aug_params)

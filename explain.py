@@ -25,7 +25,7 @@ from kit import attribution
 from kit.checkpoint import load_weights
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
 from kit.fast import channels_last, set_up_torch
-from kit.files import check_writable, only_read, write_json
+from kit.files import check_writable, write_json
 from kit.pictures import Explained, draw_comparison, draw_model
 from kit.plots import legible
 from kit.preflight import choose_device, preflight
@@ -55,9 +55,9 @@ def load_dataset(runs: list[FinishedRun], args) -> tuple[data.ImageData, torch.T
     config = runs[0].config
     name, folder = args.dataset or config["dataset"], args.data_dir or Path(config["data_dir"])
     try:
-        with only_read(*[] if args.data_dir else [folder]):  # a config.json may name any folder
-            dataset = data.load_dataset(name, folder, config["image_size"])
-    except (UserError, PermissionError) as error:
+        # A config.json may name any folder: nothing is written there.
+        dataset = data.load_dataset(name, folder, config["image_size"], fetch=bool(args.data_dir))
+    except UserError as error:
         raise UserError(f"{error}; --dataset and --data-dir say where the images are now") from None
     for run in runs:
         if run.config["data"] != dataset.digest:

@@ -55,7 +55,6 @@ SETTINGS = {
     "randaugment": (0, "operations per image"),
     "erase": (0.0, "probability of random erasing, per image"),
     "cutmix": (0.0, "alpha of Beta(alpha, alpha), the mixing weight"),
-    "mixup": (0.0, "alpha, as for cutmix; with both, each image gets one of them"),
 }
 PUBLISHED = {name: value for name, (value, _) in SETTINGS.items()}
 RECIPES = {
@@ -197,7 +196,7 @@ def cosine(optimizer, steps: int, warmup: int = 0):
 
 
 def cross_entropy(logits, labels, label_weight, smoothing: float):
-    """Mean over the batch. With CutMix or MixUp image i is mixed with image i - 1: its own label
+    """Mean over the batch. With CutMix image i is mixed with image i - 1: its own label
     counts with label_weight (N,), the other's with the rest."""
     if label_weight is None:
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)

@@ -3,7 +3,7 @@
 
 What figures depend on
     attention       the further attention modules; SE and CBAM are in models.py
-    augment         crop, flip, erase, RandAugment, CutMix, MixUp: per image, on the device
+    augment         crop, flip, erase, RandAugment, CutMix: per image, on the device
     datasets        ImageData; Fashion-MNIST and its like, CIFAR
     image_folder    any other: its parts, classes and files;  decoding: its pixels, kept decoded
     fast            precisions, and the modes of a step: eager, compiled, as one CUDA graph

@@ -28,9 +28,6 @@ class Augmentation:
     randaugment: int = 0  # operations of OPERATIONS per image, one after the other
     erase: float = 0.0  # share of images in which a rectangle is erased
     cutmix: float = 0.0  # alpha of the Beta distribution of the label weights
-    # Likewise, of MixUp (Zhang et al., ICLR 2018, arXiv 1710.09412). With both, each image gets one
-    # of the two.
-    mixup: float = 0.0
 
     @classmethod
     def of(cls, settings) -> "Augmentation":
@@ -46,8 +43,6 @@ class Augmentation:
             "randaugment": 2 * self.randaugment,
             "erase": 5 if self.erase else 0,
             "cutmix": 3 if self.cutmix else 0,
-            "mixup": 1 if self.mixup else 0,
-            "which": 1 if self.cutmix and self.mixup else 0,
         }
         columns, start = {}, 0
         for name, n in wanted.items():
@@ -58,10 +53,9 @@ class Augmentation:
     def make_params(self, n: int, seed: int, epoch: int) -> torch.Tensor:
         """float32 (n, columns) in [0, 1), fixed by (seed, epoch): uniform, label weights Beta."""
         generator = np.random.default_rng((seed, epoch, 1))  # data.shuffled has (seed, epoch)
-        params = generator.random((n, self.columns["which"].stop), dtype=np.float32)
-        for name, alpha in (("cutmix", self.cutmix), ("mixup", self.mixup)):
-            if alpha:
-                params[:, self.columns[name].start] = generator.beta(alpha, alpha, n)
+        params = generator.random((n, self.columns["cutmix"].stop), dtype=np.float32)
+        if self.cutmix:
+            params[:, self.columns["cutmix"].start] = generator.beta(self.cutmix, self.cutmix, n)
         return torch.from_numpy(params)
 
     def of_pixels(self, images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
@@ -76,25 +70,19 @@ class Augmentation:
     def of_normalized(
         self, images: torch.Tensor, params: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Erasing, CutMix, MixUp: float (N, C, H, W) -> (the same, label weight (N,) or None).
+        """Erasing, CutMix: float (N, C, H, W) -> (the same, label weight (N,) or None).
 
         Erased pixels become 0: the mean with `--normalize data`, else mid-grey. Every image i is
-        mixed with image i - 1 by a weight of its own; the papers use one for the whole batch.
+        mixed with image i - 1 by a weight of its own; the paper uses one for the whole batch.
         The label weight is that of the image's own label in the loss.
         """
         part = {name: params[:, columns] for name, columns in self.columns.items()}
         if self.erase:
             images = erase(images, self.erase, part["erase"])
-        if not (self.cutmix or self.mixup):
+        if not self.cutmix:
             return images, None
-        height, width = images.shape[2:]
-        # weight: of each pixel of image i, (N, 1 or H, 1 or W); the rest is of image i - 1.
-        if self.cutmix:
-            weight = of_cutmix = (~cut(height, width, part["cutmix"])).float()
-        if self.mixup:
-            weight = of_mixup = part["mixup"][:, :, None]
-        if self.cutmix and self.mixup:
-            weight = torch.where(part["which"][:, :, None] < 0.5, of_cutmix, of_mixup)
+        # Of each pixel of image i, (N, H, W); the rest is of image i - 1.
+        weight = (~cut(*images.shape[2:], part["cutmix"])).float()
         label_weight = weight.mean((1, 2))
         weight = weight[:, None]
         return images * weight + images.roll(1, 0) * (1 - weight), label_weight

@@ -52,9 +52,9 @@ def is_image(path: Path) -> bool:
 
 
 def decoded(
-    folder: Path, paths: list[Path], image_size: int | None, data_dir: Path
+    folder: Path, paths: list[Path], image_size: int | None, data_dir: Path, keep: bool
 ) -> tuple[np.ndarray, str]:
-    """(uint8 (N, C, H, W), what is to be said of them), from where they are kept, if they are.
+    """(uint8 (N, C, H, W), what is to be said of them), from the cache in `data_dir`, if there.
 
     The key is that of all names and contents, so a changed folder is decoded anew. Raises UserError
     that names the images that cannot be read.
@@ -67,7 +67,10 @@ def decoded(
     found = read_kept(kept, len(paths), image_size)
     if found is None:
         found = decode(folder, paths, image_size)
-        keep(kept, *found, f"{folder.name}.{'[0-9a-f]' * len(key)}.{size}.*.npz")
+        if not keep:
+            print("note: decoded images are kept only where --data-dir says", file=sys.stderr)
+        else:
+            store(kept, *found, f"{folder.name}.{'[0-9a-f]' * len(key)}.{size}.*.npz")
     return found
 
 
@@ -103,7 +106,7 @@ def read_kept(path: Path, n: int, image_size: int | None) -> tuple[np.ndarray, s
     return images, note
 
 
-def keep(path: Path, images: np.ndarray, note: str, outdated: str) -> None:
+def store(path: Path, images: np.ndarray, note: str, outdated: str) -> None:
     """Instead of all that matches the pattern `outdated`: the same folder as it was before."""
     buffer = io.BytesIO()
     np.savez(buffer, images=images, note=note, digest=hashlib.sha256(images).hexdigest())

@@ -16,26 +16,6 @@ from pathlib import Path
 from kit.command_line import in_one_line
 
 SMALL = 2**26  # bytes, far above what a small file of a run has
-_only_read: list[Path] = []
-
-
-@contextmanager
-def only_read(*folders: Path) -> Iterator[None]:
-    """Until its end nothing is written below these folders: a PermissionError says so."""
-    _only_read.extend(folders)
-    try:
-        yield
-    finally:
-        _only_read.clear()
-
-
-def is_only_read(path: Path) -> bool:
-    return any(path.is_relative_to(folder) for folder in _only_read)
-
-
-def check_allowed(path: Path) -> None:
-    if is_only_read(path):
-        raise PermissionError(f"nothing is fetched or kept in {path} unless --data-dir names it")
 
 
 def write_atomically(path: Path | str, body: bytes | str, previous: Path | None = None) -> None:
@@ -46,7 +26,6 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
     is left.
     """
     path = Path(path)
-    check_allowed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -117,7 +96,6 @@ def write_json(path: Path, content) -> None:
 
 def check_writable(folder: Path, advice: str = "choose another --out") -> None:
     """Makes the folder where there is none. Raises OSError: before long work, not after."""
-    check_allowed(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

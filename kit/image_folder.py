@@ -19,6 +19,8 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from kit.command_line import UserError
@@ -49,7 +51,9 @@ Labelled = list[tuple[Path, str]]  # images and their classes
 LeftOut = dict[str, list[Path]]  # {why: what}
 
 
-def load_folder(folder: Path, data_dir: Path, image_size: int | None = None) -> ImageData:
+def load_folder(
+    folder: Path, data_dir: Path, image_size: int | None = None, fetch: bool = True
+) -> ImageData:
     """The images below `folder`. Raises UserError in one line."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name one with a folder of images for each class")
@@ -66,10 +70,11 @@ def load_folder(folder: Path, data_dir: Path, image_size: int | None = None) -> 
                 raise UserError(f"{path} has parts of its own: move the classes into the parts")
         train, test = divided(in_class_folders(root, left_out))
         how = "a sixth of each class is the test set"
-    return load(folder, train, test, image_size, data_dir, left_out, how)
+    read = partial(decoded, image_size=image_size, data_dir=data_dir, keep=fetch)
+    return load(folder, train, test, left_out, how, read)
 
 
-def load_tiny_imagenet(data_dir: Path) -> ImageData:
+def load_tiny_imagenet(data_dir: Path, fetch: bool = True) -> ImageData:
     """100,000 + 10,000 colour images of 64x64 in 200 classes (Le and Yang 2015).
 
     Its test images have no labels: the validation images are the test set. They lie in one flat
@@ -88,7 +93,8 @@ def load_tiny_imagenet(data_dir: Path) -> ImageData:
     for part, images in (("train", train), ("val", test)):
         if (n := len({name for _, name in images})) != 200:
             raise UserError(f"{folder}: {n} classes in {part} instead of 200: unpack it again")
-    return load(folder, train, test, None, data_dir, left_out, "training set train, test set val")
+    read = partial(decoded, image_size=None, data_dir=data_dir, keep=fetch)
+    return load(folder, train, test, left_out, "training set train, test set val", read)
 
 
 # --- Parts, classes, images -----------------------------------------------------------------------
@@ -246,15 +252,14 @@ def divided(images: Labelled) -> tuple[Labelled, Labelled]:
 
 
 def load(
-    folder: Path, train: Labelled, test: Labelled, image_size: int | None, data_dir: Path,
-    left_out: LeftOut, how: str,
-) -> ImageData:  # fmt: skip
-    """Decodes the images, or takes them from where they are kept; says what it left out."""
+    folder: Path, train: Labelled, test: Labelled, left_out: LeftOut, how: str, read: Callable
+) -> ImageData:
+    """Reads the images, and says what was left out."""
     classes = sorted({name for _, name in train})
     if classes != sorted({name for _, name in test}):
         odd = sorted({name for _, name in train} ^ {name for _, name in test})
         raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
-    images, note = decoded(folder, [path for path, _ in train + test], image_size, data_dir)
+    images, note = read(folder, [path for path, _ in train + test])
     found = [counted(paths, why, folder) for why, paths in sorted(left_out.items()) if paths]
     if said := "; ".join(filter(None, [found and f"left out: {'; '.join(found)}", note])):
         print(f"note: in {folder}: {said}", file=sys.stderr)

@@ -17,7 +17,7 @@ WIDTH = 64  # channels of the first stage, as published
 BOUNDS = {
     "epochs": (1, 1e9), "batch_size": (1, 1e9), "lr": (1e-9, 1e9),
     "label_smoothing": (0, 1), "ema": (0, 0.999999), "erase": (0, 1), "crop": (0, 256),
-    "randaugment": (0, 14), "cutmix": (0, 100), "mixup": (0, 100),
+    "randaugment": (0, 14), "cutmix": (0, 100),
 }  # fmt: skip
 CHOICES = {
     "normalize": ("half", "data"), "anneal": ("epoch", "batch"), "tested": ("best", "last"),

@@ -1,5 +1,6 @@
 import contextlib
 import gzip
+import hashlib
 import http.server
 import shutil
 import threading
@@ -8,12 +9,13 @@ import data
 from kit import datasets
 from kit.command_line import UserError
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO, is_one_line, script
 from PIL import Image
 from torchvision import transforms
-from torchvision.datasets import FashionMNIST
+from torchvision.datasets import MNIST, FashionMNIST
 
 RAW = REPO / "data" / "FashionMNIST" / "raw"
 FOLDERS = [RAW.parent.parent, RAW, datasets.DEBIAN_FOLDER]  # before a test takes the last one away
@@ -25,7 +27,7 @@ def raw_files(fashion_mnist, tmp_path):
     """A data folder with links to the four real files, in torchvision's layout."""
     raw = tmp_path / "FashionMNIST" / "raw"
     raw.mkdir(parents=True)
-    for name in datasets.FASHION_MNIST_SHA256:
+    for name in datasets.IDX_FILES:
         packed = [folder / f"{name}.gz" for folder in FOLDERS if (folder / f"{name}.gz").is_file()]
         body = gzip.decompress(packed[0].read_bytes()) if packed else (RAW / name).read_bytes()
         (raw / name).write_bytes(body)
@@ -42,6 +44,7 @@ def nowhere(monkeypatch, tmp_path):
 
 def test_fashion_mnist_is_whole(fashion_mnist):
     d = fashion_mnist
+    assert d.digest == "023af56f2df4044c"
     assert d.train_images.shape == (60_000, 1, 28, 28) and d.train_images.dtype == torch.uint8
     assert d.test_images.shape == (10_000, 1, 28, 28) and d.test_images.dtype == torch.uint8
     assert d.train_labels.dtype == d.test_labels.dtype == torch.int64
@@ -135,8 +138,8 @@ def test_damaged_file_is_named_in_one_line(raw_files, tmp_path, harm):
     before = sorted(tmp_path.rglob("*"))
     done = script("data.py", "--data-dir", tmp_path)
     assert done.returncode == 1
-    assert is_one_line(done.stderr) and str(path) in done.stderr and "Three ways" in done.stderr
-    assert harm == "truncated gzip" or datasets.FASHION_MNIST_SHA256[LABELS] in done.stderr
+    assert is_one_line(done.stderr) and str(path) in done.stderr and "--data-dir" in done.stderr
+    assert harm == "truncated gzip" or "expected 0402a96d92fd2663" in done.stderr
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -145,16 +148,105 @@ def test_missing_file_without_network_is_one_line(nowhere, raw_files, tmp_path, 
     before = sorted(tmp_path.rglob("*"))
     assert data.main(["--data-dir", str(tmp_path)]) == 1
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
-    assert len(error) == 1 and "Three ways" in error[0]
-    assert LABELS in error[0] and datasets.FASHION_MNIST_SHA256[LABELS] in error[0]
+    assert len(error) == 1 and "apt-get install" in error[0] and "trying" not in error[0]
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def idx(array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+    return header + array.tobytes()
+
+
 @pytest.fixture
-def mirror(monkeypatch, tmp_path):
-    """A mirror on this machine; its folder."""
-    folder = tmp_path / "mirror"
+def planted(monkeypatch, tmp_path):
+    """Four small files of the test's own, which pass for the published MNIST; their folder."""
+    folder, generator = tmp_path / "planted", np.random.default_rng(0)
     folder.mkdir()
+    arrays = [
+        array
+        for n in (60, 30)
+        for array in (generator.integers(0, 256, (n, 28, 28), np.uint8), np.arange(n) % 10)
+    ]
+    for file, array in zip(datasets.IDX_FILES, arrays, strict=True):
+        (folder / file).write_bytes(idx(array.astype(np.uint8)))
+    sums = [sha256((folder / file).read_bytes()) for file in datasets.IDX_FILES]
+    monkeypatch.setitem(datasets.SHA256, "MNIST", " ".join(sums))
+    monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
+    return folder
+
+
+def sha256(body):
+    return hashlib.sha256(body).hexdigest()[:16]
+
+
+def flipped(body, at=-1):
+    return body[:at] + bytes([body[at] ^ 1]) + body[at:][1:]
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_mnist_is_what_it_says_and_one_flipped_byte_is_refused(planted, tmp_path, packed):
+    read = data.load_dataset("mnist", planted)
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for file in datasets.IDX_FILES:
+        body = (planted / file).read_bytes()
+        (raw / file).with_suffix(".gz" * packed).write_bytes(
+            gzip.compress(body) if packed else body
+        )
+    again = data.load_dataset("mnist", tmp_path)
+    assert again.digest == read.digest and len(read.mean) == 1
+    assert read.classes == MNIST.classes and read.train_images.shape == (60, 1, 28, 28)
+    for file in raw.iterdir():
+        body = file.read_bytes()
+        content = gzip.decompress(body) if packed else body
+        file.write_bytes(gzip.compress(flipped(content)) if packed else flipped(content))
+        with pytest.raises(UserError, match=f"{file} is not the published .* of MNIST"):
+            data.load_dataset("mnist", tmp_path)
+        file.write_bytes(body)
+
+
+def test_kmnist_s_training_images_alone_cannot_be_verified_unpacked(
+    planted, monkeypatch, tmp_path, capsys
+):
+    """Of the packed file alone a sha256 is known. The other three are verified all the same."""
+    images = planted / "train-images-idx3-ubyte"
+    _, *sums = datasets.SHA256["MNIST"].split()
+    monkeypatch.setitem(datasets.SHA256, "KMNIST", " ".join([datasets.PACKED, *sums]))
+    monkeypatch.delitem(datasets.SHA256, "MNIST")  # whose images would not pass for these
+    digest = data.load_dataset("kmnist", planted).digest
+    assert f"note: {images} cannot be verified" in capsys.readouterr().err
+    packed = gzip.compress(images.read_bytes())
+    monkeypatch.setattr(datasets, "PACKED", sha256(packed))
+    monkeypatch.setitem(datasets.SHA256, "KMNIST", " ".join([datasets.PACKED, *sums]))
+    images.with_suffix(".gz").write_bytes(packed)  # beside it: this one is read
+    assert data.load_dataset("kmnist", planted).digest == digest
+    assert capsys.readouterr().err == ""
+    images.with_suffix(".gz").write_bytes(flipped(packed, 100))
+    images.unlink()
+    with pytest.raises(UserError, match=r"is truncated or damaged|is not the published"):
+        data.load_dataset("kmnist", planted)
+    images.with_suffix(".gz").unlink()
+    images.write_bytes(b"rubbish")
+    with pytest.raises(UserError, match="is truncated or damaged"):
+        data.load_dataset("kmnist", planted)
+
+
+def test_fashion_mnist_never_passes_for_kmnist(raw_files, monkeypatch, tmp_path):
+    labels = {file: sha256((raw_files / file).read_bytes()) for file in datasets.IDX_FILES[1:]}
+    monkeypatch.setitem(datasets.SHA256, "KMNIST", " ".join([datasets.PACKED, *labels.values()]))
+    with pytest.raises(UserError, match="train-images-idx3-ubyte is not the published"):
+        data.load_dataset("kmnist", raw_files)
+
+
+@pytest.fixture
+def mirror(planted, monkeypatch, tmp_path):
+    """A mirror of the planted files on this machine; its folder."""
+    folder, resources = tmp_path / "mirror", []
+    folder.mkdir()
+    for file in datasets.IDX_FILES:
+        packed = gzip.compress((planted / file).read_bytes())
+        (folder / f"{file}.gz").write_bytes(packed)
+        resources.append((f"{file}.gz", hashlib.md5(packed).hexdigest()))
 
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def __init__(self, *args):
@@ -165,42 +257,50 @@ def mirror(monkeypatch, tmp_path):
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setattr(FashionMNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{server.server_port}/"])
+    monkeypatch.setattr(MNIST, "resources", resources)
     yield folder
     server.shutdown()
 
 
-def test_fetches_what_is_missing(nowhere, mirror, raw_files, tmp_path):
-    body = (raw_files / LABELS).read_bytes()
-    (raw_files / LABELS).unlink()
-    (mirror / f"{LABELS}.gz").write_bytes(gzip.compress(body))
-    dataset = data.load_dataset("fashion_mnist", tmp_path)
-    assert "torchvision's mirror" in dataset.source
-    assert (raw_files / LABELS).read_bytes() == body
-    assert "mirror" not in data.load_dataset("fashion_mnist", tmp_path).source  # now from disk
+def test_fetches_what_is_missing(mirror, planted, tmp_path, capsys):
+    shutil.copy(planted / LABELS, tmp_path)  # one of four is there
+    with pytest.raises(UserError, match="is not in"):
+        data.load_dataset("mnist", tmp_path, fetch=False)
+    assert not (tmp_path / "MNIST").exists()
+    dataset = data.load_dataset("mnist", tmp_path)
+    assert "MNIST is not here yet: trying torchvision's mirror" in capsys.readouterr().err
+    assert dataset.digest == data.load_dataset("mnist", planted).digest
+    names = [path.name for path in (tmp_path / "MNIST" / "raw").iterdir()]
+    assert sorted(names) == sorted(datasets.IDX_FILES)
+    data.load_dataset("mnist", tmp_path)  # now from disk
+    assert capsys.readouterr().err == ""
 
 
-def test_another_process_may_fetch_at_the_same_time(nowhere, raw_files, tmp_path, monkeypatch):
+def test_another_process_may_fetch_at_the_same_time(planted, tmp_path, monkeypatch):
     """This one waits for it, and takes what it has brought."""
-    body = (raw_files / LABELS).read_bytes()
-    (raw_files / LABELS).unlink()
 
     @contextlib.contextmanager
     def waited(folder):
-        (folder / LABELS).write_bytes(body)
+        shutil.copytree(planted, folder, dirs_exist_ok=True)
         yield
 
     monkeypatch.setattr(datasets, "locked", waited)
-    monkeypatch.setattr(datasets, "fetch", None)
-    assert "just fetched" not in data.load_dataset("fashion_mnist", tmp_path).source
+    monkeypatch.setattr(datasets, "from_mirror", None)
+    assert len(data.load_dataset("mnist", tmp_path).train_images) == 60
 
 
-def test_keeps_nothing_of_a_wrong_download(nowhere, mirror, raw_files, tmp_path):
-    (raw_files / LABELS).unlink()
-    (mirror / f"{LABELS}.gz").write_bytes(gzip.compress(b"an error page"))
-    with pytest.raises(UserError, match="sha256"):
-        data.load_dataset("fashion_mnist", tmp_path)
-    assert [path for path in raw_files.iterdir() if LABELS in path.name] == []
+def test_keeps_nothing_of_a_wrong_download(mirror, tmp_path, monkeypatch):
+    packed = gzip.compress(b"an error page")
+    (mirror / f"{LABELS}.gz").write_bytes(packed)
+    with pytest.raises(UserError, match="not found or corrupted"):
+        data.load_dataset("mnist", tmp_path)
+    resources = [(file, hashlib.md5(packed).hexdigest() if LABELS in file else md5)
+                 for file, md5 in MNIST.resources]  # fmt: skip
+    monkeypatch.setattr(MNIST, "resources", resources)  # though torchvision believes it
+    with pytest.raises(UserError, match="cannot be fetched"):
+        data.load_dataset("mnist", tmp_path)
+    assert list((tmp_path / "MNIST" / "raw").iterdir()) == []
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -221,27 +321,18 @@ def test_files_of_another_set_are_passed_over(raw_files, tmp_path, capsys, packe
     assert path.read_bytes() == others
 
 
-def test_nothing_is_fetched_over_a_file_of_another_set(nowhere, mirror, raw_files, tmp_path):
-    body = (raw_files / LABELS).read_bytes()
-    (mirror / f"{LABELS}.gz").write_bytes(gzip.compress(body, 1))
-    (raw_files / LABELS).write_bytes(b"another")
-    with pytest.raises(UserError, match="Move it away"):
-        data.load_dataset("fashion_mnist", tmp_path)
-    (raw_files / LABELS).rename(tmp_path / LABELS)
-    with pytest.raises(UserError, match="another --data-dir"):
-        data.load_dataset("fashion_mnist", tmp_path)
+def test_nothing_is_fetched_over_a_file_of_another_set(mirror, tmp_path):
+    raw = tmp_path / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    (raw / LABELS).write_bytes(b"another")
+    with pytest.raises(UserError, match="use another --data-dir"):
+        data.load_dataset("mnist", tmp_path)
+    (raw / LABELS).rename(tmp_path / LABELS)
+    with pytest.raises(UserError, match="use another --data-dir"):
+        data.load_dataset("mnist", tmp_path)
+    assert (tmp_path / LABELS).read_bytes() == b"another"
     (tmp_path / LABELS).unlink()
-    assert "mirror" in data.load_dataset("fashion_mnist", tmp_path).source
-
-
-@pytest.mark.parametrize("bomb", [bytes(1 << 20), gzip.compress(bytes(1 << 20))])
-def test_what_is_fetched_is_limited_in_size(monkeypatch, nowhere, mirror, tmp_path, bomb):
-    """Before it is unpacked, and while it is."""
-    monkeypatch.setattr(datasets, "LARGEST", 100_000)
-    monkeypatch.setitem(datasets.IDX, "FashionMNIST", ({LABELS: "another sha256"}, []))
-    (mirror / f"{LABELS}.gz").write_bytes(bomb)
-    with pytest.raises(UserError, match="its 100,000 bytes have sha256"):
-        data.load_dataset("fashion_mnist", tmp_path)
+    assert len(data.load_dataset("mnist", tmp_path).train_images) == 60
 
 
 @pytest.mark.slow
@@ -249,9 +340,9 @@ def test_what_is_fetched_is_limited_in_size(monkeypatch, nowhere, mirror, tmp_pa
 def test_fetches_the_debian_package(monkeypatch, tmp_path):
     monkeypatch.setattr(FashionMNIST, "mirrors", ["http://127.0.0.1:9/"])
     monkeypatch.setattr(datasets, "DEBIAN_FOLDER", tmp_path / "not-there")
-    assert "Debian" in data.load_dataset("fashion_mnist", tmp_path).source
+    assert data.load_dataset("fashion_mnist", tmp_path).digest == "023af56f2df4044c"
     names = sorted(path.name for path in (tmp_path / "FashionMNIST" / "raw").iterdir())
-    assert names == sorted(datasets.FASHION_MNIST_SHA256)
+    assert names == sorted(datasets.IDX_FILES)
 
 
 def test_nothing_is_fetched_where_it_cannot_be_kept(nowhere, tmp_path, capsys):

@@ -28,7 +28,7 @@ TOLERANCE = {"fp32": 5e-3, "tf32": 1e-1, "bf16": 3e-1}
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 ALL = ["--crop", "2", "--flip", "--randaugment", "1", "--erase", "0.25", "--cutmix", "1"]
-ALL += ["--mixup", "0.2", "--label-smoothing", "0.1", "--weight-decay", "0.1", "--ema", "0.5"]
+ALL += ["--label-smoothing", "0.1", "--weight-decay", "0.1", "--ema", "0.5"]
 
 
 class Done(Exception):

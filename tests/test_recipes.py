@@ -23,7 +23,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 FLAGS = ["--model", "cbam_blocks", "--recipe", "strong", "--cutmix", "1", "--width", "8"]
 FLAGS += ["--device", "cpu"]
 FLAGS += ["--limit-train", "168", "--limit-test", "100", "--epochs", "3", "--warmup", "1"]
-FLAGS += ["--mixup", "0.5", "--randaugment", "1", "--data-dir", str(REPO / "data"), "--keep-last"]
+FLAGS += ["--randaugment", "1", "--data-dir", str(REPO / "data"), "--keep-last"]
 FOLDER = "fashion_mnist/strong/cbam_blocks/seed0"
 
 
@@ -92,7 +92,7 @@ def test_the_loop_equals_an_obvious_one(strong_run, fashion_mnist):
     train_idx, val_idx = data.split_indices(60_000, seed=0)
     train_idx, val_idx = train_idx[:168], val_idx[:64]
     mean, std = fashion_mnist.mean[0], fashion_mnist.std[0]
-    augmentation = Augmentation(crop=2, flip=True, randaugment=1, erase=0.25, cutmix=1.0, mixup=0.5)
+    augmentation = Augmentation(crop=2, flip=True, randaugment=1, erase=0.25, cutmix=1.0)
     model = channels_last(build_model("cbam_blocks", width=8, seed=0))
     averaged = copy.deepcopy(model)
     decayed = [p for p in model.parameters() if p.dim() > 1]
@@ -273,7 +273,7 @@ OFF = ["--weight-decay", "0", "--warmup", "0", "--label-smoothing", "0", "--ema"
 OFF += ["--crop", "0", "--no-flip", "--erase", "0", "--cutmix", "0", "--normalize", "half"]
 
 
-AUGMENTATIONS = ("crop", "flip", "randaugment", "erase", "cutmix", "mixup")
+AUGMENTATIONS = ("crop", "flip", "randaugment", "erase", "cutmix")
 
 
 def test_every_part_has_a_flag_and_can_be_left_out():
@@ -282,7 +282,7 @@ def test_every_part_has_a_flag_and_can_be_left_out():
     assert not any(getattr(settings, key) for key in AUGMENTATIONS)
     changed = {key for key in strong if strong[key] != published[key]} - {"lr", "patience"}
     assert settings.overrides == {key: published[key] for key in changed}
-    same = settings_of("--model", "se", *OFF, "--randaugment", "0", "--mixup", "0")
+    same = settings_of("--model", "se", *OFF, "--randaugment", "0")
     assert same.overrides == {} and same.normalize == "half"
 
 

@@ -25,7 +25,7 @@ def test_the_published_recipe_stays_as_it_is(fashion_mnist):
     settings = settings_of("--model", "se")
     not_used = {"limit_train": 0, "limit_test": 0, "weight_decay": 0, "warmup": 0, "ema": 0}
     not_used |= {"label_smoothing": 0, "crop": 0, "flip": False, "randaugment": 0, "erase": 0}
-    not_used |= {"cutmix": 0, "mixup": 0}
+    not_used |= {"cutmix": 0}
     used = {"epochs": 50, "batch_size": 64, "lr": 1e-3, "patience": 10, "normalize": "half"}
     used |= {"anneal": "epoch", "tested": "best"}
     assert train.RECIPES["published"] == used | not_used
