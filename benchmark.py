@@ -35,14 +35,14 @@ from collections.abc import Callable
 from operator import itemgetter
 from pathlib import Path
 
-import train
 from kit import fast, training_speed
 from kit.command_line import UserError, exit_code, is_out_of_memory, make_parser
 from kit.environment import device_name, source_hashes
 from kit.files import check_writable, locked, write_atomically
 from kit.preflight import choose_device, preflight
-from kit.results import rows_that_stay
+from kit.results import read_rows
 from kit.runs import read_run
+from kit.tables import table
 from models import MODELS, build_model, count_parameters
 
 import numpy as np
@@ -165,10 +165,10 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
 
     What does not run here, has no memory or gives wrong logits is left out and named on stderr.
     """
-    size, precision, failed = cases[0]["batch_size"], cases[0]["precision"], False
+    size, precision, repeats = (cases[0][key] for key in ("batch_size", "precision", "repeats"))
     about, bar = f"{precision}, batch {size}", functools.partial(tqdm, disable=None, leave=False)
     images = torch.rand(size, *shape_of(args.image), device=args.device)
-    repeats, ready = repeats_of(size, args), []
+    ready, failed = [], False
     for case in bar(cases, f"{about}: setting up"):
         try:
             ready.append((*prepare(case, images), []))
@@ -188,7 +188,6 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
         ms = 1e3 / size * np.array(seconds)
         row |= {f"ms_per_image{p}": float(np.percentile(ms, q)) for p, q in PERCENTILES.items()}
         row["images_per_second"] = 1e3 / row["ms_per_image"]
-        row["repeats"] = repeats
     return [row for row, *_ in ready], failed
 
 
@@ -217,32 +216,31 @@ def write(out: Path, rows: dict[tuple, dict]) -> str:
 
 def markdown(rows: list[dict]) -> str:
     """benchmark.md: for each batch size and precision a table with a line for each model."""
-    about = "{device}, torch {torch}, width {width}, images {image}, {classes} classes."
-    costs, lines, setting = itemgetter("model", "params", "flops_aten", "flops"), [], None
+    about = "{}, torch {}, width {}, images {}, {} classes.\n"
+    costs, text, setting = itemgetter("model", "params", "flops_aten", "flops"), "", None
     keys = [*SETTING, "batch_size", "precision"]
     for key, group in itertools.groupby(rows, lambda row: [row.get(name) for name in keys]):
         *here, size, precision = key
         if here != setting:
-            lines += ["", ""] if lines else []
-            lines.append(about.format(**dict(zip(SETTING, here, strict=True))))
+            text += "\n\n" * bool(text) + about.format(*here)
             setting = here
-        table = {}  # what a mode does not change -> mode -> milliseconds
+        models = {}  # what a mode does not change -> mode -> milliseconds
         for row in group:
-            table.setdefault(costs(row), {})[row["mode"]] = row["ms_per_image"]
-        base = next((times for (name, *_), times in table.items() if name == "baseline"), {})
-        modes = [mode for mode in fast.MODES if any(mode in times for times in table.values())]
-        header = ["model", "parameters", "MFLOPs", "GFLOPs as published"]
-        header += [f"{mode}, ms/image" for mode in modes]
-        lines += ["", f"Batches of {size}, {precision}; in brackets relative to the baseline:", ""]
-        lines += [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-        for (name, params, exact, published), times in table.items():
-            line = f"| `{name}` | {params:,} | {exact / 1e6:,.1f} | {published / 1e9:.2f} |"
+            models.setdefault(costs(row), {})[row["mode"]] = row["ms_per_image"]
+        base = next((times for (name, *_), times in models.items() if name == "baseline"), {})
+        modes = [mode for mode in fast.MODES if any(mode in times for times in models.values())]
+        lines = [["model", "parameters", "MFLOPs", "GFLOPs as published"]]
+        lines[0] += [f"{mode}, ms/image" for mode in modes]
+        for (name, params, exact, published), times in models.items():
+            line = [f"`{name}`", f"{params:,}", f"{exact / 1e6:,.1f}", f"{published / 1e9:.2f}"]
             for mode in modes:
-                ms, ratio = times.get(mode), times.get(mode, 0) / base.get(mode, float("inf"))
-                line += f" {ms:#.3g}" if ms else " -"
-                line += f" ({ratio:.2f}) |" if ratio else " |"
+                cell = f"{times[mode]:#.3g}" if mode in times else "-"
+                both = mode in times and mode in base
+                line.append(cell + f" ({times[mode] / base[mode]:.2f})" if both else cell)
             lines.append(line)
-    return "\n".join(lines) + "\n"
+        text += f"\nBatches of {size}, {precision}; in brackets relative to the baseline:\n\n"
+        text += table(lines)
+    return text
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -251,8 +249,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add, default = parser.add_argument, "default: %(default)s"
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help="or all")
     add("--train", action="store_true", help="time training steps, compared with a plain loop's")
-    add("--switches", action="store_true",
-        help=f"with --train: also {', '.join(training_speed.SWITCHES)}, each alone")  # fmt: skip
     add("--batch-sizes", nargs="+", type=int, metavar="N", help="default: 1 64; with --train 64")
     add("--modes", nargs="+", choices=fast.MODES, metavar="MODE",
         help=f"of {', '.join(fast.MODES)}; default: all that the device can run")  # fmt: skip
@@ -284,8 +280,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     others = args.keep or args.overwrite or (args.image, args.classes) != (IMAGE, CLASSES)
     if args.train and (others or fast.DEFAULT in (args.precisions or [])):
         parser.error("--train takes no --keep, --overwrite, --image, --classes, default precision")
-    if args.switches and not args.train:
-        parser.error("--switches are for --train")
     numbers = [*args.batch_sizes, args.width, args.classes]
     numbers += [] if args.repeats is None else [args.repeats]
     if not 1 <= min(numbers) <= max(numbers) <= 10**9:
@@ -317,7 +311,7 @@ def main(argv: list[str] | None = None) -> int:
     common |= {"width": args.width, "image": args.image, "classes": args.classes}
     if args.train:
         common["sha256"] = source_hashes()
-        rows = training_speed.measure(train, build_model, args, common)
+        rows = training_speed.measure(args, common)
         with locked(args.out, "benchmark_train*"):
             body = json.dumps(rows, indent=2) + "\n"
             write_atomically(args.out / "benchmark_train.json", body)
@@ -325,22 +319,20 @@ def main(argv: list[str] | None = None) -> int:
         print(training_speed.markdown(rows))
         return 0
     common |= {"sha256": source_hashes(SOURCES), "timed_by": source_hashes(["benchmark.py"])}
-    keys = "precision", "batch_size", "model", "mode"
-    asked = itertools.product(
-        args.precisions, args.batch_sizes, dict.fromkeys(args.models), args.modes
-    )
-    cases = [dict(zip(keys, values, strict=True)) | common for values in asked]
+    cases = [
+        {"precision": precision, "batch_size": size, "model": model, "mode": mode}
+        | common | {"repeats": repeats_of(size, args)}
+        for precision, size in itertools.product(args.precisions, args.batch_sizes)
+        for model, mode in itertools.product(dict.fromkeys(args.models), args.modes)
+    ]  # fmt: skip
     with locked(args.out, "benchmark*"):
-        there = [] if args.overwrite else rows_that_stay(args.out / "benchmark.json")
-        rows = {place(row): row for row in there}
-        kept = {
-            at
-            for at, row in rows.items()
-            if args.keep and common.items() <= row.items()
-            and row.get("repeats", 0) >= repeats_of(row["batch_size"], args)
-        }  # fmt: skip
-        missing, new, failed = [case for case in cases if place(case) not in kept], 0, False
-        for _, group in itertools.groupby(missing, itemgetter(*keys[:2])):
+        there, problems = ([], []) if args.overwrite else read_rows(args.out / "benchmark.json")
+        for problem in problems:
+            print(f"note: {problem}", file=sys.stderr)
+        rows, new, failed = {place(row): row for row in there}, 0, False
+        if args.keep:  # what this code has measured, as often
+            cases = [c for c in cases if not c.items() <= rows.get(place(c), {}).items()]
+        for _, group in itertools.groupby(cases, itemgetter("precision", "batch_size")):
             group = list(group)
             found, wrong = measure(group, args)
             failed, new = failed | wrong, new + len(found)

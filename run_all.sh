@@ -5,7 +5,7 @@
 #   ./run_all.sh quick         the four published models, 1 epoch on 1,920 images: minutes on a CPU
 #   ./run_all.sh full          the published table: MODELS x SEEDS, up to 50 epochs each
 #   ./run_all.sh study         everything a claim needs; --miniature: small, without a GPU
-#   ./run_all.sh plan [quick | full | study [--miniature]]    prints the commands, runs nothing
+#   ./run_all.sh plan [quick | full | study [--miniature]]    prints the commands, trains nothing
 #   ./run_all.sh test [PYTEST_ARGUMENT ...]
 #
 # Environment: MODELS, SEEDS, RECIPE, DATASET, RUNS (run folders), OUT (what is made of them), and
@@ -40,7 +40,6 @@ host=${PYTHON:-python3} python=.venv/bin/python
 if ready "$host"; then
   python=$host
 elif ! ready "$python"; then
-  if [[ ${1:-} == plan ]]; then NO_PACKAGES=1 PYTHON=$python exec "$host" -m kit.study "$@"; fi
   (flock 9 || true  # of workers that start together one sets up, and the others wait
     ready "$python" && exit
     echo "$host lacks a pinned requirement: setting up .venv (5 GB, some minutes)" >&2

@@ -72,8 +72,8 @@ RECIPES = {
 # --- Training -------------------------------------------------------------------------------------
 
 
-def train(settings, dataset, run: Run) -> dict:
-    """Data -> loss -> backward -> step -> validate -> save, then test; returns the accuracies."""
+def prepare(settings, dataset):
+    """Data, model, optimizer and schedule of a run, its step, and the part of it that compiles."""
     device = settings.device
     set_up_torch(settings.precision)
 
@@ -91,7 +91,6 @@ def train(settings, dataset, run: Run) -> dict:
     unit = loader.steps if settings.anneal == "batch" else 1  # scheduler steps per epoch
     scheduler = cosine(optimizer, settings.epochs * unit, settings.warmup * unit)
     ema = EMA(model, settings.ema) if settings.ema else None
-    eval_model = ema.model if ema else model  # the one that is validated, tested and kept
 
     def forward(idx, aug_params):  # -> mean loss, number of correct predictions
         images, labels, label_weight = loader.batch(idx, aug_params)
@@ -109,6 +108,14 @@ def train(settings, dataset, run: Run) -> dict:
             ema.update()
         return loss.detach(), correct
 
+    return loader, model, optimizer, scheduler, ema, forward, step
+
+
+def train(settings, dataset, run: Run) -> dict:
+    """Data -> loss -> backward -> step -> validate -> save, then test; returns the accuracies."""
+    loader, model, optimizer, scheduler, ema, forward, step = prepare(settings, dataset)
+    eval_model = ema.model if ema else model  # the one that is validated, tested and kept
+
     # Resume from the run's folder, if it holds a checkpoint. Then compile the step or capture it as
     # one CUDA graph, where that pays (kit/fast.py): the same computation, up to rounding.
     progress = run.restore(loader, model, optimizer, scheduler, ema)
@@ -120,7 +127,7 @@ def train(settings, dataset, run: Run) -> dict:
 
         model.train()
         batches = loader.epoch(epoch)
-        progress.begin_epoch(len(batches), device)  # or resume it at progress.step
+        progress.begin_epoch(len(batches), settings.device)  # or resume it at progress.step
         start = time.perf_counter() - progress.seconds
         bar = dict(desc=f"epoch {epoch}", leave=False, disable=None)  # None: only on a terminal
         try:

@@ -1,5 +1,5 @@
-"""The engine room. The scripts at the top are the experiment and import kit; kit imports no script
-(study.py alone, the program behind run_all.sh, reads models.MODELS).
+"""The engine room. The scripts at the top are the experiment and import kit; kit imports no script,
+but for its two programs, study and training_speed, which use train.py as it stands.
 
 What figures depend on
     attention       the further attention modules; SE and CBAM are in models.py
@@ -15,7 +15,7 @@ A run
     runs            a run's folder: read, checked, compared, locked
     checkpoint      last.pt: states saved, verified, loaded in place
     preflight       will this machine do, on which device?  environment: what it is (env.json)
-    tensorboard_log, command_line (errors, exit codes), files
+    tensorboard_log, command_line (errors, exit codes), files, tables
 
 The report and the pictures
     results         studies of comparable runs; rows of benchmark.json

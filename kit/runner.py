@@ -1,7 +1,6 @@
 """Runs commands, so many at a time, and passes signals on to them: they save before they end."""
 
 import contextlib
-import json
 import os
 import shlex
 import signal
@@ -13,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kit.command_line import Stopped, handle_signals
-from kit.files import read_small
-
-DAMAGED = (OSError, ValueError, LookupError, TypeError)  # a file of a run, or it is not there yet
+from kit.runs import is_locked
 
 
 @dataclass
@@ -41,13 +38,7 @@ class Job:
     @property
     def is_at_work(self) -> bool:
         """Whether another process trains it."""
-        from kit.runs import is_locked  # here, for a plan needs no packages
-
         return self.folder is not None and is_locked(self.folder)
-
-
-def read(path: Path) -> dict:
-    return json.loads(read_small(path))
 
 
 class Runner:

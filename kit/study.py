@@ -11,27 +11,24 @@ import functools
 import itertools
 import os
 import re
-import runpy
 import sys
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
 
+import data
+import train
 from kit.command_line import UserError, exit_code, make_parser
+from kit.environment import source_hashes
 from kit.files import check_writable
-from kit.runner import DAMAGED, Job, Runner, read
+from kit.preflight import preflight, visible_gpus
+from kit.runner import Job, Runner
+from kit.runs import changes_since, completed, in_brackets, read_run
+from kit.settings import as_config
+from models import MODELS
 
-MODELS = {}  # before all packages are installed, a plan is printed without knowing them
-if find_spec("torch") and not os.environ.get("NO_PACKAGES"):
-    from kit.environment import HERE, source_hashes
-    from kit.preflight import preflight, visible_gpus
-    from kit.runs import changes_since, completed, in_brackets
-    from kit.settings import as_config
-    from models import MODELS
-
-    import torch
+import torch
 
 PUBLISHED = ["baseline", "se", "cbam_blocks", "cbam_classifier"]
 COMPARED = ["baseline", "cbam_classifier", "se", "cbam_blocks", "se_static"]  # by the study
@@ -44,7 +41,7 @@ def one(*command) -> list[Job]:
     return [Job([*command])]
 
 
-def train(runs, models, seeds, recipe="published", dataset="fashion_mnist", flags=()) -> list[Job]:
+def runs_of(models, seeds, runs, recipe="published", dataset="fashion_mnist", flags=()):
     """A stage of training runs."""
     jobs = []
     for seed, model in itertools.product(seeds, models):
@@ -60,9 +57,9 @@ def train(runs, models, seeds, recipe="published", dataset="fashion_mnist", flag
 def state_of(run: Job) -> str:
     """What train.py would say of the run: "done", with a remark if other code has trained it; why
     the run that is there is another; or nothing, if none is finished."""
-    if not (MODELS and (run.folder / "result.json").exists()):
+    if not (run.folder / "result.json").exists():
         return ""
-    settings = train_script()["parse"](list(map(str, run.command[1:])))
+    settings = train.parse(list(map(str, run.command[1:])))
     config = as_config(settings)
     try:
         if not settings.dataset.isidentifier() or settings.dataset == "tiny_imagenet":
@@ -75,22 +72,13 @@ def state_of(run: Job) -> str:
 
 
 @functools.cache
-def train_script() -> dict:
-    """The names of train.py, run as a command but in this process: a hundred starts take minutes.
-
-    (Nothing in kit imports a script.)
-    """
-    return runpy.run_path(str(HERE / "train.py"))
-
-
-@functools.cache
 def digest_of(*dataset) -> str:
-    return train_script()["data"].load_dataset(*dataset).digest
+    return data.load_dataset(*dataset).digest
 
 
 def table(s: SimpleNamespace, quick: bool, planning: bool) -> Iterator[list[Job] | str]:
     """`quick` and `full`, with the settings of the environment."""
-    runs = train(s.runs, s.models, s.seeds, s.recipe, s.dataset)
+    runs = runs_of(s.models, s.seeds, s.runs, s.recipe, s.dataset)
     yield runs[s.shard :: s.shards]
     done = [run for run in runs if run.is_done]
     if s.shards > 1 or not (done or planning):
@@ -121,47 +109,47 @@ def study(out: Path, miniature: bool, on_gpu: bool, planning: bool) -> Iterator[
     write = ["report.py", "--runs", runs, "--out", out]
     write += ["--compare", fp32] if fp32.is_dir() else []
 
-    published = train(runs, COMPARED, first[:1], flags=small)
+    published = runs_of(COMPARED, first, runs, flags=small)
     test = ["-m", "pytest", "-q", "-m", "", "-n", 4, "tests/test_fast.py", "-k"]
     yield "1. Is the fast step the step of plain PyTorch? If not, nothing more is run."
-    if planning or not any(run.is_done for run in published):
+    if planning or not any(run.is_done for run in published[: len(COMPARED)]):
         yield [Job([*test, same], needed=True)]
     yield "2. How fast is it, compared with a plain loop? What do the models cost?"
     if planning or not (out / "benchmark_train.json").exists():
-        speed = "benchmark.py", "--train", "--models", "baseline", "cbam_blocks", "--switches"
+        speed = "benchmark.py", "--train", "--models", "baseline", "cbam_blocks"
         which = ["--precisions", "bf16", "--modes", "eager", "compile+graph"] if on_gpu else []
         yield one(*speed, "--out", out, *which, *width, *turns)
     cost = "benchmark.py", "--models", *COMPARED, "--keep", "--out", out, *costs
     yield one(*cost, 64)
     yield one(*cost, 1, 16, 256, 1024)
     yield "3. The published study, and what its first seed looks at while the weights are there"
-    yield published
-    if explained := [run.folder for run in published if planning or run.is_done]:
+    yield published[: len(COMPARED)]
+    if explained := [run.folder for run in published[: len(COMPARED)] if planning or run.is_done]:
         yield one("explain.py", "--keep", "--out", out, *limit, "--compare", *explained)
     yield one(*write)
-    yield train(runs, COMPARED, first[1:], flags=small)
+    yield published[len(COMPARED) :]
     yield one(*write)
     yield "4. The same without early stopping, which ends runs while the learning rate is high"
-    yield train(to_the_end / "runs", COMPARED, once, flags=["--patience", 50, *small])
+    yield runs_of(COMPARED, once, to_the_end / "runs", flags=["--patience", 50, *small])
     yield one("benchmark.py", "--models", *COMPARED, "--keep", "--out", to_the_end, *costs, 64)
     yield one("report.py", "--runs", to_the_end / "runs", "--out", to_the_end, "--compare", runs)
     yield "5. Is bfloat16 as good as float32?"
-    yield train(fp32, ["baseline", "cbam_blocks"], few, flags=["--precision", "fp32", *small])
+    yield runs_of(["baseline", "cbam_blocks"], few, fp32, flags=["--precision", "fp32", *small])
     write = ["report.py", "--runs", runs, "--out", out, "--compare", fp32]
     yield one(*write)
     yield "6. The recipe strong: the baseline, and the two modules that are best in validation"
     if best := best_two(runs, first):
-        yield train(runs, ["baseline", *best], few, "strong", flags=small)
+        yield runs_of(["baseline", *best], few, runs, "strong", flags=small)
         yield one(*write)
     else:
         yield "(which two are best is known when 3 is done)"
     yield "7. Every further module"
     yield [Job([*test, others])]
     yield one("benchmark.py", "--models", *further, "--keep", "--out", modules, *costs, 64)
-    yield train(modules / "runs", further, once, flags=small)
+    yield runs_of(further, once, modules / "runs", flags=small)
     yield one("report.py", "--runs", modules / "runs", "--out", modules)
     yield "8. More seeds of 3"
-    yield train(runs, COMPARED, more, flags=small)
+    yield runs_of(COMPARED, more, runs, flags=small)
     yield one(*write)
 
 
@@ -169,10 +157,10 @@ def best_two(runs: Path, seeds) -> list[str]:
     """Of CANDIDATES, by mean validation accuracy; none as long as a result is missing."""
 
     def accuracy(model):
-        results = [read(run.folder / "result.json") for run in train(runs, [model], seeds)]
-        return mean(result["val_acc"] for result in results)
+        found = [read_run(run.folder) for run in runs_of([model], seeds, runs)]
+        return mean(run.result["val_acc"] for run in found)
 
-    with contextlib.suppress(*DAMAGED):
+    with contextlib.suppress(ValueError):  # one that is not there, or is damaged
         return sorted(CANDIDATES, key=accuracy)[-2:]
     return []
 
@@ -182,14 +170,13 @@ def settings_of(what: str, fail) -> SimpleNamespace:
     if what.startswith("study") and any(map(os.environ.get, FIXED)):
         fail(f"the study has its own {', '.join(FIXED[:-1])}, and no SHARD: unset them")
     quick, found, list_of = what == "quick", {}, r"(\s*\b({})\b)+\s*".format
-    script = train_script() if MODELS else {}
     recipe, seeds = ("quick", "0") if quick else ("published", "0 1 2 3 4")
     for name, default, form, advice in (
-        ("MODELS", " ".join(PUBLISHED), list_of("|".join(MODELS) or r"\w+"),
+        ("MODELS", " ".join(PUBLISHED), list_of("|".join(MODELS)),
          f"choose from {' '.join(MODELS)}"),
         ("SEEDS", seeds, list_of("0|[1-9][0-9]{0,8}"),
          "give whole numbers below 10^9, without leading zeros"),
-        ("RECIPE", recipe, "quick" if quick else "|".join(script.get("RECIPES", [r"\w+"])),
+        ("RECIPE", recipe, "quick" if quick else "|".join(train.RECIPES),
          "quick is a recipe of its own: unset it" if quick else "train.py has no such recipe"),
         ("DATASET", "fashion_mnist", ".+", "give a name, or a folder of images"),
         ("RUNS", "runs", ".+", "give a path of one line"),
@@ -206,7 +193,7 @@ def settings_of(what: str, fail) -> SimpleNamespace:
     s.runs, s.out, s.jobs = Path(s.runs), Path(s.out), int(s.jobs or 0)
     s.shard, s.shards = map(int, s.shard.split("/"))
     try:
-        folder = script and script["data"].resolve(s.dataset)[0]
+        folder = data.resolve(s.dataset)[0]
         if "/" in folder and not os.path.isdir(folder):
             raise ValueError(f"there is no folder {folder}")
     except ValueError as error:
@@ -225,15 +212,13 @@ def main(argv: list[str] | None = None) -> int:
     what = words.removeprefix("plan").strip().replace(" --", " ")
     if what not in ("", "quick", "full", "study", "study miniature"):
         parser.error(f"'{words}': use quick, full, study [--miniature] or none, or plan and these")
-    gpus, gpu = visible_gpus() if MODELS else ([], "PyTorch is not installed yet")
+    gpus, gpu = visible_gpus()
     if not (what or gpus):
         print(f"{gpu}: a quick run on the CPU", file=sys.stderr)
     what = what or ("full" if gpus else "quick")
     s = settings_of(what, parser.error)
     whole, small = what.startswith("study"), what == "study miniature"
     if whole:
-        if planning and not MODELS:
-            raise UserError("the plan of the study needs PyTorch: ./run_all.sh test installs it")
         if not (planning or gpus or small):
             raise UserError(f"the study needs a GPU: {gpu}. Without one, try study --miniature")
         name = re.sub("[^a-z0-9]+", "_", gpu.lower()) if gpus else "a_gpu"
@@ -241,15 +226,15 @@ def main(argv: list[str] | None = None) -> int:
         stages = study(s.out, small, bool(gpus) or not small, planning)
     else:
         stages = table(s, what == "quick", planning)
-    data = Job(["data.py", "--dataset", s.dataset], needed=True)
+    fetch = Job(["data.py", "--dataset", s.dataset], needed=True)
     if planning:
-        for stage in ([data], *stages):
+        for stage in ([fetch], *stages):
             for job in [f"# {stage}"] if isinstance(stage, str) else stage:
                 state = job.state(job) if isinstance(job, Job) else ""
                 print(f"{job}  # {state}" if state else job)
         return 0
     runner = Runner(s.jobs or len(gpus) or 1, gpus)
-    runner.run([data])
+    runner.run([fetch])
     if not runner.over:
         for folder in [s.out] if whole else [s.out, s.runs]:
             try:

@@ -11,21 +11,21 @@ import io
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import redirect_stdout, suppress
+from contextlib import redirect_stdout
 from statistics import median
 
+import train
 from kit.datasets import ImageData
 from kit.fast import DEFAULT, set_up_torch
 from kit.run import Run
+from kit.tables import table
+from models import build_model
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 PLAIN = "plain loop"
-# What PyTorch can do otherwise, and none of which is on: not yet measured. --switches tries each
-# alone, in the last mode and precision. One that changes the gradients is left out.
-SWITCHES = ("not deterministic", "cudnn.benchmark", "combo_kernels")
 STEPS = {"cuda": 100, "cpu": 3}  # of a turn
 
 
@@ -60,43 +60,20 @@ def plain_steps(model, loader, optimizer, device) -> Iterator[tuple[float, int]]
         yield loss.item(), len(labels)
 
 
-class Ready(Exception):
-    """The step is compiled or captured: there is nothing to train."""
-
-
-class Probe(Run):
-    """In place of a run: it takes train.py's step as it is, in its mode, and trains nothing."""
-
-    def speed_up(self, step, forward):
-        self.batch = self.loader.epoch(1)[0]
-        self.step = super().speed_up(step, forward)
-        raise Ready
-
-
-def our_turn(train, dataset: ImageData, flags: list, switch: str = "") -> tuple[Callable, Run]:
-    """(function of a number of steps, their run) of train.py, a script that is passed on here."""
-    settings = train.parse([str(flag) for flag in flags])
-
-    def set_up(precision):
-        set_up_torch(precision)
-        if switch == "not deterministic":
-            torch.use_deterministic_algorithms(False)
-        torch.backends.cudnn.benchmark = switch == "cudnn.benchmark"
-        torch._inductor.config.combo_kernels = switch == "combo_kernels"
-
-    train.set_up_torch = set_up  # what train() calls
-    try:
-        quietly = redirect_stdout(io.StringIO())
-        with suppress(Ready), quietly, Probe(settings, dataset.digest) as run:
-            train.train(settings, dataset, run)
-    finally:
-        train.set_up_torch = set_up_torch
+def our_turn(dataset: ImageData, flags: list) -> tuple[Callable, Run]:
+    """(function of a number of steps, their run): train.py's step, in the mode of these flags."""
+    settings = train.parse(list(map(str, flags)))
+    loader, model, optimizer, scheduler, ema, forward, step = train.prepare(settings, dataset)
+    with redirect_stdout(io.StringIO()), Run(settings, dataset.digest) as run:
+        run.restore(loader, model, optimizer, scheduler, ema)
+        step = run.speed_up(step, forward)
+    batch = loader.epoch(1)[0]
 
     def turn(steps):
-        set_up(settings.precision)
+        set_up_torch(settings.precision)
         losses = torch.zeros(steps, device=settings.device)
         for i in range(steps):
-            losses[i], _ = run.step(*run.batch)
+            losses[i], _ = step(*batch)
         losses.cpu()  # waits for the device, once
 
     return turn, run
@@ -126,7 +103,7 @@ def random_images(n: int) -> ImageData:
     return ImageData(images, labels, images[:100], labels[:100], list("0123456789"), "random")
 
 
-def measure(train, build_model, args, common: dict) -> list[dict]:
+def measure(args, common: dict) -> list[dict]:
     """Rows of benchmark_train.json. args: benchmark.py's; common: what all rows share."""
     steps, turns, rows, device = STEPS[args.device.type], args.repeats or 7, [], args.device
     for size in args.batch_sizes:
@@ -135,14 +112,12 @@ def measure(train, build_model, args, common: dict) -> list[dict]:
             row = common | {"model": model, "batch_size": size, "steps": steps, "turns": turns}
             plain = plain_turn(build_model(model, width=args.width, seed=0), dataset, size, device)
             rows.append((row | {"mode": PLAIN, "precision": DEFAULT}, plain, []))
-            cases = [(*case, "") for case in itertools.product(args.precisions, args.modes)]
-            cases += [(*cases[-1][:2], switch) for switch in SWITCHES if args.switches]
-            for precision, mode, switch in cases:
+            for precision, mode in itertools.product(args.precisions, args.modes):
                 flags = ["--model", model, "--mode", mode, "--precision", precision, "--dry-run"]
                 flags += ["--batch-size", size, "--width", args.width, "--device", device]
-                turn, run = our_turn(train, dataset, flags, switch)
+                turn, run = our_turn(dataset, flags)
                 if run.mode == mode:
-                    case = {"mode": f"{mode}, {switch}" if switch else mode, "precision": precision}
+                    case = {"mode": mode, "precision": precision}
                     case["set_up_seconds"] = run.set_up_seconds
                     rows.append((row | case, turn, []))
     for turn in range(-1, turns):  # the first one warms up
@@ -169,16 +144,9 @@ def markdown(rows: list[dict]) -> str:
         "{steps} steps; images/s relative to the plain loop: median of the ratios within each turn "
         "(lowest - highest)."
     )
-    lines = [
-        about.format(**rows[0]),
-        "",
-        "| model | batch | mode | precision | ms/step | images/s | relative to the plain loop |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        ratio = "{ratio:.2f} ({ratio_low:.2f} - {ratio_high:.2f})".format(**row)
-        lines.append(
-            f"| `{row['model']}` | {row['batch_size']} | {row['mode']} | {row['precision']} | "
-            f"{row['ms_per_step']:#.3g} | {row['images_per_second']:,.0f} | {ratio} |"
-        )
-    return "\n".join(lines) + "\n"
+    header = ["model", "batch", "mode", "precision", "ms/step", "images/s"]
+    cells = "`{model}`|{batch_size}|{mode}|{precision}|{ms_per_step:#.3g}|{images_per_second:,.0f}"
+    cells += "|{ratio:.2f} ({ratio_low:.2f} - {ratio_high:.2f})"
+    lines = [cells.format(**row).split("|") for row in rows]
+    lines.insert(0, [*header, "relative to the plain loop"])
+    return f"{about.format(**rows[0])}\n\n{table(lines)}"

@@ -31,37 +31,19 @@ ALL = ["--crop", "2", "--flip", "--randaugment", "1", "--erase", "0.25", "--cutm
 ALL += ["--label-smoothing", "0.1", "--weight-decay", "0.1", "--ema", "0.5"]
 
 
-class Done(Exception):
-    """The three steps are done: there is nothing to train."""
-
-
-class Probe(Run):
-    """In place of a run: it takes three of train.py's steps and looks at what they have changed.
-
-    Two batches, for a graph may have one baked in; learning rate 0, then 1e-3, for the same reason.
-    What the warm-up of a mode may have left behind shows in the buffers and in Adam's state.
-    """
-
-    def restore(self, loader, model, optimizer, scheduler, ema):
-        generator = torch.Generator().manual_seed(0)
-        for module in model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                # Shifted, so that few values lie where a rounding error switches a ReLU. And not 0,
-                # as CBAM's start: that would hide the gradients behind it.
-                weight = torch.rand(module.weight.shape, generator=generator) / 4 + 0.25
-                module.weight.data.copy_(weight)
-                nn.init.constant_(module.bias, 1.0)
-        for parameter in model.parameters():
-            if not parameter.any():  # likewise the last layer of GC
-                parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 10)
-        set_lr(optimizer, 0.0)
-        self.ema = ema
-        return super().restore(loader, model, optimizer, scheduler, ema)
-
-    def speed_up(self, step, forward):
-        step = super().speed_up(step, forward)
-        self.found = three_steps(step, self.model, self.optimizer, self.loader, self.ema)
-        raise Done
+def shift(model):
+    """Other weights where those at the start would hide a fault."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            # Shifted, so that few values lie where a rounding error switches a ReLU. And not 0, as
+            # CBAM's start: that would hide the gradients behind it.
+            weight = torch.rand(module.weight.shape, generator=generator) / 4 + 0.25
+            module.weight.data.copy_(weight)
+            nn.init.constant_(module.bias, 1.0)
+    for parameter in model.parameters():
+        if not parameter.any():  # likewise the last layer of GC
+            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 10)
 
 
 def set_lr(optimizer, lr):
@@ -73,7 +55,11 @@ def set_lr(optimizer, lr):
 
 
 def three_steps(step, model, optimizer, loader, ema):
-    """{what: {whose: value}} after two steps without a learning rate and one with it."""
+    """{what: {whose: value}} after two steps without a learning rate and one with it.
+
+    Two batches, for a graph may have one baked in; learning rate 0, then 1e-3, for the same reason.
+    What the warm-up of a mode may have left behind shows in the buffers and in Adam's state.
+    """
     start = [parameter.detach().clone() for parameter in model.parameters()]
     batches = loader.epoch(1)
     losses = [step(*batch)[0].clone() for batch in batches]
@@ -104,9 +90,13 @@ def steps_of(model, mode, precision, runs, *flags):
     argv += ["--data-dir", str(REPO / "data"), "--overwrite"]
     settings = settings_of(*argv)
     dataset = data.load_dataset(settings.dataset, settings.data_dir)
-    with pytest.raises(Done), Probe(settings, dataset.digest) as run:
-        train.train(settings, dataset, run)
-    return run.found, run.mode, run.failures
+    loader, model, optimizer, scheduler, ema, forward, step = train.prepare(settings, dataset)
+    shift(model)
+    set_lr(optimizer, 0.0)
+    with Run(settings, dataset.digest) as run:
+        run.restore(loader, model, optimizer, scheduler, ema)
+        step = run.speed_up(step, forward)
+    return three_steps(step, model, optimizer, loader, ema), run.mode, run.failures
 
 
 def largest_error(found, expected):

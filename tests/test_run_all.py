@@ -197,7 +197,6 @@ def test_sets_up_a_venv_where_a_requirement_is_missing(tmp_path):
         return [line for line in lines if "dry-run" not in line][1:], done.stderr
 
     assert asked("full", ANY_VERSION="1") == (["python -m kit.study full"], "")
-    assert asked("plan", "full") == (["python -m kit.study plan full"], "")
     commands, message = asked("study", "--miniature")
     assert [line.split(" -m ")[1].split()[0] for line in commands] == ["venv", "pip", "kit.study"]
     assert "--require-hashes -r requirements.lock" in commands[1]

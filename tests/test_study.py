@@ -18,7 +18,7 @@ from kit.settings import as_config
 from models import MODELS
 
 import pytest
-from conftest import REPO, is_one_line, needs_pins, run_all, script, settings_of
+from conftest import REPO, is_one_line, needs_pins, run_all, settings_of
 from PIL import Image
 
 FURTHER = ["baseline", *(model for model in MODELS if model not in study.COMPARED)]
@@ -113,14 +113,6 @@ def test_quick_and_other_data(plan, tmp_path):
     lines = plan("full", DATASET=tmp_path / "yours/birds", **birds)
     (line,) = [line for line in lines if "# not done" in line]
     assert f"{folder} holds a run with other images or labels" in line
-
-
-def test_a_plan_needs_no_packages():
-    """Nor all of them, where run_all.sh has found that some are not there."""
-    absent = "import sys; sys.modules |= dict.fromkeys(['tqdm', 'filelock', 'numpy'])"
-    code = f"{absent}; from kit import study; study.main(['plan', 'quick'])"
-    done = script("-c", code, env=os.environ | {"NO_PACKAGES": "1"})
-    assert done.stdout.count("train.py --model") == 4 and done.stderr == ""
 
 
 def test_without_a_word_the_gpu_decides(plan, monkeypatch, capsys):
@@ -257,7 +249,7 @@ def test_the_miniature(tmp_path):
     assert all(f"| {model} (smoke test) | 1 |" in modules for model in FURTHER)
     assert "recipe strong, epochs = 4" in text and "![explain compare]" in text
     speed = json.loads((out / "benchmark_train.json").read_text())
-    assert {"plain loop", "compile, combo_kernels"} < {row["mode"] for row in speed}
+    assert {"plain loop", "eager"} < {row["mode"] for row in speed}
 
     # The small files alone, as from a clone: nothing is trained again, the reports are the same.
     for path in [*out.rglob("*.pt"), *out.rglob("events.out.tfevents.*"), out / "report.md"]:

@@ -22,7 +22,6 @@ from types import SimpleNamespace
 
 import train
 from kit import fast
-from kit.run import Run
 from kit.training_speed import random_images
 from models import build_model
 
@@ -115,19 +114,15 @@ def generate(model: str, precision: str, gpu: str, folder: str) -> None:
 
         return run
 
-    class Probe(Run):
-        def speed_up(self, step, forward):
-            backend = partial(compile_fx, inner_compile=compile_graph)
-            fast.compiled(forward, fullgraph=True, backend=backend)(*self.loader.epoch(1)[0])
-
     pretend(gpu)
     AsyncCompile.triton = compile_kernel
     torch._functorch.config.force_non_lazy_backward_lowering = True  # before the forward pass runs
     torch._functorch.config.enable_autograd_cache = torch._inductor.config.fx_graph_cache = False
     flags = ["--model", model, "--precision", precision, "--device", "cpu", "--dry-run"]
-    dataset = random_images(128)
-    with suppress(Done), Probe(settings_of(*flags), dataset.digest) as run:
-        train.train(run.settings, dataset, run)
+    loader, *_, forward, _ = train.prepare(settings_of(*flags), random_images(128))
+    backend = partial(compile_fx, inner_compile=compile_graph)
+    with suppress(Done):
+        fast.compiled(forward, fullgraph=True, backend=backend)(*loader.epoch(1)[0])
 
 
 # --- The tests ------------------------------------------------------------------------------------
