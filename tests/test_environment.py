@@ -17,7 +17,7 @@ from kit.command_line import UserError
 
 import pytest
 import torch
-from conftest import REPO, is_one_line, needs_pins, script, train_small
+from conftest import REPO, is_one_line, needs_pins, train_small
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -229,38 +229,6 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     assert error == f"error: {tmp_path}/runs cannot be written: choose another folder\n"
     with pytest.raises(PermissionError, match="choose another --out"):
         files.check_writable(tmp_path)
-
-
-def test_the_table_for_bug_reports(tmp_path, monkeypatch, capsys):
-    with_driver(tmp_path, monkeypatch, "580.65.06")
-    with_gpus(monkeypatch, V100, T4, free=0.4e9, total=16e9)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CC", "/no/such/compiler")
-    assert preflight.main([]) == 0
-    table = capsys.readouterr().out
-    for line in (
-        f"PyTorch     {torch.__version__}, CUDA {torch.version.cuda} {' '.join(WHEEL)}",
-        "driver      580.65.06",
-        "GPU 0       Tesla V100-SXM2-16GB, compute capability 7.0",
-        f"          ! PyTorch {torch.__version__} has no code for GPU 0, Tesla V100-SXM2-16GB",
-        "GPU 1       Tesla T4, compute capability 7.5",
-        "device      Tesla T4",
-        "memory      0.4 of 16.0 GB are free on cuda:1",
-        "          ! others use it (see nvidia-smi), a run may end out of memory",
-        "precisions  fp32; auto: fp32",
-        "modes       eager, graph",
-        "          ! torch.compile finds no /no/such/compiler: apt-get install g++, or set CC",
-        "variables   OMP_NUM_THREADS=1",
-    ):
-        assert line in table
-    assert table.isascii() and table.count("GB are free in ") == 3 and "commit" in table
-
-
-def test_the_table_of_a_machine_without_a_gpu():
-    done = script("-m", "kit.preflight", "--device", "cpu")
-    assert done.returncode == 0 and done.stderr == "" and "device      CPU" in done.stdout
-    done = script("-m", "kit.preflight", "--device", "gpu")
-    assert done.returncode == 2 and is_one_line(done.stderr)
 
 
 def test_an_image_names_its_commit_and_requirements(tmp_path, monkeypatch):
