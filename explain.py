@@ -14,9 +14,7 @@ A run is explained with its own weights and images: if too many predictions are 
 left in test_predictions.npy, it is refused.
 
 Numbers, over --limit-test images: mean, spread and saturation of the gates, and the accuracy with
-every gate replaced by its mean over the images (gate ablation); over --limit-cam: deletion and
-insertion scores of Grad-CAM compared with random maps of the same resolution, and how similar the
-maps are when the weights are random.
+every gate replaced by its mean over the images (gate ablation).
 """
 
 import argparse
@@ -48,7 +46,6 @@ from tqdm import tqdm
 
 LIMIT_TEST = 2000
 CLASSES_SHOWN = 10
-OTHER_SEED = 10**6  # of the random weights
 # What is used of a config.json, and what older ones lack.
 KINDS = {
     str: "model dataset data_dir base_model position? recipe?", dict: "overrides",
@@ -121,18 +118,16 @@ def names_of(configs: list[dict], taken: set[str] = frozenset()) -> list[str]:
     ]
 
 
-def load_model(path: Path, config: dict, dataset: data.ImageData, seed=None) -> nn.Module:
-    """The model with the weights in `path`, or with random ones of a seed. Raises UserError."""
+def load_model(path: Path, config: dict, dataset: data.ImageData) -> nn.Module:
+    """The model with the weights in `path`. Raises UserError."""
     shape = len(dataset.classes), dataset.test_images.shape[1], config["width"]
     try:
-        model = build_model(
-            config["base_model"], *shape, seed, config["position"], config["reduction"]
-        )
+        more = {key: config[key] for key in ("position", "reduction")}
+        model = build_model(config["base_model"], *shape, **more)
     except ValueError as error:
         raise UserError(f"{path.parent / 'config.json'}: {error}") from None
     try:
-        if seed is None:
-            model.load_state_dict(load_weights(path))
+        model.load_state_dict(load_weights(path))
     except UserError:
         raise
     except Exception as error:  # damaged files raise what they like
@@ -175,9 +170,7 @@ def explain(name: str, path: Path, config: dict, dataset: data.ImageData, idx, a
 
     Raises UserError.
     """
-    model, random_model = (
-        load_model(path, config, dataset, seed).to(args.device) for seed in (None, OTHER_SEED)
-    )
+    model = load_model(path, config, dataset).to(args.device)
     mean_and_std = dataset.mean_and_std(config.get("normalize"), args.device)
 
     def normalized(idx):
@@ -191,7 +184,6 @@ def explain(name: str, path: Path, config: dict, dataset: data.ImageData, idx, a
     predicted = check_predictions(path, config, dataset, idx, predictions)
     if args.images is None:  # other models are shown the same
         args.images = idx[chosen(labels, predictions)].tolist()
-    few = images[: args.limit_cam], predictions[: args.limit_cam]
     numbers = {
         "model": config["model"],
         "dataset": settings_of(config)["dataset_name"],
@@ -199,7 +191,6 @@ def explain(name: str, path: Path, config: dict, dataset: data.ImageData, idx, a
         "test_images": len(labels),
         **ablation(model, images, labels, predictions, means),
         "gates": attribution.gate_numbers(gates),
-        **attribution.faithfulness(model, random_model, *few),
         "images": args.images,
         "picture": f"explain_{name}.png",
         "predictions": predicted,

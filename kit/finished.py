@@ -26,15 +26,14 @@ def between(low: float, high: float):
 
 
 NUMBER, POSITIVE = between(-1e15, 1e15), between(1e-12, 1e15)
-SHARE, PERCENT, CORRELATION = between(0, 1), between(0, 100), between(-1.001, 1.001)
-NAME, COUNT, SIZE, SHAPE, GATES, HASHES, CORRELATIONS = (
+SHARE, PERCENT = between(0, 1), between(0, 100)
+NAME, COUNT, SIZE, SHAPE, GATES, HASHES = (
     lambda x: type(x) is str and x and all(c in "._+-" or category(c)[0] in "LMN" for c in x),
     lambda x: type(x) is int and 0 <= x < 1e15,
     lambda x: COUNT(x) and x > 0,
     lambda x: type(x) is list and all(map(COUNT, x)),
     lambda x: all(check(stage, STAGE) for stage in x.values()),
     lambda x: type(x) is dict and all(type(value) is str for value in x.values()),
-    lambda x: check(x, {CORRELATION: "layer3? layer4?"}) is x,
 )
 RESULT = {
     NAME: "dataset recipe model precision mode", COUNT: "seed width", bool: "quick",
@@ -57,10 +56,9 @@ COST = {
 }  # fmt: skip
 STAGE = {NUMBER: "mean spread_over_channels spread_over_images", SHARE: "hardly_vary saturated?"}
 EXPLAINED = {
-    NAME: "model dataset recipe picture", dict: "overrides", COUNT: "seed cam_images won lost",
+    NAME: "model dataset recipe picture", dict: "overrides", COUNT: "seed won lost",
     SIZE: "test_images", PERCENT: "test_acc test_acc_gates_fixed?", GATES: "gates",
-    SHARE: "deletion deletion_random insertion insertion_random",
-    str: "predictions?", list: "compared?", CORRELATIONS: "correlation_with_random_weights",
+    str: "predictions?", list: "compared?",
 }  # fmt: skip
 ROWS = {"benchmark": COST, "explain": EXPLAINED}
 

@@ -221,8 +221,6 @@ def explained(finished_run, tmp_path):
         "model": "cbam_blocks", "seed": 0, "test_images": 100, "test_acc": result["test_acc"],
         "won": 1, "lost": 3, "test_acc_gates_fixed": result["test_acc"] - 2,
         "gates": {"layer4": gates | {"saturated": None, "hardly_vary": 1.0}},
-        "deletion": 0.3, "deletion_random": 0.4, "insertion": 0.6, "insertion_random": 0.5,
-        "correlation_with_random_weights": {"layer3": 0.1, "layer4": None}, "cam_images": 4,
         "picture": "explain_cbam_blocks_seed0.png",
     }  # fmt: skip
     row |= {key: result[key] for key in ("dataset", "recipe", "overrides")}

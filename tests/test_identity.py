@@ -299,8 +299,6 @@ def explained(run):
         "model": "se", "dataset": "fashion_mnist", "recipe": "published", "overrides": {},
         "quick": False, "seed": 0, "test_images": 100, "test_acc": 93.0, "won": 1, "lost": 3,
         "test_acc_gates_fixed": 91.0, "gates": {"layer4": gates | {"hardly_vary": 0.1}},
-        "deletion": 0.3, "deletion_random": 0.4, "insertion": 0.6, "insertion_random": 0.5,
-        "correlation_with_random_weights": {"layer3": 0.1, "layer4": 0.2}, "cam_images": 4,
         "picture": "explain_se_seed0.png", "images": [1], "asked": {"weights": None},
     }  # fmt: skip
 
