@@ -37,6 +37,17 @@ def driver_version() -> str | None:
     return found if found and re.fullmatch(r"[0-9]+[0-9.]*", found) else None
 
 
+def shared_gpu(device: torch.device) -> bool | None:
+    """Whether other processes compute on the same GPU now; None where that cannot be known, as in
+    containers whose nvidia-smi does not even list this process."""
+    if device.type != "cuda":
+        return None
+    query = ("nvidia-smi", "--query-compute-apps=gpu_uuid", "--format=csv,noheader")
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    n_processes = lines_of(*query).count(uuid)  # this one is among them
+    return n_processes > 1 if n_processes else None
+
+
 def device_name(device: torch.device) -> str:
     """What the hardware is called, for example "NVIDIA GeForce RTX 4070"."""
     if device.type == "cuda":

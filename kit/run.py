@@ -139,11 +139,12 @@ class Run:
         if "graph" in mode and (reason := checkpoint.why_no_graph(self.optimizer)):
             self.failures.append(reason)
             mode = "compile" if "compile" in mode else "eager"
-        example, parameters = self.loader.epoch(1)[0], list(self.model.parameters())
+        example = self.loader.epoch(1)[0]
         before = copied(checkpoint.get_state(self.parts, self.device))
         self.model.train()
         restore = partial(load_state, before, self.parts, self.device)
-        step, self.mode, failures = fast(step, forward, mode, example, parameters, restore)
+        wanted = mode, self.settings.precision, example, self.model, restore
+        step, self.mode, failures, self.error = fast(step, forward, *wanted)
         self.failures += failures
         self.set_up_seconds = time.perf_counter() - start
         for failure in self.failures:
@@ -243,6 +244,7 @@ class Run:
             "set_up_seconds": self.set_up_seconds,  # compiling or capturing, not in train_seconds
             "save_seconds": self.save_seconds,  # likewise
             "fallback": "; ".join(self.failures) or None,  # why it ran in no faster mode
+            "gradient_error": self.error,  # of the first step, compared with eager mode
             "device": device_name(self.device),
             "quick": s.quick,
             "overrides": s.overrides,

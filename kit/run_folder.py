@@ -90,7 +90,9 @@ def write_env(folder: Path, env: dict, mode: str) -> None:
     """env.json, and in it the mode of the steps; of a resumed run, whether that has changed."""
     if "changes" in env:
         with suppress(UserError):  # a damaged one is among the changes
-            before = read_json(folder / "env.json").get("mode", mode)
+            there = read_json(folder / "env.json")
+            env |= {"shared_gpu": True} if there.get("shared_gpu") else {}  # at any time
+            before = there.get("mode", mode)
             env["changes"] += [f"mode {before} before, {mode} since"] * (before != mode)
     write_json(folder / "env.json", env | {"mode": mode})
 

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import benchmark
 import explain
 import train
-from kit import environment, fast, files, preflight
+from kit import environment, fast, files, preflight, run_folder
 from kit.command_line import UserError
 
 import pytest
 import torch
-from conftest import REPO, is_one_line, needs_pins, train_small
+from conftest import REPO, is_one_line, needs_pins, script, train_small
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -200,6 +200,22 @@ def test_a_gpu_with_little_memory(monkeypatch, capsys):
         "note: 0.4 of 80.0 GB are free on cuda:0: others use it (see nvidia-smi), a run may end "
         "out of memory\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("listed", "shared"),
+    [("GPU-a", False), ("GPU-a\nGPU-b\nGPU-a", True), ("GPU-b", None), ("", None)],
+)
+def test_whether_others_use_the_same_gpu(tmp_path, monkeypatch, listed, shared):
+    with_driver(tmp_path, monkeypatch, listed)
+    with_gpus(monkeypatch, H100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid="a"))
+    assert environment.shared_gpu(torch.device("cuda", 0)) is shared
+    assert environment.shared_gpu(CPU) is None
+    for before, now in ((True, shared), (shared, True)):  # at any time of a resumed run
+        run_folder.write_json(tmp_path / "env.json", {"shared_gpu": before})
+        run_folder.write_env(tmp_path, {"changes": [], "shared_gpu": now}, "eager")
+        assert json.loads((tmp_path / "env.json").read_text())["shared_gpu"] is True
 
 
 def test_a_gpu_in_exclusive_mode(monkeypatch):
