@@ -17,14 +17,21 @@ That is what a graph is for. tests/test_fast.py compares every mode with eager f
 
 import gc
 import logging
+import math
 import os
 import shutil
+import sys
 import sysconfig
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read as CUDA starts
+if ignored := os.environ.keys() & {
+    "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE",
+}:  # fmt: skip
+    for name in sorted(ignored):  # read as CUDA and oneDNN start
+        print(f"note: {name}={os.environ.pop(name)} ignored: --precision decides", file=sys.stderr)
 
 from kit.command_line import is_out_of_memory
 
@@ -75,9 +82,19 @@ def why_not(mode: str, precision: str, device: torch.device) -> str | None:
     return None
 
 
+def why_switched_off() -> str | None:
+    """Which variable makes torch.compile eager mode, without a word; None if there is none."""
+    for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "TORCH_COMPILE_OVERRIDE_BACKENDS"):
+        if os.environ.get(name, "0") not in ("", "0"):
+            return f"torch.compile is switched off by {name}={os.environ[name]}: unset it"
+    return None
+
+
 def why_no_compiler(device: torch.device) -> str | None:
     """What torch.compile lacks here, and what to do; None if nothing. It compiles C++ for a CPU and
     C for a GPU, both with Python's own headers."""
+    if reason := why_switched_off():
+        return reason
     variable, usual = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++"])
     names = os.environ.get(variable, "").split()[:1] or usual
     if not any(map(shutil.which, names)):
@@ -133,9 +150,12 @@ def compiled(function: Callable, **options) -> Callable:
     All functions that are made by one piece of code share a cache of compiled variants. By default
     it holds eight, and a ninth would be run as it stands.
     """
+    if reason := why_switched_off():
+        raise RuntimeError(reason)
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.accumulated_recompile_limit = 1000
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.suppress_errors = False  # TORCHDYNAMO_SUPPRESS_ERRORS
     # Round to bf16 wherever eager mode does. Otherwise the gradient of a maximum looks for the
     # rounded maximum among values that are not rounded, finds none, and divides 0 by 0.
     torch._inductor.config.emulate_precision_casts = True

@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from kit import checkpoint, run_folder
+from kit import checkpoint, environment, run_folder, tensorboard_log
 from kit.checkpoint import Progress, copied, load_state, serialized
 from kit.command_line import Stopped, UserError, handle_signals, noted
 from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
@@ -250,7 +250,9 @@ class Run:
             "overrides": s.overrides,
             "weights": hashlib.sha256((self.folder / "best.pt").read_bytes()).hexdigest(),
         }
-        self.writer.close()
+        tensorboard_log.close(self.writer)
+        if environment.shared_gpu(self.device):  # others may have come since it began
+            run_folder.write_env(self.folder, self.env | {"shared_gpu": True}, self.mode)
         write_json(self.folder / "result.json", result)  # last: it means that all is there
         self.stack.callback(run_folder.discard_states, self.folder, s.keep_last)
         return result

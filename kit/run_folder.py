@@ -15,7 +15,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from kit.command_line import UserError
-from kit.files import read_small, write_atomically
+from kit.files import read_small, say_no_locks, write_atomically
 from kit.identity import edited
 
 import numpy as np
@@ -50,6 +50,8 @@ def lock(folder: Path, stack: ExitStack) -> None:
         except Timeout:
             advice = "wait for it, or use another --runs folder"
             raise UserError(f"another process is training in {folder}: {advice}") from None
+        except OSError as error:
+            say_no_locks(folder, error)
     stack.callback((folder / ".lock").unlink, missing_ok=True)  # while it is still held
 
 

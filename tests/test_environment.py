@@ -3,8 +3,10 @@ image says of itself; the lock of all packages."""
 
 import hashlib
 import importlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -188,6 +190,68 @@ def test_without_a_compiler_training_falls_back_at_once(tmp_path, monkeypatch, c
     error = capsys.readouterr().err
     assert is_one_line(error) and "torch.compile finds no /no/such/compiler" in error
     assert "training in mode eager" in error
+
+
+@pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE",
+                                  "TORCH_COMPILE_OVERRIDE_BACKENDS"])  # fmt: skip
+def test_a_compiler_that_is_switched_off(tmp_path, monkeypatch, capsys, name):
+    """torch.compile would be eager mode, and say nothing."""
+    monkeypatch.setenv(name, "1")
+    line = f"torch.compile is switched off by {name}=1: unset it"
+    assert benchmark.parse(["--device", "cpu"]).modes == ["eager"]
+    assert capsys.readouterr().err == f"note: {line}; compiled modes left out\n"
+    assert train_small("baseline", tmp_path, "--epochs", "1", "--mode", "compile") == 0
+    assert f"{line}); training in mode eager" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match=line):
+        fast.compiled(print)
+    monkeypatch.setenv(name, "0")
+    assert fast.why_no_compiler(CPU) is None
+
+
+def test_errors_of_the_compiler_are_errors():
+    """TORCHDYNAMO_SUPPRESS_ERRORS would run what fails as it stands."""
+    code = """
+import kit.fast, torch
+def backend(graph, inputs):
+    raise RuntimeError("failed")
+kit.fast.compiled(lambda x: x + 1, backend=backend)(torch.ones(1))
+"""
+    done = script("-c", code, env=os.environ | {"TORCHDYNAMO_SUPPRESS_ERRORS": "1"})
+    assert done.returncode == 1 and "failed" in done.stderr
+
+
+def test_no_variable_changes_the_precision():
+    names = "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"
+    code = f"import os, kit.fast; print([name for name in {names} if name in os.environ])"
+    done = script("-c", code, env=os.environ | dict.fromkeys(names, "1"))
+    assert done.stdout == "[]\n" and done.stderr.count("=1 ignored: --precision decides\n") == 3
+
+
+def test_the_code_is_known_whatever_lies_beside_it(tmp_path):
+    """An editor's lock, a folder, a pipe; a repository of something else, around it or GIT_DIR."""
+    copy, code = tmp_path / "outer/copy", "import kit.environment as e; print(e.git_commit())"
+    shutil.copytree(REPO / "kit", copy / "kit")
+    for name in ("train.py", "models.py", "data.py"):
+        shutil.copy(REPO / name, copy)
+    (copy / ".#train.py").symlink_to("user@host.4242:1700000000")
+    (copy / "kit/old.py").mkdir()
+    os.mkfifo(copy / "kit/pipe.py")
+
+    def git(*command):
+        done = subprocess.run(["git", "-C", copy.parent, "-c", "user.name=a", "-c", "user.email=a",
+                               *command], check=True, capture_output=True, text=True)  # fmt: skip
+        return done.stdout
+
+    git("init")
+    (copy.parent / "other").touch()
+    git("add", "other")
+    git("commit", "-m", "something else")
+    for env in ({}, {"GIT_DIR": str(copy.parent / ".git")}):
+        done = script("-c", code, cwd=copy, env=os.environ | env)
+        assert (done.stdout, done.stderr) == ("None\n", "")
+    git("add", "copy/train.py")
+    git("commit", "-m", "it belongs to it")
+    assert script("-c", code, cwd=copy).stdout == git("rev-parse", "HEAD")
 
 
 def test_a_gpu_with_little_memory(monkeypatch, capsys):
