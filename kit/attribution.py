@@ -1,7 +1,6 @@
-"""Where a model looks and what its attention does: Grad-CAM, gates, and whether to believe them.
+"""Where a model looks, and what its attention does: Grad-CAM and gates.
 
-Grad-CAM: Selvaraju et al., ICCV 2017 (arXiv 1610.02391). Deletion and insertion: Petsiuk et al.,
-BMVC 2018 (1806.07421). Sanity check by random weights: Adebayo et al., NeurIPS 2018 (1810.03292).
+Grad-CAM: Selvaraju et al., ICCV 2017 (arXiv 1610.02391).
 
 A gate is what an attention module multiplies its input by. It is measured as output / input, so
 that every module has one, and averaged over the positions of each channel (a number per channel) or
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 
 LAYERS = ("layer3", "layer4")
 BATCH = 250
-STEPS = 7  # of deletion and insertion
 
 
 @contextlib.contextmanager
@@ -81,52 +79,6 @@ def scaled(maps: torch.Tensor) -> torch.Tensor:
 
 def enlarged(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
-
-
-def deletion_and_insertion(
-    model: nn.Module, images: torch.Tensor, classes: torch.Tensor, maps: torch.Tensor
-) -> tuple[float, float]:
-    """Mean probability of `classes` (N,) as pixels are deleted, and as they are inserted.
-
-    The most important pixels of the maps (N, H, W) come first, ties in random order. A deleted
-    pixel is 0 after normalisation. Good maps have low deletion and high insertion scores.
-    """
-    n, _, height, width = images.shape
-    noise = torch.rand(maps.shape, generator=torch.Generator().manual_seed(1)).to(maps.device)
-    most_important_first = (scaled(maps) + 1e-6 * noise).flatten(1).argsort(1, descending=True)
-    rank = most_important_first.argsort(dim=1).view(n, 1, height, width)
-
-    def probability(kept):
-        return predict(model, images * kept).gather(1, classes[:, None]).mean().item()
-
-    first = [rank < step * height * width / STEPS for step in range(STEPS + 1)]
-    deletion, insertion = (map(probability, kept) for kept in ([~f for f in first], first))
-    return sum(deletion) / len(first), sum(insertion) / len(first)
-
-
-def correlation(a: torch.Tensor, b: torch.Tensor) -> float | None:
-    """The mean correlation of the maps (N, h, w) of a with those of b; None if all are constant."""
-    a, b = (m.flatten(1) - m.flatten(1).mean(1, keepdim=True) for m in (a, b))
-    norms = a.norm(dim=1) * b.norm(dim=1)
-    found = (a * b).sum(1)[norms > 0] / norms[norms > 0]
-    return found.mean().item() if len(found) else None
-
-
-def faithfulness(model, random_model, images: torch.Tensor, classes: torch.Tensor) -> dict:
-    """Grad-CAM compared with random maps of its resolution, and with that of random weights."""
-    maps, other_maps = (grad_cam(m, images, classes) for m in (model, random_model))
-    random_maps = torch.rand(maps["layer4"].shape, generator=torch.Generator().manual_seed(0))
-    scores = {}
-    for key, found in (("", maps["layer4"]), ("_random", random_maps.to(images.device))):
-        large = enlarged(found, images.shape[2:])
-        deletion, insertion = deletion_and_insertion(model, images, classes, large)
-        scores |= {f"deletion{key}": deletion, f"insertion{key}": insertion}
-    return {
-        "cam_images": len(images),
-        "empty_maps": {k: (m.amax((1, 2)) <= 0).double().mean().item() for k, m in maps.items()},
-        **scores,
-        "correlation_with_random_weights": {k: correlation(maps[k], other_maps[k]) for k in maps},
-    }
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:

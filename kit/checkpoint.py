@@ -193,13 +193,13 @@ def ends_with_digest(path: Path) -> bool:
 def load_weights(path: Path) -> dict:
     """A best.pt, or any state_dict that torch.save wrote, which does not end with its sha256.
 
-    It may lie within {"state_dict": ...} or the like, and have the prefixes of torch.compile and
-    of what wraps a model. Raises UserError for a pickled model, which could run code.
+    Raises UserError for a pickled model, which could run code.
     """
     warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # of TorchScript
     try:
-        own = ends_with_digest(path)
-        weights = load(path) if own else torch.load(path, map_location="cpu", weights_only=True)
+        if ends_with_digest(path):
+            return load(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # damaged files raise what they like
         if "weights_only" not in str(error):
             raise
@@ -210,12 +210,6 @@ def load_weights(path: Path) -> dict:
             f"{path} holds a pickled model or other objects, which could run code: save its "
             "weights alone, torch.save(model.state_dict(), FILE)"
         ) from None
-    for key in ("state_dict", "model_state_dict", "model"):
-        weights = weights[key] if isinstance(weights.get(key), dict) else weights
-    weights = {key.replace("_orig_mod.", ""): value for key, value in weights.items()}
-    while {key.partition(".")[0] for key in weights} in ({"module"}, {"model"}):
-        weights = {key.partition(".")[2]: value for key, value in weights.items()}
-    return weights
 
 
 def serialized(state: dict) -> memoryview:

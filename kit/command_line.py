@@ -59,11 +59,9 @@ def in_one_line(error: Exception) -> str:
 
 @contextmanager
 def noted(what: str) -> Iterator[None]:
-    """A picture that fails costs a note, not a result. (A full disk remains an error.)"""
+    """A picture that fails costs a note, not a result."""
     try:
         yield
-    except OSError:
-        raise
     except Exception as error:
         print(f"note: {what}: {in_one_line(error)}", file=sys.stderr)
 

@@ -14,10 +14,11 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 LOCK = Path("/opt/requirements.lock")  # the Dockerfile puts it there, and sets IMAGE_REVISION
-# Of the shell: how many threads, and which instructions. Another one rounds differently.
+# Of the shell: how many threads, and which instructions (others round differently); how fast.
 VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
-    "DNNL_MAX_CPU_ISA",
+    "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "CUDA_LAUNCH_BLOCKING",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING",
 )  # fmt: skip
 # What the figures of a run depend on: an edit here makes another experiment.
 SOURCES = (
@@ -29,12 +30,24 @@ SOURCES = (
 AT_START = {
     str(path.relative_to(HERE)): hashlib.sha256(path.read_bytes()).hexdigest()
     for path in (*HERE.glob("*.py"), *HERE.glob("kit/*.py"))
+    if path.is_file() and os.access(path, os.R_OK)  # an editor's lock is a dangling link
 }
 
 
 def driver_version() -> str | None:
     found = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found if found and re.fullmatch(r"[0-9]+[0-9.]*", found) else None
+
+
+def shared_gpu(device: torch.device) -> bool | None:
+    """Whether other processes compute on the same GPU now; None where that cannot be known, as in
+    containers whose nvidia-smi does not even list this process."""
+    if device.type != "cuda":
+        return None
+    query = ("nvidia-smi", "--query-compute-apps=gpu_uuid", "--format=csv,noheader")
+    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    n_processes = lines_of(*query).count(uuid)  # this one is among them
+    return n_processes > 1 if n_processes else None
 
 
 def device_name(device: torch.device) -> str:
@@ -69,9 +82,11 @@ def describe_environment(device: torch.device) -> dict:
         "cudnn": torch.backends.cudnn.version(),
         "driver": driver_version(),
         "device": device_name(device),
+        "shared_gpu": shared_gpu(device),
+        "cpu_cores": len(os.sched_getaffinity(0)),  # that this process may use
         "threads": torch.get_num_threads(),
         "variables": {name: os.environ.get(name) for name in VARIABLES},
-        "git_commit": output_of("git", "-C", HERE, "rev-parse", "HEAD"),
+        "git_commit": git_commit(),
         "git_dirty": is_dirty(),
         "image": image(),
         "sha256": source_hashes(),
@@ -98,17 +113,28 @@ def source_hashes(names=SOURCES) -> dict[str, str]:
 
 def output_of(*command) -> str | None:
     """The first line a command prints, or None if it is missing, fails or prints nothing."""
+    return next(iter(lines_of(*command)), None)
+
+
+def lines_of(*command) -> list[str]:
+    """All lines that it prints; none if it is missing or fails."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # of another repository
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=env)
     except (OSError, subprocess.TimeoutExpired):
-        return None
-    lines = done.stdout.splitlines() if done.returncode == 0 else []
-    return lines[0] if lines else None
+        return []
+    return done.stdout.splitlines() if done.returncode == 0 else []
+
+
+def git_commit() -> str | None:
+    """The commit; None outside a git checkout, and in one of something else around this folder."""
+    tracked = output_of("git", "-C", HERE, "ls-files", "train.py")
+    return output_of("git", "-C", HERE, "rev-parse", "HEAD") if tracked else None
 
 
 def is_dirty() -> bool | None:
-    """Whether scripts or requirements differ from the commit; None outside a git checkout."""
-    if output_of("git", "-C", HERE, "rev-parse", "HEAD") is None:
+    """Whether scripts or requirements differ from the commit; None without one."""
+    if git_commit() is None:
         return None
     command = ("git", "-C", HERE, "status", "--porcelain", "--untracked-files=no", "--")
     return output_of(*command, "*.py", "*.sh", "requirements.*") is not None

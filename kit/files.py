@@ -5,17 +5,20 @@ is killed or the disk is full. Everything this project writes, TensorBoard's eve
 through `write_atomically`.
 """
 
+import errno
 import fcntl
 import json
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from kit.command_line import in_one_line
 
 SMALL = 2**26  # bytes, far above what a small file of a run has
+# What network and shared folders say to calls that they lack: fsync, locks.
+NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 def write_atomically(path: Path | str, body: bytes | str, previous: Path | None = None) -> None:
@@ -32,7 +35,7 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
         with open(temporary, "wb") as file:
             file.write(body.encode(errors="backslashreplace") if isinstance(body, str) else body)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
@@ -41,9 +44,21 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk does not say whose
         raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    os.fsync(folder)  # names of files, too, are on disk only after an fsync
-    os.close(folder)
+    with suppress(OSError):  # a folder that cannot be read; the rename is what counts
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            sync(folder)  # names of files, too, are on disk only after an fsync
+        finally:
+            os.close(folder)
+
+
+def sync(descriptor: int) -> None:
+    """fsync, where the file system has it."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
 
 
 def read_small(path: Path) -> bytes:
@@ -105,6 +120,13 @@ def check_writable(folder: Path, advice: str = "choose another --out") -> None:
         raise PermissionError(f"{folder} cannot be written{reason}: {advice}") from None
 
 
+def say_no_locks(folder: Path, error: OSError) -> None:
+    """Raises the error if it is another."""
+    if error.errno not in NOT_SUPPORTED:
+        raise error
+    print(f"note: {folder} has no locks: let no other process write there", file=sys.stderr)
+
+
 @contextmanager
 def locked(folder: Path, *names: str) -> Iterator[None]:
     """Until its end no other process is in one of these for the folder; waits for one that is.
@@ -120,6 +142,8 @@ def locked(folder: Path, *names: str) -> Iterator[None]:
         except BlockingIOError:
             print(f"waiting: another process is at work on {folder}", file=sys.stderr, flush=True)
             fcntl.flock(descriptor, fcntl.LOCK_EX)
+        except OSError as error:
+            say_no_locks(folder, error)
         for left in (path for name in names for path in folder.glob(f".{name}.tmp*")):
             left.unlink(missing_ok=True)
         yield

@@ -37,7 +37,7 @@ def legible(names: list[str]) -> list[str]:
     own = [font_manager.findfont(font_manager.FontProperties(family=[f])) for f in families]
     others = {font.fname for font in font_manager.fontManager.ttflist if "Last" not in font.name}
     for path in [*own, *sorted(others)]:  # Last Resort has a box for every character
-        with suppress(RuntimeError):  # some cannot be read, such as those of coloured pictures
+        with suppress(RuntimeError, OSError):  # coloured pictures; a font that is no longer there
             font = FT2Font(path)
             found = missing & font.get_charmap().keys() if missing else set()
             missing -= found

@@ -1,7 +1,5 @@
 """Before any work: will this machine do, and which of its devices is used?
 
-    python -m kit.preflight [--device cuda:1]       # a short table, for bug reports
-
 Every script asks before it starts, and says in a line what is missing and what to do.
 """
 
@@ -10,14 +8,12 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
-from kit.command_line import UserError, exit_code, make_parser
-from kit.environment import HERE, VARIABLES, device_name, driver_version, image, output_of
-from kit.fast import MODES, PRECISIONS, choose_precision, first_line, why_no_compiler, why_not
+from kit.command_line import UserError
+from kit.environment import device_name, driver_version
+from kit.fast import first_line
 
 import torch
 
@@ -108,89 +104,24 @@ def why_no_gpu() -> str:
     return f"{nothing}, though there is an NVIDIA driver {driver} ({why})"
 
 
-# --- Before any work ------------------------------------------------------------------------------
-
-
 def preflight(device: torch.device, folder: Path | None = None) -> None:
     """Says what may fail later: memory of the GPU, space and rights where `folder` is or will be.
 
     Raises UserError if it will.
     """
-    for found, wrong in (free_memory(device), free_space(folder) if folder else ("", "")):
-        if wrong:
-            note_once(f"{found}: {wrong}")
-    if folder and not os.access(existing(folder), os.W_OK):
-        raise UserError(f"{folder} cannot be written: choose another folder")
-
-
-def free_memory(device: torch.device) -> tuple[str, str]:
-    """(how much of the GPU's memory is free, what to do if it is little). Raises UserError."""
-    if device.type != "cuda":
-        return "", ""
-    try:
-        free, total = (n / 1e9 for n in torch.cuda.mem_get_info(device))
-    except RuntimeError as error:  # in exclusive mode, another process has it
-        advice = "nvidia-smi shows who uses it; choose another --device"
-        raise UserError(f"{device} cannot be used ({first_line(error)}): {advice}") from None
-    little = "others use it (see nvidia-smi), a run may end out of memory" * (free < LITTLE_MEMORY)
-    return f"{free:.1f} of {total:.1f} GB are free on {device}", little
-
-
-def existing(folder: Path) -> Path:
-    """Itself, or the closest folder above it that exists."""
-    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-
-
-def free_space(folder: Path) -> tuple[str, str]:
-    """(how much of the disk is free there, what to do if it is little)."""
-    free = shutil.disk_usage(existing(folder)).free / 1e9
-    little = f"a run may need {LITTLE_SPACE:.1f} GB while it trains" * (free < LITTLE_SPACE)
-    return f"{free:.1f} GB are free in {folder}", little
-
-
-def table(device: torch.device) -> Iterator[tuple[str, str, str | None]]:
-    """(what, what was found, what is wrong with it)."""
-    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
-    code = " ".join(["", *torch.cuda.get_arch_list()])  # nothing where there is no GPU
-    yield "PyTorch", f"{torch.__version__}, CUDA {torch.version.cuda}{code}", None
-    yield "driver", driver_version() or "none", None if gpus else why_no_gpu()
-    for i in gpus:
-        major, minor = torch.cuda.get_device_capability(i)
-        name = f"{torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
-        yield f"GPU {i}", name, why_unusable(i)
-    yield "device", device_name(device), None
     if device.type == "cuda":
-        yield "memory", *free_memory(device)
-    kinds = [p for p in PRECISIONS if not why_not("eager", p, device)]
-    yield "precisions", f"{', '.join(kinds)}; auto: {choose_precision('auto', device)}", None
-    modes = [mode for mode in MODES if not why_not(mode, "fp32", device)]
-    reason = why_no_compiler(device)
-    yield "modes", ", ".join(m for m in modes if not (reason and "compile" in m)), reason
-    for folder in ("runs", "results", tempfile.gettempdir()):
-        found, little = free_space(Path(folder))
-        locked = not os.access(existing(Path(folder)), os.W_OK)
-        yield "folder", found, "it cannot be written" if locked else little
-    names = [name for name in ("CUDA_VISIBLE_DEVICES", *VARIABLES) if name in os.environ]
-    yield "variables", " ".join(f"{name}={os.environ[name]}" for name in names), None
-    yield (
-        "image",
-        f"{image() or 'none'}; commit {output_of('git', '-C', HERE, 'rev-parse', 'HEAD')}",
-        None,
-    )
-
-
-@exit_code
-def main(argv: list[str] | None = None) -> None:
-    """Prints the table."""
-    parser = make_parser(__doc__)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    try:
-        device = choose_device(parser.parse_args(argv).device)
-    except ValueError as error:
-        parser.error(str(error))
-    for what, found, wrong in table(device):
-        print(f"{what:10s}  {found}" + f"\n{'':10s}! {wrong}" * bool(wrong))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        try:
+            free, total = (n / 1e9 for n in torch.cuda.mem_get_info(device))
+        except RuntimeError as error:  # in exclusive mode, another process has it
+            advice = "nvidia-smi shows who uses it; choose another --device"
+            raise UserError(f"{device} cannot be used ({first_line(error)}): {advice}") from None
+        if free < LITTLE_MEMORY:
+            others = "others use it (see nvidia-smi), a run may end out of memory"
+            note_once(f"{free:.1f} of {total:.1f} GB are free on {device}: {others}")
+    if folder:
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        if (free := shutil.disk_usage(existing).free / 1e9) < LITTLE_SPACE:
+            needed = f"a run may need {LITTLE_SPACE:.1f} GB while it trains"
+            note_once(f"{free:.1f} GB are free in {folder}: {needed}")
+        if not os.access(existing, os.W_OK):
+            raise UserError(f"{folder} cannot be written: choose another folder")

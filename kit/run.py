@@ -23,7 +23,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from kit import checkpoint, runs
+from kit import checkpoint, environment, runs, tensorboard_log
 from kit.checkpoint import Progress, copied, load_state, serialized
 from kit.command_line import Stopped, UserError, handle_signals, noted
 from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
@@ -140,11 +140,12 @@ class Run:
         if "graph" in mode and (reason := checkpoint.why_no_graph(self.optimizer)):
             self.failures.append(reason)
             mode = "compile" if "compile" in mode else "eager"
-        example, parameters = self.loader.epoch(1)[0], list(self.model.parameters())
+        example = self.loader.epoch(1)[0]
         before = copied(checkpoint.get_state(self.parts, self.device))
         self.model.train()
         restore = partial(load_state, before, self.parts, self.device)
-        step, self.mode, failures = fast(step, forward, mode, example, parameters, restore)
+        wanted = mode, self.settings.precision, example, self.model, restore
+        step, self.mode, failures, self.error = fast(step, forward, *wanted)
         self.failures += failures
         self.set_up_seconds = time.perf_counter() - start
         for failure in self.failures:
@@ -244,12 +245,15 @@ class Run:
             "set_up_seconds": self.set_up_seconds,  # compiling or capturing, not in train_seconds
             "save_seconds": self.save_seconds,  # likewise
             "fallback": "; ".join(self.failures) or None,  # why it ran in no faster mode
+            "gradient_error": self.error,  # of the first step, compared with eager mode
             "device": device_name(self.device),
             "quick": s.quick,
             "overrides": s.overrides,
             "weights": hashlib.sha256((self.folder / "best.pt").read_bytes()).hexdigest(),
         }
-        self.writer.close()
+        tensorboard_log.close(self.writer)
+        if environment.shared_gpu(self.device):  # others may have come since it began
+            runs.write_env(self.folder, self.env | {"shared_gpu": True}, self.mode)
         write_json(self.folder / "result.json", result)  # last: it means that all is there
         self.stack.callback(runs.discard_states, self.folder, s.keep_last)
         return result

@@ -22,7 +22,15 @@ from pathlib import Path
 from unicodedata import category
 
 from kit.command_line import UserError, in_one_line
-from kit.files import fits, maybe, read_json, read_small, write_atomically, write_json
+from kit.files import (
+    fits,
+    maybe,
+    read_json,
+    read_small,
+    say_no_locks,
+    write_atomically,
+    write_json,
+)  # fmt: skip
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -308,6 +316,8 @@ def lock(folder: Path, stack: ExitStack) -> None:
         except Timeout:
             advice = "wait for it, or use another --runs folder"
             raise UserError(f"another process is training in {folder}: {advice}") from None
+        except OSError as error:
+            say_no_locks(folder, error)
     stack.callback((folder / ".lock").unlink, missing_ok=True)  # while it is still held
 
 
@@ -328,7 +338,9 @@ def write_env(folder: Path, env: dict, mode: str) -> None:
     """env.json, and in it the mode of the steps; of a resumed run, whether that has changed."""
     if "changes" in env:
         with suppress(ValueError):  # a damaged one is among the changes
-            before = read_json(folder / "env.json").get("mode", mode)
+            there = read_json(folder / "env.json")
+            env |= {"shared_gpu": True} if there.get("shared_gpu") else {}  # at any time
+            before = there.get("mode", mode)
             env["changes"] += [f"mode {before} before, {mode} since"] * (before != mode)
     write_json(folder / "env.json", env | {"mode": mode})
 

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from kit.attribution import attention_modules, enlarged, gates_of, grad_cam, scaled, stage_of
+from kit.command_line import noted
 from kit.pictures import FONT_SIZE, over_image
 from kit.plots import legible, plt, shortened
 from kit.runs import NO_SETTING
@@ -35,15 +36,23 @@ def open_writer(folder: Path, stack: ExitStack) -> SummaryWriter:
             others(raised)
 
     threading.excepthook = excepthook
-    return stack.enter_context(SummaryWriter(folder))
+    writer = SummaryWriter(folder)
+    stack.callback(close, writer)
+    return writer
+
+
+def close(writer: SummaryWriter) -> None:
+    with noted("not all is in TensorBoard"):
+        writer.close()
 
 
 def log_epoch(writer: SummaryWriter, row: dict) -> None:
     """One line of metrics.jsonl."""
-    for part in ("train", "val"):
-        writer.add_scalar(f"loss/{part}", row[f"{part}_loss"], row["epoch"])
-        writer.add_scalar(f"accuracy/{part}", row[f"{part}_acc"], row["epoch"])
-    writer.add_scalar("lr", row["lr"], row["epoch"])
+    with noted("not all is in TensorBoard"):
+        for part in ("train", "val"):
+            writer.add_scalar(f"loss/{part}", row[f"{part}_loss"], row["epoch"])
+            writer.add_scalar(f"accuracy/{part}", row[f"{part}_acc"], row["epoch"])
+        writer.add_scalar("lr", row["lr"], row["epoch"])
 
 
 def log_test(writer: SummaryWriter, config: dict, epoch: int, model, loader, predictions) -> None:

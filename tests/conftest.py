@@ -87,9 +87,8 @@ def needs_pins():
 
 def script(*command, **options):
     """Runs `python SCRIPT ...` as a user would, from the repository's folder."""
-    return subprocess.run(
-        [sys.executable, *map(str, command)], cwd=REPO, capture_output=True, text=True, **options
-    )
+    options = {"cwd": REPO, "capture_output": True, "text": True} | options
+    return subprocess.run([sys.executable, *map(str, command)], **options)
 
 
 def run_all(*arguments, **environment):

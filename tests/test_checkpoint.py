@@ -32,24 +32,6 @@ def test_weights_are_loaded_of_whatever_torch_save_wrote(tmp_path):
         assert_same(checkpoint.load_weights(tmp_path / name), dict(weights))
 
 
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.",
-                                    "_orig_mod.module.", "model."])  # fmt: skip
-@pytest.mark.parametrize("wrapper", [None, "state_dict", "model_state_dict", "model"])
-def test_weights_of_wrapped_models_are_read(tmp_path, prefix, wrapper):
-    weights = build_model("se", width=4, seed=0).state_dict()
-    state = {prefix + key: value for key, value in weights.items()}
-    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "best.pt")
-    assert_same(checkpoint.load_weights(tmp_path / "best.pt"), dict(weights))
-
-
-def test_weights_with_one_compiled_layer_are_read(tmp_path):
-    model = build_model("se", width=4, seed=0)
-    weights = dict(model.state_dict())
-    model.layer1 = torch.compile(model.layer1)
-    torch.save(model.state_dict(), tmp_path / "best.pt")
-    assert_same(checkpoint.load_weights(tmp_path / "best.pt"), weights)
-
-
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("kind", ["zip", "legacy", "within", "TorchScript", "ours"])
 def test_a_pickled_model_is_refused_and_nobody_is_told_to_switch_safety_off(tmp_path, kind):

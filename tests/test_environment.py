@@ -3,8 +3,10 @@ image says of itself; the lock of all packages."""
 
 import hashlib
 import importlib
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -12,7 +14,7 @@ from types import SimpleNamespace
 import benchmark
 import explain
 import train
-from kit import environment, fast, files, preflight
+from kit import environment, fast, files, preflight, run_folder
 from kit.command_line import UserError
 
 import pytest
@@ -190,6 +192,68 @@ def test_without_a_compiler_training_falls_back_at_once(tmp_path, monkeypatch, c
     assert "training in mode eager" in error
 
 
+@pytest.mark.parametrize("name", ["TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE",
+                                  "TORCH_COMPILE_OVERRIDE_BACKENDS"])  # fmt: skip
+def test_a_compiler_that_is_switched_off(tmp_path, monkeypatch, capsys, name):
+    """torch.compile would be eager mode, and say nothing."""
+    monkeypatch.setenv(name, "1")
+    line = f"torch.compile is switched off by {name}=1: unset it"
+    assert benchmark.parse(["--device", "cpu"]).modes == ["eager"]
+    assert capsys.readouterr().err == f"note: {line}; compiled modes left out\n"
+    assert train_small("baseline", tmp_path, "--epochs", "1", "--mode", "compile") == 0
+    assert f"{line}); training in mode eager" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match=line):
+        fast.compiled(print)
+    monkeypatch.setenv(name, "0")
+    assert fast.why_no_compiler(CPU) is None
+
+
+def test_errors_of_the_compiler_are_errors():
+    """TORCHDYNAMO_SUPPRESS_ERRORS would run what fails as it stands."""
+    code = """
+import kit.fast, torch
+def backend(graph, inputs):
+    raise RuntimeError("failed")
+kit.fast.compiled(lambda x: x + 1, backend=backend)(torch.ones(1))
+"""
+    done = script("-c", code, env=os.environ | {"TORCHDYNAMO_SUPPRESS_ERRORS": "1"})
+    assert done.returncode == 1 and "failed" in done.stderr
+
+
+def test_no_variable_changes_the_precision():
+    names = "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"
+    code = f"import os, kit.fast; print([name for name in {names} if name in os.environ])"
+    done = script("-c", code, env=os.environ | dict.fromkeys(names, "1"))
+    assert done.stdout == "[]\n" and done.stderr.count("=1 ignored: --precision decides\n") == 3
+
+
+def test_the_code_is_known_whatever_lies_beside_it(tmp_path):
+    """An editor's lock, a folder, a pipe; a repository of something else, around it or GIT_DIR."""
+    copy, code = tmp_path / "outer/copy", "import kit.environment as e; print(e.git_commit())"
+    shutil.copytree(REPO / "kit", copy / "kit")
+    for name in ("train.py", "models.py", "data.py"):
+        shutil.copy(REPO / name, copy)
+    (copy / ".#train.py").symlink_to("user@host.4242:1700000000")
+    (copy / "kit/old.py").mkdir()
+    os.mkfifo(copy / "kit/pipe.py")
+
+    def git(*command):
+        done = subprocess.run(["git", "-C", copy.parent, "-c", "user.name=a", "-c", "user.email=a",
+                               *command], check=True, capture_output=True, text=True)  # fmt: skip
+        return done.stdout
+
+    git("init")
+    (copy.parent / "other").touch()
+    git("add", "other")
+    git("commit", "-m", "something else")
+    for env in ({}, {"GIT_DIR": str(copy.parent / ".git")}):
+        done = script("-c", code, cwd=copy, env=os.environ | env)
+        assert (done.stdout, done.stderr) == ("None\n", "")
+    git("add", "copy/train.py")
+    git("commit", "-m", "it belongs to it")
+    assert script("-c", code, cwd=copy).stdout == git("rev-parse", "HEAD")
+
+
 def test_a_gpu_with_little_memory(monkeypatch, capsys):
     with_gpus(monkeypatch, H100)
     preflight.preflight(torch.device("cuda", 0))
@@ -200,6 +264,22 @@ def test_a_gpu_with_little_memory(monkeypatch, capsys):
         "note: 0.4 of 80.0 GB are free on cuda:0: others use it (see nvidia-smi), a run may end "
         "out of memory\n"
     )
+
+
+@pytest.mark.parametrize(
+    ("listed", "shared"),
+    [("GPU-a", False), ("GPU-a\nGPU-b\nGPU-a", True), ("GPU-b", None), ("", None)],
+)
+def test_whether_others_use_the_same_gpu(tmp_path, monkeypatch, listed, shared):
+    with_driver(tmp_path, monkeypatch, listed)
+    with_gpus(monkeypatch, H100)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid="a"))
+    assert environment.shared_gpu(torch.device("cuda", 0)) is shared
+    assert environment.shared_gpu(CPU) is None
+    for before, now in ((True, shared), (shared, True)):  # at any time of a resumed run
+        run_folder.write_json(tmp_path / "env.json", {"shared_gpu": before})
+        run_folder.write_env(tmp_path, {"changes": [], "shared_gpu": now}, "eager")
+        assert json.loads((tmp_path / "env.json").read_text())["shared_gpu"] is True
 
 
 def test_a_gpu_in_exclusive_mode(monkeypatch):
@@ -229,38 +309,6 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch, capsys):
     assert error == f"error: {tmp_path}/runs cannot be written: choose another folder\n"
     with pytest.raises(PermissionError, match="choose another --out"):
         files.check_writable(tmp_path)
-
-
-def test_the_table_for_bug_reports(tmp_path, monkeypatch, capsys):
-    with_driver(tmp_path, monkeypatch, "580.65.06")
-    with_gpus(monkeypatch, V100, T4, free=0.4e9, total=16e9)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("CC", "/no/such/compiler")
-    assert preflight.main([]) == 0
-    table = capsys.readouterr().out
-    for line in (
-        f"PyTorch     {torch.__version__}, CUDA {torch.version.cuda} {' '.join(WHEEL)}",
-        "driver      580.65.06",
-        "GPU 0       Tesla V100-SXM2-16GB, compute capability 7.0",
-        f"          ! PyTorch {torch.__version__} has no code for GPU 0, Tesla V100-SXM2-16GB",
-        "GPU 1       Tesla T4, compute capability 7.5",
-        "device      Tesla T4",
-        "memory      0.4 of 16.0 GB are free on cuda:1",
-        "          ! others use it (see nvidia-smi), a run may end out of memory",
-        "precisions  fp32; auto: fp32",
-        "modes       eager, graph",
-        "          ! torch.compile finds no /no/such/compiler: apt-get install g++, or set CC",
-        "variables   OMP_NUM_THREADS=1",
-    ):
-        assert line in table
-    assert table.isascii() and table.count("GB are free in ") == 3 and "commit" in table
-
-
-def test_the_table_of_a_machine_without_a_gpu():
-    done = script("-m", "kit.preflight", "--device", "cpu")
-    assert done.returncode == 0 and done.stderr == "" and "device      CPU" in done.stdout
-    done = script("-m", "kit.preflight", "--device", "gpu")
-    assert done.returncode == 2 and is_one_line(done.stderr)
 
 
 def test_an_image_names_its_commit_and_requirements(tmp_path, monkeypatch):

@@ -199,31 +199,6 @@ def test_gate_numbers():
     assert gate_numbers(beyond)["classifier"]["saturated"] is None
 
 
-class Sum(nn.Module):
-    """Class 1 speaks for the sum of the upper left quarter."""
-
-    def forward(self, x):
-        score = x[:, 0, :14, :14].sum((1, 2)) / 10
-        return torch.stack([torch.zeros_like(score), score], dim=1)
-
-
-def test_deletion_and_insertion_know_a_good_map():
-    images, classes = torch.ones(3, 1, 28, 28), torch.ones(3, dtype=torch.int64)
-    good = torch.zeros(3, 28, 28)
-    good[:, :14, :14] = 1
-    of_good = attribution.deletion_and_insertion(Sum(), images, classes, good)
-    of_bad = attribution.deletion_and_insertion(Sum(), images, classes, -good)
-    assert of_good[0] < 0.7 < of_bad[0] and of_good[1] > 0.9 > of_bad[1]
-
-
-def test_correlation_of_maps():
-    maps = torch.rand(5, 7, 7)
-    assert attribution.correlation(maps, 3 * maps + 1) == pytest.approx(1)
-    assert attribution.correlation(maps, -maps) == pytest.approx(-1)
-    assert abs(attribution.correlation(torch.rand(200, 7, 7), torch.rand(200, 7, 7))) < 0.05
-    assert attribution.correlation(maps, torch.zeros(5, 7, 7)) is None
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_every_model_and_colour(name):
     model = opened(name, in_channels=3, num_classes=7)

@@ -1,16 +1,20 @@
 """Files that are whole or not there, whose, and what a killed process leaves of them."""
 
+import errno
 import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 import sys
+from contextlib import ExitStack
 from itertools import chain
+from pathlib import Path
 
 import benchmark
 import explain
 import report
+from kit import files, run_folder
 from kit.files import read_small, write_atomically
 
 import pytest
@@ -45,6 +49,41 @@ def test_many_may_write_the_same_file(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_file_system_may_lack_fsync_and_locks(tmp_path, monkeypatch, capsys, number):
+    """Network and shared folders: of files, of folders, or a folder that cannot even be opened."""
+
+    def missing(*_):
+        raise OSError(number, "no such call")
+
+    monkeypatch.setattr(os, "fsync", missing)
+    monkeypatch.setattr("fcntl.flock", missing)
+    write_atomically(tmp_path / "a", "1")
+    with files.locked(tmp_path):
+        write_atomically(tmp_path / "a", "2")
+    with ExitStack() as stack:
+        run_folder.lock(tmp_path / "run", stack)
+    assert capsys.readouterr().err.count("note: ") == 1 + (number != errno.ENOSYS)
+    opened = os.open
+
+    def open_file(path, *more, **options):
+        return missing() if Path(path).is_dir() else opened(path, *more, **options)
+
+    monkeypatch.setattr(os, "open", open_file)
+    write_atomically(tmp_path / "a", "3")
+    assert (tmp_path / "a").read_text() == "3" and os.listdir(tmp_path) == ["a"]
+
+
+def test_a_disk_that_fails_is_an_error(tmp_path, monkeypatch):
+    def failing(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OSError, match="Input/output"):
+        write_atomically(tmp_path / "a", "1")
+    assert os.listdir(tmp_path) == []
+
+
 def test_small_files_only(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     os.mkfifo(tmp_path / "pipe")
@@ -66,7 +105,7 @@ def test_the_next_run_removes_what_a_killed_one_has_left(finished_run, tmp_path)
     }
     for name in chain(*left.values()):
         (tmp_path / name).touch()
-    out, few = ["--out", str(tmp_path)], ["--limit-test", "20", "--limit-cam", "1"]
+    out, few = ["--out", str(tmp_path)], ["--limit-test", "20"]
     small = ["--models", "se", "--width", "4", "--batch-sizes", "1", "--repeats", "1"]
     for who, code in (
         ("benchmark", lambda: benchmark.main([*small, *out, "--modes", "eager"])),

@@ -172,11 +172,11 @@ class Small:
     def state(self):
         return checkpoint.copied(checkpoint.get_state(self.parts, CPU))
 
-    def fast(self, mode):
+    def fast(self, mode, precision="fp32"):
         """What Run.speed_up does."""
         before = self.state
         return fast.fast(
-            self.step, self.forward, mode, (torch.arange(16),), list(self.model.parameters()),
+            self.step, self.forward, mode, precision, (torch.arange(16),), self.model,
             lambda: checkpoint.load_state(before, self.parts, CPU),
         )  # fmt: skip
 
@@ -199,7 +199,7 @@ def test_neither_a_failed_mode_nor_a_warm_up_leaves_a_trace(steps_before, fails,
         for _ in range(steps_before):
             each.step(torch.arange(8, 24))
     before, addresses = small.state, [v.data_ptr() for v in small.model.state_dict().values()]
-    step, mode, failures = small.fast("compile")
+    step, mode, failures, _ = small.fast("compile")
     assert mode == ("eager" if fails else "compile") and len(failures) == fails
     assert all("NotImplementedError: no such" in f and "\n" not in f for f in failures)
     found = small.state
@@ -236,17 +236,52 @@ def test_a_mode_with_other_gradients_is_not_used(factor, monkeypatch):
     monkeypatch.setattr(torch, "compile", compile_wrongly)
     small = Small()
     before = small.state
-    step, mode, (failure,) = small.fast("compile")
+    step, mode, (failure,), _ = small.fast("compile")
     assert mode == "eager" and "other gradients than in eager mode" in failure
     assert_same(small.state["model"], before["model"])
     assert_same(step(torch.arange(16)), Small().step(torch.arange(16)))
+
+
+def compiles_with(fault, patch, parameters):
+    """torch.compile that does nothing but turn these gradients into fault(gradient)."""
+
+    def compile_wrongly(forward, **options):
+        for parameter in parameters:
+            parameter.register_hook(fault)
+        return forward
+
+    patch.setattr(torch, "compile", compile_wrongly)
+
+
+@pytest.mark.parametrize("fault", [lambda g: g / 2, torch.zeros_like], ids=["halved", "zeroed"])
+@pytest.mark.parametrize("name", ["fc.bias", "layer1.0.conv1.weight", "layer3.0.bn1.bias",
+                                  "layer2.1.attention.channel.mlp.0.weight",
+                                  "layer4.0.attention.spatial.conv.weight"])  # fmt: skip
+def test_one_wrong_gradient_is_found(name, fault, monkeypatch):
+    """The last is exactly 0 at the start. Gradients that are not finite hide no other."""
+    for not_finite in (False, True):
+        small = Small()
+        if not_finite:
+            small.model.conv1.weight.register_hook(lambda g: g * float("nan"))
+        compiles_with(fault, monkeypatch, [small.model.get_parameter(name)])
+        before = small.state
+        _, mode, (failure,), _ = small.fast("compile")
+        assert mode == "eager" and "other gradients than in eager mode" in failure
+        assert_same(small.state["model"], before["model"])
+
+
+def test_in_bf16_gradients_are_judged_together(monkeypatch):
+    for fault, mode in ((lambda g: 0.7 * g, "compile"), (lambda g: 0.5 * g, "eager")):
+        small = Small()
+        compiles_with(fault, monkeypatch, list(small.model.parameters()))
+        assert small.fast("compile", "bf16")[1] == mode
 
 
 def test_a_loss_that_is_nan_anyway_is_not_the_modes_fault(monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
     small = Small()
     small.images *= float("nan")
-    assert small.fast("compile")[1:] == ("compile", [])
+    assert small.fast("compile")[1:] == ("compile", [], 0.0)
 
 
 @pytest.mark.slow
@@ -303,7 +338,7 @@ def test_after_a_failed_capture_no_other_is_tried(captures, monkeypatch, words):
     monkeypatch.setattr(Capture, "words", f"{words}\nand a long trace")
     small = Small()
     before = small.state
-    _, mode, (failure,) = small.fast("compile+graph")
+    _, mode, (failure,), _ = small.fast("compile+graph")
     assert mode == "eager" and len(Capture.garbage) == 1 and gc.isenabled()
     assert failure.startswith("mode compile+graph failed (CaptureFailed: ") and words in failure
     assert ("out of memory" in failure) == ("ALLOC" in words) and "\n" not in failure

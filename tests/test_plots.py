@@ -9,6 +9,8 @@ from kit.plots import legible, plt, shortened
 
 import pytest
 from conftest import REPO, is_one_line, train_small
+from matplotlib import font_manager
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 def python(code, **variables):
@@ -68,6 +70,13 @@ def test_another_font_is_taken_where_one_has_the_characters(monkeypatch):
     assert len(plt.rcParams["font.family"]) == 2
 
 
+def test_a_font_that_was_uninstalled_is_passed_over(monkeypatch):
+    gone = font_manager.FontEntry(fname="/no/such/font.ttf", name="Gone")
+    there = font_manager.fontManager.ttflist
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", [*there, gone])
+    assert legible(["\U0010fffd"]) == ["0"]
+
+
 def test_names_are_shortened_to_the_width_that_they_have():
     assert shortened("Ankle boot", 1, 7) == "Ankle boot" and shortened("", 1, 7) == ""
     assert shortened("a\nb\t c", 1, 7) == "a b c"
@@ -81,11 +90,29 @@ def test_names_are_shortened_to_the_width_that_they_have():
     assert len(shortened("W" * 99, 0.3, 7)) < len(shortened("i" * 99, 0.3, 7))
 
 
-def test_a_picture_that_fails_costs_a_note(monkeypatch, tmp_path, capsys):
+@pytest.mark.parametrize("error", [RuntimeError("no such font\nand more"), OSError(28, "full")])
+def test_a_picture_that_fails_costs_a_note(monkeypatch, tmp_path, capsys, error):
     def failing(*arguments):
-        raise RuntimeError("no such font\nand more")
+        raise error
 
     monkeypatch.setattr(run, "log_test", failing)
     assert train_small("baseline", tmp_path, "--epochs", "1") == 0
     error = capsys.readouterr().err
     assert is_one_line(error) and "note: not all is in TensorBoard" in error
+
+
+@pytest.mark.parametrize("n", [3, 9])
+def test_a_log_that_cannot_be_written_costs_a_note(monkeypatch, tmp_path, capsys, n):
+    """A full quota at the n-th event: while it trains, or at the end."""
+    calls, write = iter(range(n)), RecordWriter.write
+
+    def full(writer, event):
+        if next(calls, None) is None:
+            raise OSError(28, "No space left on device")
+        write(writer, event)
+
+    monkeypatch.setattr(RecordWriter, "write", full)
+    assert train_small("baseline", tmp_path, "--epochs", "2") == 0
+    assert list(tmp_path.rglob("result.json"))
+    lines = set(capsys.readouterr().err.splitlines())
+    assert lines == {"note: not all is in TensorBoard: OSError: [Errno 28] No space left on device"}

@@ -468,7 +468,7 @@ def test_pipes_and_huge_files_neither_hang_nor_fill_the_memory(
             file.truncate(2**32)
     signal.alarm(60)  # ends the process if one waits for the pipe
     runs_and_out, before = ["--runs", str(runs), "--out", str(out)], peak_memory_mb(CPU)
-    explaining = ["--run", str(folder), "--limit-test", "20", "--limit-cam", "1", "--keep"]
+    explaining = ["--run", str(folder), "--limit-test", "20", "--keep"]
     codes = [
         train_small("cbam_blocks", runs, "--epochs", "2"),
         report.main(runs_and_out),
