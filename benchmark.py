@@ -328,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
     with locked(args.out, "benchmark*"):
         there, problems = ([], []) if args.overwrite else read_rows(args.out / "benchmark.json")
         for problem in problems:
-            print(f"note: {problem}", file=sys.stderr)
+            print(f"note: {problem.words}", file=sys.stderr)
         rows, new, failed = {place(row): row for row in there}, 0, False
         if args.keep:  # what this code has measured, as often
             cases = [c for c in cases if not c.items() <= rows.get(place(c), {}).items()]

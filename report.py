@@ -2,24 +2,26 @@
 
     python report.py                                  # runs/ -> results/
     python report.py --runs DIR --out DIR             # either may hold benchmark.json
+    python report.py --recipe short --reference se    # one study; another model to compare with
     python report.py --compare DIR                    # with another recipe, precision or GPU
     python report.py --formats png pdf svg            # figures for a paper; its table: results.tex
-    python report.py --out results/mine --readme README.md    # rewrites the README's blocks
-    python report.py --power --sd 0.15 --difference 0.2       # how many seeds does that take?
+    python report.py --out results/mine --readme README.md     # rewrites the README's blocks
+    python report.py --power --difference 0.2         # how many seeds? by the spread in runs/
 
 Reads files alone and needs no torch: copy the small files of a run folder to a laptop and it works
 there, in a few seconds. Every model is compared with the baseline, seed by seed, and gets a verdict
 (kit/verdicts.py). Writes report.md (from the template kit/report.md), the same as one page with its
-figures inside (report.html), results.csv, results.tex, summary.json and six figures.
+figures inside (report.html), results.csv, results.tex, summary.json and figures.
 
-Runs are compared only within a study: one data set, one recipe, the same explicit settings. A study
-that is shorter or narrower than its recipe is marked as a smoke test wherever its numbers appear.
+A study is one data set, one recipe and the same explicit settings; only its runs are compared. The
+first one has verdicts and most runs. One shorter than its recipe is marked as a smoke test.
 
 --readme rewrites what stands between these lines of a file (OUT relative to that file):
     <!-- report.py: OUT --> and <!-- end of OUT -->              the results in brief
     <!-- explain.py: OUT --> and <!-- end of explain.py -->      the table of gates
 """
 
+import argparse
 import base64
 import csv
 import io
@@ -34,12 +36,14 @@ from kit import words
 from kit.command_line import UserError, exit_code, make_parser
 from kit.figures import FIGURES, FORMATS, draw_figures
 from kit.files import check_writable, locked, write_atomically
-from kit.findings import Findings, compare, have_same_labels
-from kit.results import PUBLISHED, Study, read_rows, read_studies
-from kit.runs import different
-from kit.verdicts import Comparison, seeds_in_words
+from kit.findings import Findings
+from kit.report_tables import compared_table, for_terminal
+from kit.results import PUBLISHED, Problem, Study, read_rows, read_studies
+from kit.runs import different, seeds_of
+from kit.verdicts import MARGIN, Comparison, seeds_in_words
 
 import markdown
+import numpy as np
 
 CSV_COLUMNS = (
     "dataset", "recipe", "quick", "model", "seed", "width", "test_acc", "test_acc_last", "val_acc",
@@ -48,45 +52,38 @@ CSV_COLUMNS = (
 )  # fmt: skip
 
 
-def make_report(
-    runs_dir: Path, out: Path, other: Path | None, readmes: list[Path], formats=("png",)
-) -> Findings:
-    """Writes all files of the report; returns what the first study shows. Raises UserError."""
-    studies, problems = read_studies(runs_dir)
+def make_report(args: argparse.Namespace) -> list[Findings]:
+    """Writes all files of the report; returns what the studies show, in order. Raises UserError."""
+    out, chosen = args.out, dict(dataset=args.dataset, recipe=args.recipe, model=args.models)
+    studies, problems = read_studies(args.runs, args.reference, **chosen)
     if not studies:
-        reasons = "; ".join(problems) or "run `python train.py --model baseline` first"
-        where = f"{runs_dir}" + ", which is no folder" * (not runs_dir.is_dir())
+        reasons = "; ".join(problem.words for problem in problems)
+        where = f"{args.runs}" + ", which is no folder" * (not args.runs.is_dir())
+        reasons = reasons or "run `python train.py --model baseline` first"
         raise UserError(f"no finished run below {where}: {words.one_line(reasons)}")
-    costs, damaged = read_rows(first_of(out, runs_dir, "benchmark.json"))
+    costs, damaged = read_rows(first_of(out, args.runs, "benchmark.json"))
     problems += damaged
-    found = [Findings(study, costs) for study in studies]
-    first = found[0]
-    unread = ("left out, its files", "left out, it cannot be read")
-    first.damaged = [line for line in problems if any(words in line for words in unread)]
-    figures = draw_figures(first, formats)
-    pictures = {name: body for name, body in figures.items() if name in FIGURES}
-    pictures |= explained_pictures(first.study, out)
-    there = compare_runs(first, other, problems) if other else None
-    if other and not there:
-        print(f"note: {words.one_line(problems[-1])}", file=sys.stderr)
-    machines = {}  # what inference was timed on, and with which images -> its rows
-    for row in costs:
-        images = f"{row['image']}, {row['classes']} classes"
-        name = f"{row['device']}; torch {row['torch']}; images {images}"
-        machines.setdefault(name, []).append(row)
-    sections = [f for f in found if f is first or f.against]
+    found = [Findings(study, costs, args.reference, args.margin) for study in studies]
+    sections = [f for f in found if f is found[0] or f.against]
+    there = compare_runs(found[0], args.compare, problems) if args.compare else None
+    found[0].lost = [problem.words for problem in problems if problem.is_lost]
+    figures = draw_figures(found[0], there, args.formats)
+    explained = explained_pictures(found[0].study, out)
+    pictures = {name: body for name, body in figures.items() if name in FIGURES} | explained
     report = words.fill(
         "report.md", found=found, sections=sections, figures=list(pictures), other=there,
-        problems=problems, costs=costs, machines=machines,
+        explained=list(explained), machines=machines_of(costs),
+        runs=[run for f in found for run in f.study.all_runs], limits=limits_of(found),
+        missing=[problem.words for problem in problems] + missing_of(sections),
     )  # fmt: skip
     files = {
         **{out / name: body for name, body in figures.items()},
-        out / "results.tex": words.fill("results.tex", f=first),
+        out / "results.tex": words.fill("results.tex", f=found[0]),
         out / "results.csv": results_csv(studies),
         out / "summary.json": summary_json(found, costs, there),
         out / "report.md": report,
         out / "report.html": as_page(report, pictures),
-        **{readme: with_blocks(readme, out, first) for readme in map(Path.resolve, readmes)},
+        **{path: with_blocks(path, out, found[0]) for path in map(Path.resolve, args.readme)},
     }
     check_writable(out)
     with locked(out, "report.*", "results.*", "summary.json", *FIGURES):
@@ -95,7 +92,7 @@ def make_report(
                 path.unlink(missing_ok=True)
         for path, body in files.items():  # names of folders, and so texts, may hold anything
             write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
-    return first
+    return sections
 
 
 def first_of(out: Path, runs_dir: Path, name: str) -> Path:
@@ -103,32 +100,69 @@ def first_of(out: Path, runs_dir: Path, name: str) -> Path:
     return out / name if (out / name).exists() else runs_dir / name
 
 
-def compare_runs(here: Findings, folder: Path, problems: list[str]) -> dict | None:
+def machines_of(costs: list[dict]) -> dict[str, list[dict]]:
+    """What inference was timed on, and with which images -> its rows."""
+    machines = {}
+    for row in costs:
+        images = f"{row['image']}, {row['classes']} classes"
+        name = f"{row['device']}; torch {row['torch']}; images {images}"
+        machines.setdefault(name, []).append(row)
+    return machines
+
+
+def missing_of(sections: list[Findings]) -> list[str]:
+    """What was planned and is not there, and what has not been measured."""
+    found = []
+    for f in sections:
+        for model, seeds in f.missing.items():
+            found.append(f"{f.study.title}: planned, not finished: {model} {seeds_of(seeds)}")
+        if not f.costs:
+            shape = "x".join(map(str, f.study.result["image"]))
+            size = f"--width {f.study.result['width']} --image {shape}"
+            classes = f"--classes {len(f.study.result['classes'])}"
+            command = f"python benchmark.py {size} {classes} --out with the folder of this report"
+            found.append(f"{f.study.title}: no FLOPs and no inference time: run {command}")
+    return found
+
+
+def limits_of(found: list[Findings]) -> list[str]:
+    """Of the models that are in the report."""
+    models = {model for f in found for model in f.models}
+    limits = []
+    if models & {"se", "cbam_blocks"}:
+        limits.append("At the start CBAM's gates scale a branch to a quarter, SE's gate to a half.")
+    if "cbam_classifier" in models:
+        limits.append("cbam_classifier, as published, gates a 1x1 map: its mean is its maximum.")
+    return limits
+
+
+def compare_runs(here: Findings, folder: Path, problems: list[Problem]) -> dict | None:
     """The first study compared with another set of runs; adds to the problems."""
-    studies, others = read_studies(folder)
+    studies, others = read_studies(folder, here.reference, dataset=[here.study.dataset])
     problems += others
-    studies = [study for study in studies if study.dataset == here.study.dataset]
     if not studies:
-        problems.append(f"--compare {folder}: no finished run on {here.study.dataset} below it")
+        nothing = f"--compare {folder}: no finished run on {here.study.dataset} below it"
+        problems.append(Problem(nothing, is_lost=True))
         return None
     # Its runs with the same recipe and settings, or else its first study.
     studies.sort(key=lambda study: study.title != here.study.title)
     for study in studies[1:]:
-        problems.append(f"--compare {folder}: {study.title} there is not compared")
-    there = Findings(studies[0], [])  # its inference times are for a report of its own
+        problems.append(Problem(f"--compare {folder}: {study.title} there is not compared"))
+    there = Findings(studies[0], [], here.reference)
     settings, others = (study.all_runs[0].settings for study in (here.study, studies[0]))
     of_data = {key: settings.get(key) for key in ("data", "test_images", "image", "classes")}
     differences = different({key: others.get(key) for key in of_data}, of_data)
-    if differences or not have_same_labels(here.study.all_runs + studies[0].all_runs):
+    labels = [r.labels for r in here.study.all_runs + studies[0].all_runs if r.labels is not None]
+    if differences or not all(np.array_equal(each, labels[0]) for each in labels):
         why = "; ".join(differences) or "other test labels"
-        problems.append(f"--compare {folder}: not compared, {why}")
+        problems.append(Problem(f"--compare {folder}: not compared, {why}", is_lost=True))
         return None
     models = [model for model in here.models if model in there.models]
-    found = compare(here.study, {model: (model, model) for model in models}, there.study)
+    against = here.compare({model: (model, model) for model in models}, there.study)
     return {
-        "folder": folder, "found": there, "models": models, "against": found,
-        "different": different(others, settings),
-        "notes": list(dict.fromkeys(line for c in found.values() for line in c.unlike)),
+        "folder": folder, "here": here, "there": there, "against": against,
+        "table": compared_table(here, there, against), "different": different(others, settings),
+        "notes": list(dict.fromkeys(f"{m}: {x}" for m, c in against.items() for x in c.unlike)),
     }  # fmt: skip
 
 
@@ -209,21 +243,21 @@ def summary_json(found: list[Findings], costs: list[dict], there: dict | None) -
         return vars(found) | ({"verdict": found.verdict} if isinstance(found, Comparison) else {})
 
     studies = [
-        {key: getattr(f.study, key) for key in ("dataset", "recipe", "overrides")}
+        {key: getattr(f.study, key) for key in ("dataset", "recipe", "overrides", "plans")}
         | {
             "quick": f.study.result["quick"],
+            "reference": f.reference,
+            "margin": f.margin,
+            "level": f.level,
             "models": f.models,
-            "against_baseline": {
-                model: plain(c) | {"seeds_and_images": f.resampled[model]}
-                for model, c in f.against.items()
-            },
+            "against_reference": f.against,
             "against_control": f.controlled,
+            "spread": f.spread,
             "by_class": f.by_class,
             "costs": f.relative,
             "costs_of_other_code": f.stale,
             "epochs_and_accuracy": f.stopping,
             "pareto_front": f.front,
-            "not_shown_to_be_dominated": f.tied,
             "missing": f.missing,
             "left_out": {why: words.who(runs) for why, runs in f.study.left_out.items()},
             "explained": f.explained,
@@ -235,35 +269,66 @@ def summary_json(found: list[Findings], costs: list[dict], there: dict | None) -
     return json.dumps(content, indent=2, default=plain) + "\n"
 
 
-@exit_code
-def main(argv: list[str] | None = None) -> None:
-    """The script, with `argv` in place of the command line."""
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
-    add = parser.add_argument
-    add("--runs", type=Path, default=Path("runs"), help="folder of all runs; default: %(default)s")
-    add("--out", type=Path, default=Path("results"), help="where to write; default: %(default)s")
+    add, default = parser.add_argument, "default: %(default)s"
+    add("--runs", type=Path, default=Path("runs"), help=f"folder of all runs; {default}")
+    add("--out", type=Path, default=Path("results"), help=f"where to write; {default}")
+    add("--dataset", nargs="+", help="only runs on these data sets")
+    add("--recipe", nargs="+", help="only runs with these recipes")
+    add("--models", nargs="+", help="only these models, with the reference; say so beforehand")
+    add("--reference", default="baseline", help=f"model that others are compared with; {default}")
+    add("--margin", type=float, default=MARGIN, metavar="X",
+        help=f"points of test accuracy within which models are equivalent; {default}")  # fmt: skip
     add("--compare", type=Path, help="folder of other runs to compare the first study with")
     add("--formats", nargs="+", choices=FORMATS, default=["png"], help="of the figures; PNG always")
     add("--readme", type=Path, nargs="+", default=[], help="files whose blocks are rewritten")
     add("--power", action="store_true", help="print how many seeds --difference takes, no report")
-    add("--sd", type=float, help="standard deviation of test accuracy over seeds, in points")
+    add("--sd", type=float, help="over seeds, in points; default: as paired differences in --runs")
     add("--difference", type=float, help="to be detected, in points")
-    add("--comparisons", type=int, default=3, help="with the baseline; default: %(default)s")
+    add("--comparisons", type=int, default=4, help=f"with the reference; {default}")
     args = parser.parse_args(argv)
-    if args.power != bool(args.sd or args.difference):
-        parser.error("--power, --sd and --difference go together")
+    if args.power != bool(args.sd or args.difference) or (args.power and not args.difference):
+        parser.error("--power and --difference go together; --sd only with them")
     if args.power:
-        if not all(0 < (points or 0) <= 100 for points in (args.sd, args.difference)):
-            parser.error("--power takes --sd and --difference, points greater than 0 up to 100")
-        if not (1 <= args.comparisons <= 1000 and 1e-3 <= args.difference / args.sd <= 1e3):
+        if not all(0 < points <= 100 for points in (args.difference, args.sd or 1)):
+            parser.error("--power takes --difference and --sd, points greater than 0 up to 100")
+        if not (1 <= args.comparisons <= 1000 and 1e-3 <= args.difference / (args.sd or 1) <= 1e3):
             parser.error("--comparisons is 1 to 1,000, --difference 0.001 to 1,000 times --sd")
-        print(seeds_in_words(args.difference, args.sd, args.comparisons))
-        return
+    if not 0 < args.margin <= 100:
+        parser.error("--margin is in points, greater than 0 up to 100")
     if args.compare and not args.compare.is_dir():
         parser.error(f"--compare: there is no folder {args.compare}")
-    found = make_report(args.runs, args.out, args.compare, args.readme, args.formats)
-    print(words.short_table(found))
-    print(f"written: {args.out / 'report.md'}")
+    if args.models:
+        args.models = [args.reference, *args.models]
+    return args
+
+
+def print_seeds(args: argparse.Namespace) -> None:
+    """How many seeds a difference takes, by --sd or by the runs that are there."""
+    sd = (
+        args.sd and args.sd * 2**0.5
+    )  # of differences, if the accuracies of a pair do not correlate
+    if not sd:
+        chosen = dict(dataset=args.dataset, recipe=args.recipe, model=args.models)
+        studies, _ = read_studies(args.runs, args.reference, **chosen)
+        found = Findings(studies[0], [], args.reference) if studies else None
+        if not (found and found.spread):
+            raise UserError(f"{args.runs} has no three pairs of runs to take --sd from: give --sd")
+        print(f"{words.one_line(found.study.title)}:")
+        sd = found.spread.of_difference
+    print(seeds_in_words(args.difference, sd, args.comparisons))
+
+
+@exit_code
+def main(argv: list[str] | None = None) -> None:
+    """The script, with `argv` in place of the command line."""
+    args = parse(argv)
+    if args.power:
+        return print_seeds(args)
+    for found in make_report(args):
+        print(for_terminal(found), end="\n\n")
+    print(f"written: {args.out / 'report.md'}, and report.html beside it")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """The figures of a report: PNG, in colours that colour-blind readers tell apart."""
 
 import io
-import textwrap
 from statistics import mean
 
 from kit.command_line import noted
 from kit.findings import Findings
 from kit.plots import plt
-from kit.results import Study
-from kit.words import flag, mark, one_line
+from kit.results import PUBLISHED
+from kit.words import flag, one_line, verdict
 
 # Okabe and Ito's palette (olive for its yellow, which is lost in print) and a mark each, by the
 # order of the models in the table.
@@ -17,20 +16,20 @@ FORMATS = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}  # what woul
 MARKS = "os^vPX<"  # seven, so that colour and mark do not come round together
 
 
-def draw_figures(found: Findings, formats=("png",)) -> dict[str, bytes]:
+def draw_figures(found: Findings, there: dict | None, formats=("png",)) -> dict[str, bytes]:
     """{file name: figure} of one study's findings, PNG and other formats; without those that have
-    no data or that fail."""
+    no data or that fail. there: another set of runs that it is compared with, see report.py."""
     # The published models first, run or not: a model keeps its style from report to report.
-    models = dict.fromkeys([*found.study.published, *found.models, *found.costs])
+    models = dict.fromkeys([*PUBLISHED, *found.models, *found.costs])
     styles = {
         model: dict(color=COLORS[i % len(COLORS)], marker=MARKS[i % len(MARKS)], ls="", capsize=4)
         for i, model in enumerate(models)
     }
     made = {}
     for name, (draw, has_data) in FIGURES.items():
-        if has_data(found):
+        if has_data(found) if name != "compared.png" else there and there["against"]:
             with noted(f"no {name}"):
-                figure = draw(found, styles)
+                figure = draw(there if name == "compared.png" else found, styles)
                 for kind in dict.fromkeys(["png", *formats]):
                     buffer, undated = io.BytesIO(), FORMATS[kind]
                     figure.savefig(buffer, format=kind, dpi=150, metadata={undated: None})
@@ -40,24 +39,42 @@ def draw_figures(found: Findings, formats=("png",)) -> dict[str, bytes]:
 
 
 def draw_differences(found: Findings, styles: dict) -> plt.Figure:
-    """Differences from the baseline: pairs as dots, and the interval the verdict rests on."""
-    what = "Difference from the baseline"
-    figure, axes = frame(found.study, what, 7, 1.6 + 0.6 * len(found.against))
+    """Differences from the reference: pairs as dots, the interval the verdict rests on, the margin
+    as a band."""
+    reference = found.study.accuracies(found.reference)
+    pairs = {
+        model: [found.study.accuracies(model)[seed] - reference[seed] for seed in c.seeds]
+        for model, c in found.against.items()
+    }
+    label = f"difference from {found.reference}"
+    return differences(found.against, pairs, styles, label, found.margin)
+
+
+def draw_compared(there: dict, styles: dict) -> plt.Figure:
+    """Of each model, the runs here against those there."""
+    here, other = there["here"].study, there["there"].study
+    pairs = {
+        model: [here.accuracies(model)[seed] - other.accuracies(model)[seed] for seed in c.seeds]
+        for model, c in there["against"].items()
+    }
+    return differences(there["against"], pairs, styles, "difference, here - there",
+                       there["here"].margin)  # fmt: skip
+
+
+def differences(comparisons: dict, pairs: dict, styles, label: str, margin: float) -> plt.Figure:
+    figure, axes = frame(7, 1.6 + 0.6 * len(comparisons))
+    axes.axvspan(-margin, margin, color="0.93", zorder=0)
     axes.axvline(0, color="0.6", lw=1)
-    baseline = found.study.accuracies("baseline")
-    for y, (model, c) in enumerate(found.against.items()):
-        half = c.difference - c.corrected[0]
-        axes.errorbar(c.difference, y, xerr=half, **styles[model])
-        own = found.study.accuracies(model)
-        pairs = [own[seed] - baseline[seed] for seed in c.seeds]
-        axes.plot(pairs, [y + 0.25] * len(pairs), ".", color="0.5")
-        axes.annotate(c.verdict + flag(c.unlike), (c.difference, y), (0, 7),
-                      textcoords="offset points", ha="center", fontsize=9)  # fmt: skip
-    axes.set_yticks(range(len(found.against)), found.against)
-    axes.set_ylim(len(found.against) - 0.4, -0.6)
+    for y, (model, c) in enumerate(comparisons.items()):
+        axes.errorbar(c.difference, y, xerr=c.difference - c.corrected[0], **styles[model])
+        axes.plot(pairs[model], [y + 0.25] * len(c.seeds), ".", color="0.5")
+        axes.annotate(verdict(c), (c.difference, y), (0, 7), textcoords="offset points",
+                      ha="center", fontsize=9)  # fmt: skip
+    axes.set_yticks(range(len(comparisons)), comparisons)
+    axes.set_ylim(len(comparisons) - 0.4, -0.6)
     axes.set_xlabel(
-        "difference from the baseline (points of test accuracy):\n"
-        "mean, interval after Holm's correction, pairs of seeds as dots"
+        f"{label} (points of test accuracy):\nmean, corrected interval, pairs of seeds as dots; "
+        f"grey: within {margin:g} points"
     )
     return figure
 
@@ -65,7 +82,7 @@ def draw_differences(found: Findings, styles: dict) -> plt.Figure:
 def draw_accuracy(found: Findings, styles: dict) -> plt.Figure:
     """Mean with standard deviation, every seed a dot, the published figure a diamond."""
     explained, published = "test accuracy (%)", found.published
-    figure, axes = bars(found.study, "Test accuracy", found.models)
+    figure, axes = bars(found.models)
     if any(summary["n"] > 1 for summary in found.models.values()):
         explained += "\nmean, standard deviation, seeds as dots"
     for y, (model, summary) in enumerate(found.models.items()):
@@ -82,32 +99,10 @@ def draw_accuracy(found: Findings, styles: dict) -> plt.Figure:
 
 
 def draw_params(found: Findings, styles: dict) -> plt.Figure:
-    """Parameters on an axis from 0, on which a percent looks like one; written at each model."""
-    first = "baseline" if "baseline" in found.models else next(iter(found.models))
-    base = found.models[first]["params"]
-    params = {model: 100 * s["params"] / base for model, s in found.models.items()}
-    base = found.published.get(first, {}).get("params_m")
-    diamonds = {
-        model: (100 * row["params_m"] / base, row["test_acc"])
-        for model, row in found.published.items()
-        if base
-    }
-    figure = draw_against(found, styles, params, f"parameters ({first}: 100%)", diamonds)
-    (axes,) = figure.axes
-    axes.set_xlim(0, 1.45 * max(params.values()))
-    labels = {model: f"{model} {x - 100:+.2f}%" for model, x in params.items()}
-    write_beside(axes, {m: (params[m], found.models[m]["test_acc_mean"]) for m in params}, labels)
-    return figure
-
-
-def write_beside(axes, points: dict[str, tuple], labels: dict[str, str]) -> None:
-    """At the right of all points, in their order from below, so that no label hides another."""
-    order, (low, high) = sorted(points, key=lambda model: points[model][1]), axes.get_ylim()
-    right = 1.05 * max(x for x, _ in points.values())
-    for i, model in enumerate(order):
-        y = low + (high - low) * (i + 0.5) / len(order)
-        axes.annotate(labels[model], points[model], (right, y), va="center", fontsize=9,
-                      arrowprops=dict(arrowstyle="-", color="0.7", lw=0.7))  # fmt: skip
+    """Over the parameters that a model has more than the baseline."""
+    base = found.models["baseline"]["params"]
+    extra = {model: 100 * (s["params"] / base - 1) for model, s in found.models.items()}
+    return draw_against(found, styles, extra, "extra parameters (%)")
 
 
 def draw_latency(found: Findings, styles: dict) -> plt.Figure:
@@ -118,12 +113,9 @@ def draw_latency(found: Findings, styles: dict) -> plt.Figure:
     return draw_against(found, styles, times, xlabel, spread=spread, rings=found.front)
 
 
-def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -> plt.Figure:
-    """Test accuracy over `x`; diamonds are the published figures, rings the Pareto front."""
-    several = any(summary["n"] > 1 for summary in found.models.values())
-    spread_over_seeds = " (mean, standard deviation over seeds)" * several
-    title = f"Test accuracy{spread_over_seeds} against {xlabel.partition(' (')[0]}"
-    figure, axes = frame(found.study, title, 8, max(4.5, 1 + 0.25 * len(x)))
+def draw_against(found, styles, x, xlabel, spread=None, rings=()) -> plt.Figure:
+    """Test accuracy over `x`; rings are the Pareto front."""
+    figure, axes = frame(8, max(4.5, 1 + 0.25 * len(x)))
     for model in x:
         accuracy, sd = (found.models[model][f"test_acc_{key}"] for key in ("mean", "sd"))
         xerr, label = spread and spread[model], model + flag(spread and found.stale.get(model))
@@ -131,28 +123,40 @@ def draw_against(found, styles, x, xlabel, diamonds=(), spread=None, rings=()) -
         axes.errorbar(x[model], accuracy, yerr=sd, xerr=xerr, label=label, **style)
         if model in rings:
             axes.plot(x[model], accuracy, "o", ms=14, mfc="none", mec="black")
-    for model in (model for model in diamonds if model in x):
-        axes.plot(*diamonds[model], "D", mfc="none", color=styles[model]["color"])
-    axes.set(xlabel=xlabel, ylabel="test accuracy (%)")
+    several = any(summary["n"] > 1 for summary in found.models.values())
+    spread_over_seeds = "\nmean, standard deviation over seeds" * several
+    axes.set(xlabel=xlabel, ylabel=f"test accuracy (%){spread_over_seeds}")
     axes.margins(0.15)
-    explained = "diamonds: published" if diamonds else "rings: Pareto front" if rings else None
-    add_legend(axes, title=explained, title_fontsize=9)
+    add_legend(axes, title="rings: Pareto front" if rings else None, title_fontsize=9)
+    return figure
+
+
+def draw_epochs(found: Findings, styles: dict) -> plt.Figure:
+    """Every run, where runs stop at different epochs."""
+    figure, axes = frame(8, 4.5)
+    for model, runs in found.study.runs.items():
+        epochs = [run.result["epochs_run"] for run in runs]
+        style = {key: styles[model][key] for key in ("color", "marker", "ls")}
+        axes.plot(epochs, found.study.accuracies(model).values(), label=model, **style)
+    axes.set(xlabel="epochs trained", ylabel="test accuracy (%)")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    add_legend(axes)
     return figure
 
 
 def draw_time(found: Findings, styles: dict) -> plt.Figure:
-    """A bar a model, measured the published way."""
+    """A bar per model, measured the published way."""
     rows, first = found.costs, found.timed
     models = [model for model in styles if model in rows]
-    how = f"batch {first['batch_size']}, {first['precision']}, {first['mode']}"
-    what = f"Inference time, {how}, {one_line(first['device'])}"
-    figure, axes = bars(found.study, what, [m + flag(found.stale.get(m)) for m in models])
+    figure, axes = bars([m + flag(found.stale.get(m)) for m in models])
     for y, model in enumerate(models):
         axes.barh(
             y, rows[model]["ms_per_image"], xerr=spread_of(rows[model]), capsize=3,
             color=styles[model]["color"],
         )  # fmt: skip
-    axes.set_xlabel("inference time (ms/image): median, p10 to p90")
+    how = f"batch {first['batch_size']}, {first['precision']}, {first['mode']}"
+    where = one_line(first["device"])
+    axes.set_xlabel(f"inference time (ms/image): median, p10 to p90\n{how}, {where}")
     return figure
 
 
@@ -184,23 +188,22 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(xlabel="epoch", ylabel=name, xlim=(1, longest))
     add_legend(both[1])
-    several = max(map(len, study.runs.values())) > 1
-    bands = ": mean over seeds, band from lowest to highest; dashed: seeds that trained longer"
-    what = "Learning curves" + bands * several
-    figure.suptitle(f"{what}\n{title_of(study)}", fontsize=10)
+    if max(map(len, study.runs.values())) > 1:
+        explained = (
+            "mean over seeds, band from lowest to highest; dashed: seeds that trained longer"
+        )
+        figure.supxlabel(explained, fontsize=9)
     return figure
 
 
-def frame(study: Study, what: str, width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
-    """With what is shown, and of which study, in the title."""
-    figure, axes = plt.subplots(figsize=(width, height), layout="constrained")
-    axes.set_title(f"{what}\n{title_of(study)}", fontsize=10)
-    return figure, axes
+def frame(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
+    """Without a title, which is for the caption to say."""
+    return plt.subplots(figsize=(width, height), layout="constrained")
 
 
-def bars(study: Study, what: str, models) -> tuple[plt.Figure, plt.Axes]:
-    """A frame with a line a model, the first on top."""
-    figure, axes = frame(study, what, 7, max(4, 1.5 + 0.4 * len(models)))
+def bars(models) -> tuple[plt.Figure, plt.Axes]:
+    """A frame with a line per model, the first on top."""
+    figure, axes = frame(7, max(3, 1.5 + 0.4 * len(models)))
     axes.set_yticks(range(len(models)), models)
     axes.invert_yaxis()
     return figure, axes
@@ -210,19 +213,19 @@ def add_legend(axes, **options) -> None:
     axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), **options)
 
 
-def title_of(study: Study) -> str:
-    lines = [one_line(study.title), mark(study)]
-    return "\n".join(textwrap.fill(line, 75) for line in lines if line)
-
-
 FIGURES = {  # file name -> (what draws it, whether there is data for it)
     "test_accuracy.png": (draw_accuracy, lambda found: found.models),
     "inference_time.png": (draw_time, lambda found: found.costs),
-    "accuracy_vs_params.png": (draw_params, lambda found: found.models),
+    "accuracy_vs_params.png": (draw_params, lambda found: "baseline" in found.models),
+    "accuracy_vs_epochs.png": (
+        draw_epochs,
+        lambda found: len({run.result["epochs_run"] for run in found.study.all_runs}) > 1,
+    ),
     "accuracy_vs_latency.png": (draw_latency, lambda found: found.costs.keys() & found.models),
     "learning_curves.png": (
         draw_curves,
         lambda found: max(len(run.metrics) for run in found.study.all_runs) > 1,
     ),
     "differences.png": (draw_differences, lambda found: found.against),
+    "compared.png": (draw_compared, None),
 }

@@ -12,9 +12,10 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from kit.command_line import in_one_line
-from kit.files import check, maybe, read_json, read_small
+from kit.files import check, fits, maybe, read_json, read_small
 from kit.runs import (
     COUNT,
     NUMBER,
@@ -53,6 +54,11 @@ EXPLAINED = dict(
 )  # fmt: skip
 
 
+class Problem(NamedTuple):
+    words: str
+    is_lost: bool = False  # a run that may belong to a verdict cannot be read
+
+
 @dataclass
 class Study:
     """Runs that may be compared: one data set, one recipe, the same explicit settings."""
@@ -62,6 +68,32 @@ class Study:
     overrides: dict
     runs: dict[str, list[FinishedRun]]  # model -> its runs by seed
     left_out: dict[str, list[FinishedRun]]  # why -> runs that are no result or cannot be compared
+    plans: list[dict]  # of RUNS/plan.json, those of this study
+
+    @property
+    def planned(self) -> dict[str, set[int]]:
+        """model -> the seeds that were planned."""
+        found = {}
+        for plan in self.plans:
+            for model in plan["models"]:
+                found.setdefault(model, set()).update(plan["seeds"])
+        return found
+
+    @property
+    def looks(self) -> int:
+        """How often the results may have been looked at before more was planned: once a plan."""
+        counts = Counter(model for plan in self.plans for model in plan["models"])
+        return max(counts.values(), default=1)
+
+    def missing(self, model: str) -> list[int]:
+        return sorted(self.planned.get(model, set()) - self.by_seed(model).keys())
+
+    @property
+    def mark(self) -> str:
+        """What stands behind every model's name: another length or another network."""
+        width = f"width {self.overrides['width']}" if "width" in self.overrides else ""
+        marks = ", ".join(filter(None, ["smoke test" * self.result["quick"], width]))
+        return f" ({marks})" if marks else ""
 
     @property
     def all_runs(self) -> list[FinishedRun]:
@@ -77,8 +109,14 @@ class Study:
 
     @property
     def title(self) -> str:
-        changed = "".join(f", {key} = {value}" for key, value in self.overrides.items())
-        return f"{self.dataset}, recipe {self.recipe}{changed}"
+        changed = "".join(f", {key.replace('_', ' ')} {v}" for key, v in self.overrides.items())
+        smoke_test = " (smoke test)" * self.result["quick"]
+        return f"{self.dataset}, recipe {self.recipe}{changed}{smoke_test}"
+
+    def has_verdict(self, reference: str) -> bool:
+        """Whether some model has two seeds in common with the reference."""
+        seeds = self.by_seed(reference).keys()
+        return any(len(seeds & self.by_seed(m).keys()) > 1 for m in self.runs if m != reference)
 
     @property
     def result(self) -> dict:
@@ -92,38 +130,75 @@ class Study:
         return {run.seed: run.result["test_acc"] for run in self.runs.get(model, [])}
 
 
-def read_studies(runs_dir: Path) -> tuple[list[Study], list[str]]:
-    """All studies below `runs_dir`, full ones first, and the problems met on the way, in words."""
+def read_studies(
+    runs_dir: Path, reference: str = "baseline", **chosen
+) -> tuple[list[Study], list[Problem]]:
+    """All studies below `runs_dir`, and the problems met on the way, in words.
+
+    First comes what has verdicts against the reference, full length and most runs. chosen: the
+    dataset, recipe and models that count; None: all.
+    """
     groups, problems = {}, []
+    plans = read_plans(runs_dir, problems)
+    wanted = {key: values for key, values in chosen.items() if values}
     for folder in run_folders(runs_dir, problems):
         if not (folder / "result.json").exists():
-            problems.append(f"unfinished: {folder}, {epochs_of(folder)} epochs done")
+            problems.append(Problem(f"unfinished: {folder}, {epochs_of(folder)} epochs done"))
             continue
         try:
             run = read_run(folder)
+            if any(run.result[key] not in values for key, values in wanted.items()):
+                continue
             run.explained = read_explained(run, problems)
             key = [run.result[key] for key in ("dataset", "recipe", "quick")]
             overrides = json.dumps(run.result["overrides"], sort_keys=True)
             groups.setdefault((*key, overrides), []).append(run)
         except Exception as error:  # whatever a damaged file leads to
             reason = f"its files are damaged or contradict each other ({in_one_line(error)})"
-            problems.append(f"{folder} left out, {reason}: train it again with --overwrite")
+            again = "train it again with --overwrite"
+            problems.append(Problem(f"{folder} left out, {reason}: {again}", is_lost=True))
     studies = []
     for (dataset, recipe, *_), runs in groups.items():
         kept, left_out = comparable(runs)
-        problems += [f"{run.folder} left out, {why}" for why in left_out for run in left_out[why]]
+        for why, those in left_out.items():
+            problems += [Problem(f"{run.folder} left out, {why}") for run in those]
         if kept:
-            studies.append(Study(dataset, recipe, runs[0].result["overrides"], kept, left_out))
-    return sorted(studies, key=lambda s: (s.result["quick"], len(s.overrides), s.title)), problems
+            overrides = runs[0].result["overrides"]
+            own = dict(dataset=dataset, recipe=recipe, overrides=overrides)
+            of_study = [plan for plan in plans if own.items() <= plan.items()]
+            studies.append(Study(dataset, recipe, overrides, kept, left_out, of_study))
+
+    def order(s: Study):
+        return not s.has_verdict(reference), s.result["quick"], -len(s.all_runs), s.title
+
+    return sorted(studies, key=order), problems
 
 
-def run_folders(runs_dir: Path, problems: list[str]) -> list[Path]:
+PLAN = dict(
+    dataset=str, recipe=str, overrides=dict, date=str,
+    models=lambda models: all(map(is_name, models)),
+    seeds=lambda seeds: all(fits(seed, COUNT) for seed in seeds),
+)  # fmt: skip
+
+
+def read_plans(runs_dir: Path, problems: list[Problem]) -> list[dict]:
+    """What run_all.sh planned before its first run, in order; see kit/study.py."""
+    path = runs_dir / "plan.json"
+    try:
+        return [check(plan, PLAN) for plan in read_json(path)] if path.exists() else []
+    except Exception as error:  # whatever a damaged file leads to
+        problems.append(Problem(f"{path} left out, it is damaged ({in_one_line(error)})", True))
+        return []
+
+
+def run_folders(runs_dir: Path, problems: list[Problem]) -> list[Path]:
     """At any depth, hidden folders aside: those with a result.json and those of unfinished runs.
     Adds those that cannot be read to the problems."""
 
     def unreadable(error: OSError) -> None:
         if runs_dir.is_dir():
-            problems.append(f"{error.filename} left out, it cannot be read: {error.strerror}")
+            why = f"{error.filename} left out, it cannot be read: {error.strerror}"
+            problems.append(Problem(why, is_lost=True))
 
     found, seen = set(), set()
     for name, folders, files in os.walk(runs_dir, onerror=unreadable, followlinks=True):
@@ -230,7 +305,7 @@ def in_table_order(models) -> list[str]:
     return [m for m in PUBLISHED if m in models] + sorted(set(models) - PUBLISHED.keys())
 
 
-def read_rows(path: Path) -> tuple[list[dict], list[str]]:
+def read_rows(path: Path) -> tuple[list[dict], list[Problem]]:
     """The rows of a benchmark.json; what is wrong with others, in words."""
     again, found, wrong = "run python benchmark.py again", [], []
     try:
@@ -238,7 +313,7 @@ def read_rows(path: Path) -> tuple[list[dict], list[str]]:
         if type(rows) is not list:
             raise ValueError(f"{path.name}: it is no list")
     except ValueError as error:
-        return [], [f"{path} left out, it is damaged ({error}): {again}"]
+        return [], [Problem(f"{path} left out, it is damaged ({error}): {again}")]
     for row in rows:
         try:
             check(row, COST)
@@ -251,10 +326,10 @@ def read_rows(path: Path) -> tuple[list[dict], list[str]]:
     if not wrong:
         return found, []
     which = f"{len(wrong)} of its {len(rows)} rows left out"
-    return found, [f"{path}: {which}, they are damaged ({wrong[0]}): {again}"]
+    return found, [Problem(f"{path}: {which}, they are damaged ({wrong[0]}): {again}")]
 
 
-def read_explained(run: FinishedRun, problems: list[str]) -> dict | None:
+def read_explained(run: FinishedRun, problems: list[Problem]) -> dict | None:
     """What explain.py found of the run; adds to the problems if that is damaged."""
     path = run.folder / "explain.json"
     try:
@@ -262,7 +337,8 @@ def read_explained(run: FinishedRun, problems: list[str]) -> dict | None:
         json.dumps(found, allow_nan=False)
     except ValueError as error:
         again = "run python explain.py again"
-        problems.append(f"{path} left out, it is damaged ({in_one_line(error)}): {again}")
+        why = f"{path} left out, it is damaged ({in_one_line(error)}): {again}"
+        problems.append(Problem(why))
         return None
     return found and found | {"model": run.result["model"], "seed": run.seed}
 

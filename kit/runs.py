@@ -213,9 +213,9 @@ def refuse_another_run(folder: Path, there: dict, config: dict, ignore=frozenset
 
 
 def edited(then: dict, now: dict) -> list[str]:
-    """Of {script: sha256} and another, those edited, or else those that only one of them has."""
-    changed = [name for name in then.keys() & now.keys() if then[name] != now[name]]
-    return sorted(changed or then.keys() ^ now.keys())
+    """Of {definition: sha256} and another, those that differ. What only one has is no change: what
+    was there before does not use it."""
+    return sorted(name for name in then.keys() & now.keys() if then[name] != now[name])
 
 
 def changes_since(folder: Path, env: dict) -> list[str]:
@@ -239,50 +239,36 @@ def in_brackets(changes: list[str]) -> str:
     return f" ({'; '.join(changes)}; --overwrite starts from scratch)" if changes else ""
 
 
-def who(runs: list, name=lambda run: run.result["model"]) -> str:
+def who(runs: list) -> str:
     """'se seeds 0 1, baseline seed 0' of runs."""
     seeds = {}
     for run in runs:
-        seeds.setdefault(name(run), set()).add(run.seed)
-    return ", ".join(
-        f"{model} seed{'s' * (len(of) > 1)} {' '.join(map(str, sorted(of)))}".strip()
-        for model, of in seeds.items()
-    )
+        seeds.setdefault(run.result["model"], set()).add(run.seed)
+    return ", ".join(f"{model} {seeds_of(of_model)}" for model, of_model in seeds.items())
 
 
-def unlike(runs: list, here: list, there: list = ()) -> list[str]:
-    """In what of code, device, torch, precision and mode these runs differ.
+def unlike(pairs: list[tuple]) -> list[str]:
+    """In what of code, device, torch, precision and mode the two runs of a pair differ, in words.
 
-    They are of the runs `here`, and of those `there`, which are compared with them.
+    pairs: (run, the run it is compared with). Pairs may differ from each other: a difference within
+    each of them is measured all the same.
     """
-    found, elsewhere = [], {run.folder for run in there}
+    found = {}
+    for run, other in pairs:
+        here, there = run.circumstances, other.circumstances
+        words = [f"{k} {here[k]} against {there[k]}" for k in CIRCUMSTANCES if here[k] != there[k]]
+        if scripts := edited(here["code"], there["code"]):
+            words.append(f"other code ({', '.join(scripts)})")
+        for each in (run, other):
+            changes = map(str, each.env.get("changes") or [])
+            words += [f"{each.result['model']} changed in mid-run: {change}" for change in changes]
+        for each in words:
+            found.setdefault(each, []).append(run.seed)
+    return [f"{seeds_of(seeds)}: {words}" for words, seeds in found.items()]
 
-    def name(run) -> str:
-        return run.result["model"] + " there" * (run.folder in elsewhere)
 
-    for key in CIRCUMSTANCES:
-        groups = {}
-        for run in runs:
-            groups.setdefault(run.circumstances[key], []).append(run)
-        if len(groups) > 1:
-            # Where all runs with one seed are alike, so are pairs, and seeds are named alone.
-            of_seeds = {(run.seed, run.circumstances[key]) for run in [*here, *there]}
-            in_pairs = len(of_seeds) == len({seed for seed, _ in of_seeds})
-            names = (lambda run: "") if in_pairs else name
-            described = (f"{who(own, names)}: {value}" for value, own in groups.items())
-            found.append(f"{key} {'; '.join(described)}")
-    baseline_first = sorted(runs, key=lambda run: run.result["model"] != "baseline")
-    codes = [run.circumstances["code"] for run in baseline_first]
-    usual = max(codes, key=codes.count, default={})  # of those that as many have, the first
-    others = [run for run in runs if run.circumstances["code"] != usual]
-    if others:
-        codes = [run.circumstances["code"] for run in others]
-        scripts = sorted({script for code in codes for script in edited(code, usual)})
-        found.append(f"{who(others, name)}: trained by other code ({', '.join(scripts)})")
-    for run in runs:
-        if run.env.get("changes"):
-            found.append(f"{who([run], name)}: {'; '.join(map(str, run.env['changes']))}")
-    return found
+def seeds_of(seeds) -> str:
+    return f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, sorted(seeds)))}"
 
 
 # --- Locked, written, cleared ---------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """Is a difference real? Statistics over paired seeds, and the verdicts that follow from them.
 
 One seed fixes split, order of images and the backbone's first weights of every model, so models are
-compared seed by seed. The test was chosen before any result was seen: the paired t test, Holm's
-correction over all comparisons with the baseline; verdicts follow from its interval alone. Welch's
-test, P(A > B) and the bootstrap are reported as well, for those who would have chosen otherwise.
+compared seed by seed: a paired t test, with Holm's correction over all comparisons of a study. The
+test was chosen before any result was seen, and the number of seeds is planned (RUNS/plan.json):
+there is no verdict before all of them are finished, and after k plans the level is 5% / k.
 """
 
 import bisect
@@ -15,6 +15,8 @@ from scipy import optimize, stats
 
 LEVEL = 0.05  # of false alarms over all comparisons of a study together
 POWER = 0.8
+MARGIN = 0.3  # points of test accuracy: what is closer counts as equivalent
+VERDICTS = ("better", "worse", "equivalent", "undecided")
 
 
 @dataclass
@@ -27,21 +29,25 @@ class Comparison:
     difference: float  # mean of the paired differences, model - reference
     sd: float  # their sample standard deviation (n - 1), at least a step
     p: float  # paired t test, two-sided
-    p_welch: float | None  # Welch's test; None where one model's accuracies do not vary
-    correlation: float | None  # of the pairs; None likewise, and of two, where it is 1 or -1
-    prob_better: float  # P(model > reference) = Mann-Whitney's U / (n m), ties count half
-    interval: tuple[float, float]  # 95%, of this comparison alone
     p_holm: float = float("nan")  # corrected over all comparisons of the study
     corrected: tuple[float, float] = (float("nan"), float("nan"))  # the interval that goes with it
-    detectable: float = float("nan")  # what a study like this one finds with 80% power
-    unlike: list[str] = field(default_factory=list)  # in what else its runs differ, in words
+    margin: float = MARGIN
+    planned: int | None = None  # seeds that both should have; None: no plan was recorded
+    unlike: list[str] = field(default_factory=list)  # in what else its pairs differ, in words
 
     @property
-    def verdict(self) -> str:
-        """From the corrected interval alone."""
-        if self.corrected[0] > 0:
-            return "better"
-        return "worse" if self.corrected[1] < 0 else "not distinguishable"
+    def is_interim(self) -> bool:
+        return len(self.seeds) < (self.planned or 0)
+
+    @property
+    def verdict(self) -> str | None:
+        """One of VERDICTS, from the corrected interval alone; None before all seeds are there."""
+        low, high = self.corrected
+        if self.is_interim:
+            return None
+        if low > 0 or high < 0:
+            return "better" if low > 0 else "worse"
+        return "equivalent" if max(-low, high) < self.margin else "undecided"
 
 
 def compare(
@@ -56,29 +62,10 @@ def compare(
     if len(seeds) < 2:
         return None
     a, b = (np.array([values[seed] for seed in seeds]) for values in (model, reference))
-    differences = a - b
-    mean, sd = float(differences.mean()), max(step, float(differences.std(ddof=1)))
-    varied = np.ptp(a) > 0 and np.ptp(b) > 0
-    u = stats.mannwhitneyu(a, b).statistic
+    mean, sd = float((a - b).mean()), max(step, float((a - b).std(ddof=1)))
     error = sd / len(seeds) ** 0.5  # of the mean; 0 only if all differences are the same
-    return Comparison(
-        seeds=seeds,
-        accuracy=float(a.mean()),
-        reference=float(b.mean()),
-        difference=mean,
-        sd=sd,
-        p=float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1) if error else mean == 0),
-        p_welch=float(stats.ttest_ind(a, b, equal_var=False).pvalue) if varied else None,
-        correlation=correlation(a, b),
-        prob_better=float(u) / len(seeds) ** 2,
-        interval=t_interval(mean, sd, len(seeds), LEVEL),
-    )
-
-
-def correlation(a, b) -> float | None:
-    """Pearson's r; None where one does not vary, and of two pairs, where it is 1 or -1."""
-    varied = np.ptp(a) > 0 and np.ptp(b) > 0  # std() of equal values may be 1e-14
-    return float(np.corrcoef(a, b)[0, 1]) if varied and len(a) > 2 else None
+    p = float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1) if error else mean == 0)
+    return Comparison(seeds, float(a.mean()), float(b.mean()), mean, sd, p)
 
 
 def t_interval(mean: float, sd: float, n: int, level: float) -> tuple[float, float]:
@@ -96,23 +83,49 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-def correct(comparisons: list[Comparison]) -> None:
+def correct(comparisons: list[Comparison], level: float = LEVEL) -> None:
     """Fills in what depends on how many comparisons there are.
 
-    The interval of the i-th smallest p has the level at which Holm tests it, LEVEL / (k - i + 1);
+    The interval of the i-th smallest p has the level at which Holm tests it, level / (k - i + 1);
     from the first that is not significant on, that one's. So it excludes 0 exactly where Holm's
-    adjusted p is below LEVEL.
+    adjusted p is below the level.
     """
     adjusted = holm([comparison.p for comparison in comparisons])
     significant = True  # until the first that is not
     for rank, i in enumerate(np.argsort([c.p for c in comparisons], kind="stable")):
-        c, n = comparisons[i], len(comparisons[i].seeds)
+        c = comparisons[i]
         if significant:
-            level = LEVEL / (len(comparisons) - rank)
-            significant = adjusted[i] < LEVEL
+            own_level = level / (len(comparisons) - rank)
+            significant = adjusted[i] < level
         c.p_holm = adjusted[i]
-        c.corrected = t_interval(c.difference, c.sd, n, level)
-        c.detectable = detectable_difference(c.sd, n, LEVEL / len(comparisons))
+        c.corrected = t_interval(c.difference, c.sd, len(c.seeds), own_level)
+
+
+# --- How much seeds vary, and how many it takes ---------------------------------------------------
+
+
+def correlation(a, b) -> float | None:
+    """Pearson's r; None where one does not vary, and of two pairs, where it is 1 or -1."""
+    varied = np.ptp(a) > 0 and np.ptp(b) > 0  # std() of equal values may be 1e-14
+    return float(np.corrcoef(a, b)[0, 1]) if varied and len(a) > 2 else None
+
+
+def pooled_sd(groups: list[tuple[float, int]]) -> tuple[float, tuple[float, float]]:
+    """(the common standard deviation of groups (sd, n), its 95% interval by chi squared)."""
+    freedom = sum(n - 1 for _, n in groups)
+    squares = sum(sd**2 * (n - 1) for sd, n in groups)
+    low, high = (float((squares / stats.chi2.ppf(q, freedom)) ** 0.5) for q in (0.975, 0.025))
+    return (squares / freedom) ** 0.5, (low, high)
+
+
+def sd_from_images(values: np.ndarray) -> float:
+    """The standard deviation of accuracy, in points, that a finite test set makes by itself.
+
+    values (seeds, images): 1 where a run is right, or the difference of a pair. Of each image the
+    variance over seeds; the mean of all N images has their sum / N^2 (Jordan 2023, arXiv
+    2304.01910).
+    """
+    return float(100 * values.var(axis=0, ddof=1).sum() ** 0.5 / values.shape[1])
 
 
 def power(difference: float, sd: float, n: int, level: float = LEVEL) -> float:
@@ -150,43 +163,12 @@ def seeds_needed(difference: float, sd: float, level: float = LEVEL) -> int:
 
 
 def seeds_in_words(difference: float, sd: float, comparisons: int) -> str:
-    """The seeds that `difference` takes; it and the `sd` over seeds in points of test accuracy."""
-    sd_of_differences = sd * 2**0.5  # if the accuracies of a pair do not correlate
-    alone, corrected = (
-        seeds_needed(difference, sd_of_differences, LEVEL / k) for k in (1, comparisons)
-    )
+    """The seeds that `difference` takes; it and the `sd` of paired differences in points."""
+    alone, corrected = (seeds_needed(difference, sd, LEVEL / k) for k in (1, comparisons))
     return (
         f"To detect a difference of {difference:g} points with 80% power at a level of 5%, with a "
-        f"standard deviation of {sd:g} over seeds:\n"
+        f"standard deviation of {sd:.2g} of paired differences:\n"
         f"{alone:6,} seeds per model for a single comparison with the baseline\n"
         f"{corrected:6,} seeds per model for the first of {comparisons} comparisons (Holm)\n"
-        "(paired t test; fewer where seeds affect all models alike)"
+        "(paired t test)"
     )
-
-
-def bootstrap(
-    model: np.ndarray, reference: np.ndarray, resamples: int = 4000, seed: int = 0
-) -> tuple[float, float]:
-    """95% interval of the mean paired difference in points, over other seeds and other images.
-
-    model, reference: bool (seeds, images), whether each image was classified correctly, the seeds
-    paired. Each resample takes seeds and images with replacement, the same for both.
-    """
-    gains = model.astype(np.float32) - reference.astype(np.float32)  # (seeds, images)
-    n_seeds, n_images = gains.shape
-    by_seed = gains @ image_counts(n_images, resamples, seed)  # (seeds, resamples)
-    generator = np.random.default_rng([seed, 1])
-    seed_counts = generator.multinomial(n_seeds, [1 / n_seeds] * n_seeds, size=resamples)
-    means = (seed_counts.T * by_seed).sum(0) / (n_seeds * n_images)
-    low, high = np.percentile(100 * means, [2.5, 97.5])
-    return float(low), float(high)
-
-
-@functools.lru_cache(maxsize=1)  # all comparisons of a study resample the same images
-def image_counts(n_images: int, resamples: int, seed: int) -> np.ndarray:
-    """How often each image is in each resample: float32 (images, resamples)."""
-    generator = np.random.default_rng([seed, 0])
-    counts = np.empty((resamples, n_images), np.float32)
-    for row in counts:
-        row[:] = np.bincount(generator.integers(n_images, size=n_images), minlength=n_images)
-    return counts.T

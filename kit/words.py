@@ -1,14 +1,14 @@
-"""How values become words: the templates' filters, and the tables whose columns vary."""
+"""A study in sentences and tables: what report.md, results.tex, the README and the terminal say."""
 
 import re
 from collections import Counter
 from pathlib import Path
 from urllib.parse import unquote
 
-from kit.costs import Cost
-from kit.findings import Findings, ablation
-from kit.results import Study, in_table_order
+from kit.findings import Findings
+from kit.results import Study
 from kit.runs import FinishedRun, who
+from kit.verdicts import VERDICTS, Comparison
 
 import jinja2
 
@@ -16,6 +16,7 @@ import jinja2
 SPECIAL = re.compile(r"[\\`*\[\]|#<~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
 TEX = {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
 UNSEEN = re.compile(r"[\x00-\x20\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
+FEW = 5  # pairs: a verdict from fewer says so
 
 # --- Values ---------------------------------------------------------------------------------------
 
@@ -47,20 +48,12 @@ def fmt(value: float | None, form: str = ".2f", unit: str = "") -> str:
     return "-" if value is None else f"{value:{form}}{unit}"
 
 
-def change(ratio: float, form: str = "+.0f") -> str:
-    """In percent: 0.9 is -10."""
-    return f"{100 * (ratio - 1):{form}}"
-
-
 def interval(bounds: tuple[float, float] | None, form: str = "+.2f") -> str:
     return "-" if bounds is None else " to ".join(f"{bound:{form}}" for bound in bounds)
 
 
-def mean_and_sd(summary: dict) -> str:
-    if not summary:
-        return "missing"
-    spread = f" ± {summary['test_acc_sd']:.2f}" if summary["n"] > 1 else ""
-    return f"{summary['test_acc_mean']:.2f}{spread}"
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
 def flag(reasons) -> str:
@@ -68,50 +61,170 @@ def flag(reasons) -> str:
     return " †" if reasons else ""
 
 
-def flagged(models: list[str], f: Findings, costs: bool = False) -> str:
-    """Their names, marked where their verdict is, or, if costs count, their time."""
-    marked = {model for model, c in f.against.items() if c.unlike} | set(f.stale if costs else ())
-    return ", ".join(f"`{model}`{flag(model in marked)}" for model in models)
+def how(row: dict | None) -> str:
+    return text(f"{row['mode']} {row['precision']}") if row else "-"
 
 
-def how(row: dict) -> str:
-    return text(f"{row.get('mode')} {row.get('precision')}")
+def names(models) -> str:
+    return ", ".join(f"`{model}`" for model in models)
 
 
-def training_ratio(cost: Cost) -> str:
-    """Of the baseline's training time: the median over seeds, and the range."""
-    if cost.ratios["training"] is None:
+# --- A study in sentences -------------------------------------------------------------------------
+
+
+def answer(f: Findings) -> str:
+    """The first sentence: does it help?"""
+    if f.reference not in f.models:
+        return f"No verdict: there is no finished run of `{f.reference}` to compare with."
+    if len(f.models) == 1:
+        return f"No verdict: only `{f.reference}` has a result that can be compared."
+    if not f.against:
+        return f"No verdict: no model has two seeds in common with `{f.reference}`."
+    means = {"equivalent": f"equivalent (within {f.margin:g} points)"}
+    parts = [
+        f"{means.get(verdict, verdict)}: {names_of(f, verdict)}"
+        for verdict in VERDICTS
+        if f.with_verdict(verdict)
+    ]
+    if interim := f.with_verdict(None):
+        parts.append(f"no verdict yet: {names(interim)}")
+    smoke_test = "In this smoke test, compared" if f.study.result["quick"] else "Compared"
+    found = f"{smoke_test} with `{f.reference}` over {pairs_of(f)}: {'; '.join(parts)}."
+    if f.spread and f.with_verdict("undecided"):
+        found += f" Differences below {f.spread.detectable:.2g} points cannot be seen this way."
+    return found
+
+
+def names_of(f: Findings, verdict: str) -> str:
+    found = {model: f.against[model] for model in f.with_verdict(verdict)}
+    return ", ".join(f"`{m}` ({c.difference:+.2f}){flag(c.unlike)}" for m, c in found.items())
+
+
+def pairs_of(f: Findings) -> str:
+    counts = sorted({len(c.seeds) for c in f.against.values()})
+    span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
+    return "only " * (counts[0] < FEW) + f"{span} seeds"
+
+
+def verdict(c: Comparison) -> str:
+    if c.is_interim:
+        return f"interim, {len(c.seeds)} of {c.planned}"
+    return c.verdict + flag(c.unlike)
+
+
+def sentence(f: Findings, model: str) -> str:
+    """One model against the reference."""
+    c, cost = f.against[model], f.relative[model]
+    says = {
+        "better": f"`{model}` is better than `{f.reference}`",
+        "worse": f"`{model}` is worse than `{f.reference}`",
+        "equivalent": f"`{model}` is equivalent to `{f.reference}` within {f.margin:g} points",
+        "undecided": f"`{model}` is undecided",
+        None: f"`{model}` has no verdict yet ({verdict(c)})",
+    }[c.verdict]
+    few = "only " * (len(c.seeds) < FEW)
+    words = [
+        f"{says}{f.study.mark}: {c.difference:+.2f} points, {interval(c.corrected)} after "
+        f"correction, over {few}{len(c.seeds)} seeds ({c.accuracy:.2f}% against {c.reference:.2f}%)"
+    ]
+    published = [f.published.get(m, {}).get("test_acc") for m in (model, f.reference)]
+    if all(published):
+        words.append(f"published, from one run each: {published[0] - published[1]:+.2f}")
+    if cost.inference_spread and not cost.inference_spread[0] <= 1 <= cost.inference_spread[1]:
+        words.append(f"inference takes {inference(f, model)} as long")
+    found = "; ".join(words)
+    unlike = f" **Not all pairs are alike: {text('; '.join(c.unlike))}.**" if c.unlike else ""
+    return f"{found}.{unlike}"
+
+
+def inference(f: Findings, model: str) -> str:
+    """Times the baseline's: eager, and in the fastest mode."""
+    ratios = f.relative[model].ratios
+    if not ratios["inference"]:
         return "-"
-    low, high = cost.training_spread
-    return f"{cost.ratios['training']:.2f}x" + (f" ({low:.2f} to {high:.2f})" if low < high else "")
+    found = f"{ratios['inference']:.2f}x{flag(f.stale.get(model))}"
+    if ratios["fastest"]:
+        found += f", {f.fastest[model]['mode']} {ratios['fastest']:.2f}x"
+    return found
 
 
-# --- Studies --------------------------------------------------------------------------------------
+def control_sentence(f: Findings, model: str) -> str:
+    c = f.controlled[model]
+    says = {
+        "better": "input-dependent gates help",
+        "worse": "input-dependent gates hurt",
+        "equivalent": f"input-dependent gates change less than {f.margin:g} points",
+        "undecided": "no effect of input-dependent gates is shown",
+        None: "no verdict yet",
+    }[c.verdict]
+    return (
+        f"`{model}` against its control `{f.controls[model]}` (same parameters and operations, "
+        f"gates that ignore the input){f.study.mark}: {c.difference:+.2f} points, "
+        f"{interval(c.corrected)}, over {len(c.seeds)} seeds: {says}{flag(c.unlike)}."
+    )
 
 
-def mark(study: Study) -> str:
-    """How much less than the published recipe this is; empty for a full study."""
-    if not study.result["quick"]:
-        return ""
-    config, width = study.all_runs[0].config, study.result["width"]
-    epochs = config["epochs"]
-    less = [f"{epochs} epoch" + "s" * (epochs != 1)]
-    for key, what in (("limit_train", "training images"), ("limit_test", "test images")):
-        if config[key]:
-            less.append(f"{config[key]:,} {what}")
-    if width != 64:
-        less.append(f"width {width} instead of 64")
-    if len(less) == 1 and "patience" in study.overrides:
-        less.append(f"patience {study.overrides['patience']}")
-    return f"smoke test: {', '.join(less)}"
+def spread_sentences(f: Findings) -> list[str]:
+    """Where the spread comes from, and how many seeds it takes."""
+    s = f.spread
+    by_images = f" The {f.study.result['test_images']:,} test images alone make"
+    alone = f"{by_images} {s.from_images:.2f} of that." if s.from_images else ""
+    pair = f" ({s.difference_from_images:.2f} by the test images)" if s.from_images else ""
+    needed = ", ".join(
+        f"{points:g} points {middle:,} ({low:,} to {high:,})"
+        for points, (middle, low, high) in s.seeds_needed.items()
+    )
+    return [
+        f"Accuracy has a standard deviation of {s.over_seeds:.2f} points over seeds.{alone}",
+        f"A paired difference has {s.of_difference:.2f}{pair}, with a 95% interval of "
+        f"{interval(s.interval, '.2f')}.",
+        f"Minimum detectable difference (80% power, first of {len(f.against)} comparisons): "
+        f"{s.detectable:.2f} points. Seeds that it takes to detect {needed}.",
+    ]
+
+
+def plan_sentence(f: Findings) -> str:
+    tested = f"Paired t test over seeds, Holm's correction over {names(f.against)}, level "
+    tested += f"{100 * f.level:.2g}%"
+    if not f.study.plans:
+        return f"{tested}. No plan was recorded: the seeds that are there count as planned."
+    dates = ", ".join(dict.fromkeys(plan["date"] for plan in f.study.plans))
+    looks = f" (5% / {f.study.looks}, for seeds were added)" * (f.study.looks > 1)
+    return f"{tested}{looks}. Planned on {dates}: {max(map(len, f.study.planned.values()))} seeds."
+
+
+def front_sentence(f: Findings) -> str:
+    dropped = [model for model in f.models if model in f.costs and model not in f.front]
+    because = f" {names(dropped)}: another model is shown to be faster, and at least as accurate."
+    return f"Pareto front (accuracy against inference time): {names(f.front)}." + (
+        because if dropped else " No model is shown to be dominated."
+    )
+
+
+def notes(f: Findings) -> list[str]:
+    """What the marks † stand for."""
+    found = [
+        f"{model}: {line}"
+        for of in (f.against, f.controlled)
+        for model, c in of.items()
+        for line in c.unlike
+    ]
+    for model, scripts in f.stale.items():
+        edited = ", ".join(scripts)
+        found.append(f"{model}: its cost was measured with other code ({edited}) than its accuracy")
+    return [one_line(line) for line in dict.fromkeys(found)]
 
 
 def environments(runs: list[FinishedRun]) -> list[str]:
-    """What the runs were made with, each kind with their number, and when."""
+    """What the runs were made with, each kind with their number; what changed in mid-run."""
     counted = Counter(map(environment, runs)).items()
     lines = [f"{n} run{'s' * (n > 1)}: {words}" for words, n in counted]
     if dates := sorted({str(run.env["date"]) for run in runs if "date" in run.env}):
         lines.append(f"trained on {' to '.join(dict.fromkeys([dates[0], dates[-1]]))}")
+    for run in runs:
+        if run.result["fallback"]:
+            lines.append(f"{run.folder}: {run.result['fallback']}")
+        lines += [f"{run.folder}: changed in mid-run: {c}" for c in run.env.get("changes") or []]
     return lines
 
 
@@ -122,7 +235,7 @@ def environment(run: FinishedRun) -> str:
     torch, cuda, python = (env.get(key) or "unknown" for key in ("torch", "cuda", "python"))
     return (
         f"{device(run)}; torch {torch}, CUDA {cuda}, driver {env.get('driver') or 'none'}, Python "
-        f"{python}; commit {commit}" + (" with uncommitted changes" if env.get("git_dirty") else "")
+        f"{python}; commit {commit}" + " with uncommitted changes" * bool(env.get("git_dirty"))
     )
 
 
@@ -132,123 +245,6 @@ def device(run: FinishedRun) -> str:
 
 def devices(study: Study) -> str:
     return "; ".join(sorted(set(map(device, study.all_runs))))
-
-
-# --- Tables ---------------------------------------------------------------------------------------
-
-
-def header(columns: str) -> str:
-    """The first two lines of a table with the columns "one | another"."""
-    return f"| {columns} |\n|{' --- |' * len(columns.split(' | '))}"
-
-
-def table(columns: list[str], rows: list[list[str]]) -> str:
-    return "\n".join([header(" | ".join(columns)), *(f"| {' | '.join(row)} |" for row in rows)])
-
-
-def filled(columns: dict[str, list[str | None]]) -> str:
-    """A table of the columns that hold something."""
-    kept = {name: cells for name, cells in columns.items() if any(cells)}
-    rows = zip(*kept.values(), strict=True)
-    return table(list(kept), [[cell or "-" for cell in row] for row in rows])
-
-
-def main_table(f: Findings, quick: str) -> str:
-    """Ours, and of a full study the published figures beside them."""
-    columns = {"model": [], "seeds": [], "test accuracy %": [], "published accuracy %": [],
-               "parameters M": [], "published parameters M": [], "GFLOPs": [],
-               "published GFLOPs": [], "ms/image": [], "published ms/image": []}  # fmt: skip
-    for model in f.wanted if f.published else f.models:
-        s, cost, published = (x.get(model, {}) for x in (f.models, f.costs, f.published))
-        ms, sizes = cost.get("ms_per_image"), s or cost
-        cells = (
-            text(model) + quick, str(s.get("n", 0)), mean_and_sd(s),
-            maybe(published.get("test_acc")),
-            maybe(sizes and sizes["params"] / 1e6), maybe(published.get("params_m")),
-            maybe(cost and cost["flops"] / 1e9), maybe(published.get("flops_g")),
-            ms and f"{ms:#.3g}{flag(f.stale.get(model))}", maybe(published.get("ms_per_image")),
-        )  # fmt: skip
-        for column, cell in zip(columns.values(), cells, strict=True):
-            column.append(cell)
-    return filled(columns)
-
-
-def maybe(value: float | None) -> str | None:
-    return f"{value:.2f}" if value else None
-
-
-def cost_table(f: Findings, quick: str) -> str:
-    """The baseline as measured, every other model relative to it."""
-    columns = {
-        "params": ("parameters", ",.0f", ""),
-        "flops": ("FLOPs", ",.0f", ""),
-        "inference": (f"inference, {how(f.timed or {})}", "#.3g", " ms/image"),
-        "training": ("training", ".1f", " s/epoch"),
-        "memory": ("memory", ",.0f", " MB"),
-    }
-
-    def cell(model: str, key: str) -> str | None:
-        cost, ratio = f.relative[model], f.relative[model].ratios[key]
-        if cost.values[key] is None:
-            return None
-        if ratio is None or model == "baseline":
-            return fmt(cost.values[key], *columns[key][1:])
-        if key in ("params", "flops"):
-            return change(ratio, "+.2f") + "%"
-        return training_ratio(cost) if key == "training" else f"{ratio:.2f}x"
-
-    names = [text(model) + quick + flag(f.stale.get(model)) for model in f.relative]
-    cells = {columns[key][0]: [cell(model, key) for model in f.relative] for key in columns}
-    return filled({"model": names} | cells)
-
-
-def mode_table(rows: list[dict]) -> str:
-    """Inference time of every model in every mode that was measured."""
-    models = in_table_order({row["model"] for row in rows})
-    variants = {}  # (width, batch size, precision, mode) -> model -> row
-    for row in rows:
-        variant = (row["width"], row["batch_size"], row["precision"], row["mode"])
-        variants.setdefault(variant, {})[row["model"]] = row
-
-    def cell(row: dict | None, base: dict | None) -> str:
-        if row is None:
-            return "-"
-        if row["batch_size"] == 1:
-            times = (row.get(f"ms_per_image{p}") for p in ("", "_p90", "_p99"))
-            return " / ".join(fmt(time, "#.3g") for time in times)
-        ratio = f" ({row['ms_per_image'] / base['ms_per_image']:.2f}x)" if base else ""
-        return f"{row['ms_per_image']:#.3g}" + ("" if row is base else ratio)
-
-    found = []
-    for variant, by_model in variants.items():
-        base = by_model.get("baseline")
-        found.append([*map(str, variant), *(cell(by_model.get(m), base) for m in models)])
-    return table(["width", "batch", "precision", "mode", *map(text, models)], found)
-
-
-def short_table(f: Findings) -> str:
-    """The first study for a terminal, in columns."""
-    rows = [["model", "seeds", "test accuracy %", "verdict", "ms/image"]]
-    for model, summary in f.models.items():
-        c = f.against.get(model)
-        verdict = c.verdict + flag(c.unlike) if c else "-"
-        ms = fmt(f.costs.get(model, {}).get("ms_per_image"), "#.3g") + flag(f.stale.get(model))
-        rows.append([model, str(summary["n"]), mean_and_sd(summary), verdict, ms])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(map(str.ljust, cells, widths)).rstrip() for cells in rows]
-    lines += [f"† {line}" for line in notes(f)]
-    lines += [one_line(f"left out, {who(runs)}: {why}") for why, runs in f.study.left_out.items()]
-    lines += map(one_line, f.damaged)
-    return "\n".join([one_line(f.study.title), *filter(None, [mark(f.study)]), *lines])
-
-
-def notes(f: Findings) -> list[str]:
-    """What the marks † stand for."""
-    found = [line for c in [*f.against.values(), *f.controlled.values()] for line in c.unlike]
-    for model, scripts in f.stale.items():
-        names = ", ".join(scripts)
-        found.append(f"{model}: its cost was measured with other code ({names}) than its accuracy")
-    return [one_line(line) for line in dict.fromkeys(found)]
 
 
 # --- Templates ------------------------------------------------------------------------------------
@@ -261,14 +257,10 @@ TEMPLATES = jinja2.Environment(
     keep_trailing_newline=True,
 )
 FILTERS = (
-    text, tex, flag, flagged, who, one_line, fmt, change, interval, mean_and_sd, how, ablation,
-    training_ratio, mark, environments, devices, notes, header, main_table, cost_table, mode_table,
+    text, tex, flag, names, who, one_line, fmt, interval, caption, answer, sentence, how, verdict,
+    control_sentence, spread_sentences, plan_sentence, front_sentence, notes, environments, devices,
 )  # fmt: skip
-TEMPLATES.filters |= {function.__name__: function for function in FILTERS} | {
-    "names": lambda models: ", ".join(f"`{model}`" for model in models),
-    "caption": caption,
-    "p": lambda p: "< 0.001" if p is not None and p < 0.001 else fmt(p, ".3f"),
-}
+TEMPLATES.filters |= {function.__name__: function for function in FILTERS}
 
 
 def fill(template: str, **values) -> str:

@@ -19,7 +19,7 @@ from conftest import copy_run
 
 FULL = {"quick": False, "overrides": {}, "width": 64}
 ACCURACIES = {"baseline": [92.0, 92.1, 92.2], "se": [93.1, 93.2, 93.4], "se_static": [92, 93, 92.5]}
-BETTER = "`se` is better than the baseline"
+BETTER = "`se` is better than `baseline`"
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def master(finished_run, tmp_path_factory):
 @pytest.fixture(autouse=True)
 def without_figures(monkeypatch):
     """They take most of the time, and test_report.py looks at them."""
-    monkeypatch.setattr(report, "draw_figures", lambda found, formats: {})
+    monkeypatch.setattr(report, "draw_figures", lambda *_: {})
 
 
 @pytest.fixture
@@ -54,15 +54,15 @@ def change(folder, name, **changes):
 
 
 def found_in(runs, *flags):
-    """(What was found, the table row of se against the baseline, the block in a README)."""
+    """(the answer and what follows it, the row of se in the table of tests, the README's block)."""
     out, readme = runs.parent / "out", runs.parent / "README.md"
     readme.write_text("<!-- report.py: out -->\n<!-- end of out -->\n")
     flags = ["--runs", str(runs), "--out", str(out), "--readme", str(readme), *flags]
     assert report.main(flags) == 0
     text = (out / "report.md").read_text()
-    finding = text.partition("### What was found")[2].partition("\n###")[0]
-    table = text.partition("### Against the baseline")[2].partition("\n###")[0]
-    rows = re.findall(r"^\| se \|.*", table, re.MULTILINE)
+    finding = text.partition("\n## ")[2].partition("\n###")[0]
+    table = text.partition("### How sure")[2].partition("\n###")[0]
+    rows = re.findall(r"^\| `se` \|.*corrected.*|^\| `se` \| [+-].*", table, re.MULTILINE)
     return finding, (rows or [""])[0], readme.read_text()
 
 
@@ -89,7 +89,7 @@ def test_a_setting_that_is_new_counts_too(runs):
     change(folder_of(runs, "se", 1), "config", momentum=0.9)
     finding, _, _ = found_in(runs)
     assert "Left out, se seed 1:** it has other settings: momentum 0.9 instead of none" in finding
-    assert "over 2 seeds" in finding
+    assert "over only 2 seeds" in finding
 
 
 def test_other_data_or_labels_are_not_paired(runs):
@@ -121,12 +121,20 @@ def test_other_code_whichever_file_is_said_in_the_verdict(runs, name):
     hashes = json.loads((folder / "env.json").read_text())["sha256"]
     change(folder, "env", sha256=hashes | {name: "0"})
     finding, row, block = found_in(runs)
-    reason = f"se seed 1: trained by other code ({name})"
+    reason = f"seed 1: other code ({name})"
     (verdict,) = [line for line in finding.splitlines() if BETTER in line]
     (control,) = [line for line in finding.splitlines() if "against its control" in line]
-    assert f"not all of these runs are alike** ({reason})" in verdict and reason in control
-    assert "| better † |" in row and "better `se` †" in finding
-    assert "| better † |" in block and f"- † {reason}" in block
+    assert f"**Not all pairs are alike: {reason}.**" in verdict.replace("\\", "")
+    assert "| better † |" in row and ") †" in finding and control.endswith("†.")
+    assert "| better † |" in block and f"- † se: {reason}" in block.replace("\\", "")
+
+
+@pytest.mark.parametrize("name", ["models.py: Spread", "data.py: DATASETS[mine]"])
+def test_what_was_added_to_the_code_is_no_difference(runs, name):
+    folder = folder_of(runs, "se", 1)
+    hashes = json.loads((folder / "env.json").read_text())["sha256"]
+    change(folder, "env", sha256=hashes | {name: "0"})
+    assert "†" not in "".join(found_in(runs))
 
 
 @pytest.mark.parametrize(
@@ -147,24 +155,24 @@ def test_other_circumstances_are_said_in_the_verdict(runs, file, key, value):
     finding, row, block = found_in(runs)
     said = value[0] if key == "changes" else value
     (verdict,) = [line for line in finding.splitlines() if BETTER in line]
-    assert "not all of these runs are alike" in verdict and f"se seed 1: {said}" in verdict
-    assert "| better † |" in row and "| better † |" in block and f"se seed 1: {said}" in block
+    assert "Not all pairs are alike: seed 1: " in verdict and said in verdict
+    assert "| better † |" in row and "| better † |" in block
+    assert any("† se: seed 1: " in line and said in line for line in block.splitlines())
 
 
-def test_pairs_that_are_alike_are_named_by_their_seeds(runs):
-    """One seed of all models on another device: a line for all, not one for each model."""
+def test_pairs_may_differ_from_each_other(runs):
+    """One seed of all models on another device: said where it is said how it was measured."""
     for folder in runs.rglob("seed1"):
         change(folder, "result", device="NVIDIA H100")
     finding, row, block = found_in(runs)
-    assert "| better † |" in row and finding.count("(device seeds 0 2: ") > 1
-    (line,) = [line for line in block.splitlines() if line.startswith("- †")]
+    assert "| better |" in row and "†" not in finding + block
+    measured = (runs.parent / "out/report.md").read_text().partition("## How it was measured")[2]
+    assert "3 runs: NVIDIA H100" in measured
+    # But for the baseline's: its pairs are not alike.
     here = json.loads((folder_of(runs, "se", 0) / "result.json").read_text())["device"]
-    assert line == f"- † device seeds 0 2: {here}; seed 1: NVIDIA H100"
-    # But for the baseline's: its pairs are not alike, and every line names the models.
     change(folder_of(runs, "baseline", 1), "result", device=here)
-    finding, _, block = found_in(runs)
-    assert f"device se seeds 0 2, baseline seeds 0 1 2: {here}; se seed 1: NVIDIA H100" in block
-    assert "device seed" not in finding + block
+    _, _, block = found_in(runs)
+    assert f"- † se: seed 1: device NVIDIA H100 against {here}" in block
 
 
 def test_which_of_two_folders_is_unlike_is_said(runs, tmp_path):
@@ -174,7 +182,8 @@ def test_which_of_two_folders_is_unlike_is_said(runs, tmp_path):
         change(folder_of(there, "se", seed), "result", device="NVIDIA H100")
     found_in(runs, "--compare", str(there))
     text = (runs.parent / "out/report.md").read_text().partition("## Compared with")[2]
-    assert "se there seeds 0 1 2: NVIDIA H100" in text and "† device se seeds 0 1 2: " in text
+    here = json.loads((folder_of(runs, "se", 0) / "result.json").read_text())["device"]
+    assert f"† se: seeds 0 1 2: device {here} against NVIDIA H100" in text
 
 
 def test_what_contradicts_itself_is_no_result(runs, capsys):
@@ -182,7 +191,7 @@ def test_what_contradicts_itself_is_no_result(runs, capsys):
     change(folder_of(runs, "se", 0), "result", params=999_999)
     finding, _, _ = found_in(runs)
     assert re.search("Left out, se seed 0:.*parameters, [0-9,]+ or 999,999", finding)
-    assert "over 2 to 3 seeds" in finding
+    assert "over only 2 to 3 seeds" in finding
     assert "left out, se seed 0: " in capsys.readouterr().out  # also on the terminal
 
 
@@ -208,7 +217,7 @@ def test_a_copy_under_another_seed_is_no_result(runs, what):
             (second / "test_labels.npy").unlink()
     finding, row, _ = found_in(runs)
     assert "Left out, se seeds 0 1:** the same predictions under different seeds" in finding
-    assert row == "" and "over 3 seeds" in finding  # se_static
+    assert row == "" and "over only 3 seeds" in finding  # se_static
 
 
 @pytest.mark.parametrize("other", [("baseline", 1), ("se", 2)])
@@ -217,7 +226,7 @@ def test_predictions_of_another_run_are_noticed(runs, other):
     shutil.copy(folder_of(runs, *other) / "test_predictions.npy", folder)
     finding, _, _ = found_in(runs)
     assert "of its predictions are correct, but its test_acc is 93.20%" in finding
-    assert "over 2 seeds" in finding
+    assert "over only 2 seeds" in finding
 
 
 def test_two_seeds_exchanged_are_noticed(runs):
@@ -238,7 +247,7 @@ def test_a_history_that_is_too_short_is_no_result(runs):
     path.write_text(path.read_text().splitlines()[0])
     finding, _, _ = found_in(runs)
     assert "metrics.jsonl has not the 2 epochs of result.json" in finding
-    assert "over 2 to 3 seeds" in finding
+    assert "over only 2 to 3 seeds" in finding
 
 
 def test_a_cost_measured_with_other_code_is_marked(runs):
@@ -257,10 +266,9 @@ def test_a_cost_measured_with_other_code_is_marked(runs):
     rows[1]["sha256"] = own | {"models.py": "0"}
     (out / "benchmark.json").write_text(json.dumps(rows))
     finding, _, block = found_in(runs)
-    assert "(measured with other code: models.py)" in finding
-    assert "se: its cost was measured with other code (models.py) than its accuracy" in block
-    assert "| 1.00x † |" in block and "| 2.00 † |" in (out / "report.md").read_text()
-    assert r"1.00\textsuperscript{*} \\" in (out / "results.tex").read_text()
+    for text in (finding, block):
+        assert "se: its cost was measured with other code (models.py) than its accuracy" in text
+        assert "| 1.00x † |" in text
     (summary,) = json.loads((out / "summary.json").read_text())["studies"]
     assert summary["costs_of_other_code"] == {"se": ["models.py"]}
 
@@ -328,7 +336,7 @@ def reported(runs):
     (folder_of(runs, "se", 1) / "explain.json").write_text(json.dumps(EXPLAINED))
 
     def make():
-        found = report.make_report(runs, out, None, [])
+        found = report.make_report(report.parse(["--runs", str(runs), "--out", str(out)]))[0]
         text = (out / "report.md").read_text()
         return {model: c.verdict for model, c in found.against.items()}, text
 
@@ -390,8 +398,8 @@ def test_compared_with_runs_with_other_settings(runs):
 
 def test_compared_with_runs_by_other_code(runs):
     section, _ = compared(runs, lambda folder: change(folder, "env", sha256={"models.py": "0"}))
-    assert "not distinguishable † |" in section
-    assert re.search(r"- † .*trained by other code \(models.py\)", section)
+    assert re.search(r"\| (undecided|equivalent) † \|", section)
+    assert re.search(r"- † se: seeds 0 1 2: other code \(models.py\)", section)
 
 
 @pytest.mark.parametrize("name", ["predictions", "labels"])

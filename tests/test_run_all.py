@@ -230,7 +230,7 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(tmp_path):
     assert f"failed: {sys.executable} train.py --model baseline" in first.stderr
     result = json.loads((runs / "noise/quick/se/seed0/result.json").read_text())
     assert result["quick"] and result["test_images"] == 30 and result["width"] == 64
-    assert "| se (smoke test) | 1 |" in (out / "report.md").read_text()
+    assert "| `se` (smoke test) | 1 |" in (out / "report.md").read_text()
     rows = json.loads((out / "benchmark.json").read_text())
     assert {row["model"] for row in rows} == {"baseline", "se"}
     assert {row["image"] for row in rows} == {"1x12x12"}

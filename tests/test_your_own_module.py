@@ -41,7 +41,7 @@ def test_the_readme_s_module_trains_is_timed_reported_and_tested(tmp_path):
     models = ["--models", "baseline", "spread", "--width", "16"]
     run("benchmark.py", *models, "--batch-sizes", "64", "--modes", "eager", "--repeats", "2")
     run("report.py")
-    assert "| spread (smoke test) | 1 |" in (copy / "results" / "report.md").read_text()
+    assert "| `spread` (smoke test) | 1 |" in (copy / "results" / "report.md").read_text()
     tested = run(
         "-m", "pytest", "-q", "-k", "spread", "tests/test_attention.py", "tests/test_models.py"
     )
