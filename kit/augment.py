@@ -35,32 +35,30 @@ class Augmentation:
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     @property
-    def columns(self) -> dict[str, slice]:
-        """Which columns of the random parameters each part of it reads."""
-        wanted = {
+    def columns(self) -> dict[str, int]:
+        """How many columns of the random parameters each part of it reads."""
+        return {
             "crop": 2 if self.crop else 0,
             "flip": 1 if self.flip else 0,
             "randaugment": 2 * self.randaugment,
             "erase": 5 if self.erase else 0,
             "cutmix": 3 if self.cutmix else 0,
         }
-        columns, start = {}, 0
-        for name, n in wanted.items():
-            columns[name] = slice(start, start + n)
-            start += n
-        return columns
+
+    def split(self, params: torch.Tensor) -> dict[str, torch.Tensor]:
+        return dict(zip(self.columns, params.split(list(self.columns.values()), 1), strict=True))
 
     def make_params(self, n: int, seed: int, epoch: int) -> torch.Tensor:
         """float32 (n, columns) in [0, 1), fixed by (seed, epoch): uniform, label weights Beta."""
         generator = np.random.default_rng((seed, epoch, 1))  # data.shuffled has (seed, epoch)
-        params = generator.random((n, self.columns["cutmix"].stop), dtype=np.float32)
-        if self.cutmix:
-            params[:, self.columns["cutmix"].start] = generator.beta(self.cutmix, self.cutmix, n)
+        params = generator.random((n, sum(self.columns.values())), dtype=np.float32)
+        if self.cutmix:  # its first column
+            params[:, -3] = generator.beta(self.cutmix, self.cutmix, n)
         return torch.from_numpy(params)
 
     def of_pixels(self, images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
         """Crop, flip, RandAugment: uint8 (N, C, H, W) -> the same; params (N, columns)."""
-        part = {name: params[:, columns] for name, columns in self.columns.items()}
+        part = self.split(params)
         if self.crop or self.flip:
             images = crop_and_flip(images, self.crop, part["crop"], part["flip"])
         for i in range(self.randaugment):
@@ -76,7 +74,7 @@ class Augmentation:
         mixed with image i - 1 by a weight of its own; the paper uses one for the whole batch.
         The label weight is that of the image's own label in the loss.
         """
-        part = {name: params[:, columns] for name, columns in self.columns.items()}
+        part = self.split(params)
         if self.erase:
             images = erase(images, self.erase, part["erase"])
         if not self.cutmix:

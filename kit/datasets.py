@@ -174,7 +174,7 @@ def find_idx(name: str, folders: list[Path]) -> tuple[dict, dict[Path, str]]:
                         f"{path} is not the published {file} of {name}: its {len(body):,} bytes "
                         f"have sha256 {hashes[-1]}..., expected {expected}..."
                     )
-            except (OSError, EOFError, zlib.error, ValueError) as error:
+            except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
                 others[path] = f"{path} is truncated or damaged ({in_one_line(error)})"
     return found, others
 
@@ -200,7 +200,7 @@ def fetch_idx(name: str, raw: Path) -> None:
             try:
                 found, others = find_idx(name, [get(name, Path(new))])
                 if len(found) < len(IDX_FILES):
-                    raise ValueError(*others.values())
+                    raise ValueError(" ".join(others.values()) or "files are missing")
             except Exception as error:  # of networks, archives, checksums: they are many
                 failures.append(f"{source}: {in_one_line(error)}")
                 continue

@@ -9,17 +9,19 @@ found, and in PNG files any: other formats have no checksums.
 import functools
 import hashlib
 import io
+import math
 import os
 import re
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
 from kit.command_line import UserError
-from kit.files import write_atomically
+from kit.files import locked, write_atomically
 
 import numpy as np
 
@@ -36,8 +38,7 @@ def endings() -> set[str]:
     """Of the names of all files that Pillow reads."""
     from PIL import Image  # here, for only folders need it
 
-    formats = Image.registered_extensions()
-    return {ending for ending, name in formats.items() if name not in NOT_DECODED}
+    return {end for end, name in Image.registered_extensions().items() if name not in NOT_DECODED}
 
 
 def is_image(path: Path) -> bool:
@@ -56,22 +57,34 @@ def decoded(
 ) -> tuple[np.ndarray, str]:
     """(uint8 (N, C, H, W), what is to be said of them), from the cache in `data_dir`, if there.
 
-    The key is that of all names and contents, so a changed folder is decoded anew. Raises UserError
+    The cache's name says all that its content depends on. keep: it may be written. Raises UserError
     that names the images that cannot be read.
     """
     from PIL import __version__
 
     key, size = key_of(folder, paths), image_size or "own"
-    version = f"pillow{__version__}-{VERSION}"
-    kept = data_dir / KEPT / f"{folder.name}.{key}.{size}.{version}.npz"
-    found = read_kept(kept, len(paths), image_size)
-    if found is None:
-        found = decode(folder, paths, image_size)
+    kept = data_dir / KEPT / f"{folder.name}.{key}.{size}.pillow{__version__}-{VERSION}.npz"
+    if os.path.isfile(kept):  # nor is one whose name is too long
+        raise_if_large(kept, kept.stat().st_size)
+        try:
+            with np.load(kept) as file:
+                return file["images"], str(file["note"])
+        except Exception as error:  # a damaged file raises what it likes
+            print(f"note: {kept} is damaged ({error}): decoding again", file=sys.stderr)
+    images, note = decode(folder, paths, image_size)
+    try:
         if not keep:
-            print("note: decoded images are kept only where --data-dir says", file=sys.stderr)
-        else:
-            store(kept, *found, f"{folder.name}.{'[0-9a-f]' * len(key)}.{size}.*.npz")
-    return found
+            raise PermissionError("--data-dir says where they may be")
+        buffer = io.BytesIO()
+        np.savez(buffer, images=images, note=note)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        with locked(kept.parent, f"{folder.name}.*"):
+            for outdated in kept.parent.glob(f"{folder.name}.{'[0-9a-f]' * len(key)}.{size}.*.npz"):
+                outdated.unlink(missing_ok=True)
+            write_atomically(kept, buffer.getbuffer())
+    except OSError as error:
+        print(f"note: decoded images cannot be kept ({error}): next time again", file=sys.stderr)
+    return images, note
 
 
 def key_of(folder: Path, paths: list[Path]) -> str:
@@ -82,80 +95,33 @@ def key_of(folder: Path, paths: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- What is kept ---------------------------------------------------------------------------------
-
-
-def read_kept(path: Path, n: int, image_size: int | None) -> tuple[np.ndarray, str] | None:
-    """The n images kept in `path` and their note, if all is whole."""
-    if not os.path.isfile(path):  # nor is one whose name is too long
-        return None
-    try:
-        raise_if_large(path, path.stat().st_size)
-        with np.load(path, allow_pickle=False) as file:
-            images, note, digest = file["images"], str(file["note"]), str(file["digest"])
-        size = images.shape[2:] if image_size is None else (image_size, image_size)
-        if images.dtype != np.uint8 or images.shape not in [(n, c, *size) for c in (1, 3)]:
-            raise ValueError(f"{images.dtype} {images.shape}")
-        if digest != hashlib.sha256(images).hexdigest():
-            raise ValueError("another sha256")
-    except UserError:
-        raise
-    except Exception as error:  # a damaged file raises what it likes
-        print(f"note: {path} is damaged ({error}): decoding again", file=sys.stderr)
-        return None
-    return images, note
-
-
-def store(path: Path, images: np.ndarray, note: str, outdated: str) -> None:
-    """Instead of all that matches the pattern `outdated`: the same folder as it was before."""
-    buffer = io.BytesIO()
-    np.savez(buffer, images=images, note=note, digest=hashlib.sha256(images).hexdigest())
-    own = path.with_name(f"{path.name}.{os.getpid()}")  # several runs may start at the same time
-    try:
-        write_atomically(own, buffer.getbuffer())
-        for other in path.parent.iterdir():
-            pid = re.search(r"\.npz\.(\d+)", other.name)  # whose copy is half written
-            killed = pid and other != own and not Path("/proc", pid[1]).exists()
-            if killed or other.match(outdated):
-                other.unlink(missing_ok=True)
-        os.replace(own, path)
-    except OSError as error:
-        print(f"note: decoded images cannot be kept ({error}): next time again", file=sys.stderr)
-
-
 # --- Decoding -------------------------------------------------------------------------------------
 
 
 def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.ndarray, str]:
     """(uint8 (N, C, H, W), what is to be said of them); see `decoded`."""
+    from PIL import Image, ImageOps
+
     print(f"decoding {len(paths):,} images below {folder}", file=sys.stderr, flush=True)
-    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
-        headers = list(pool.map(header, paths))
-        raise_if_bad(paths, headers)
-        sizes = Counter(size for size, *_ in headers)
-        (size, most), n = sizes.most_common(1)[0], len(paths)
-        if image_size or most < MOST * n:
-            size = (image_size or DEFAULT_SIZE,) * 2
-        grey = all(mode[0] in "1LI" and mode != "LAB" for _, mode, *_ in headers)
-        shape = (n, 1 if grey else 3, size[1], size[0])
-        raise_if_large(folder, int(np.prod(shape, dtype=np.int64)), shape)
-        images, coloured, resized = np.empty(shape, np.uint8), [], []
+    headers, n = in_threads(header, paths), len(paths)
+    sizes = Counter(size for size, *_ in headers)
+    (size, most), resized = sizes.most_common(1)[0], []
+    if image_size or most < MOST * n:
+        size = (image_size or DEFAULT_SIZE,) * 2
+    grey = all(mode[0] in "1LI" and mode != "LAB" for _, mode, *_ in headers)
+    shape = (n, 1 if grey else 3, size[1], size[0])
+    raise_if_large(folder, 2 * math.prod(shape))  # twice while they are written, too
+    images = np.empty(shape, np.uint8)
 
-        def fill(i):
-            try:
-                image = pixels(paths[i], grey)
-                if image.size != size:
-                    resized.append(paths[i])
-                    image = fitted(image, size)
-            except Exception as error:  # a damaged file raises what it likes
-                return error
-            array = np.asarray(image)
-            images[i] = array if grey else array.transpose(2, 0, 1)
-            if not (grey or coloured) and (array != array[..., :1]).any():
-                coloured.append(i)
+    def fill(path, image):
+        shown = pixels(path, grey)
+        if shown.size != size:
+            resized.append(path)
+            shown = ImageOps.fit(shown, size, Image.Resampling.BILINEAR)  # cropped in the middle
+        image[:] = np.asarray(shown) if grey else np.asarray(shown).transpose(2, 0, 1)
 
-        raise_if_bad(paths, list(pool.map(fill, range(n))))
-    if not grey and not coloured:
+    in_threads(fill, paths, images)
+    if not grey and all((image == image[:1]).all() for image in images):
         images = images[:, :1].copy()
     read = list(zip(paths, headers, strict=True))
     said = [
@@ -171,27 +137,42 @@ def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.
     return images, "; ".join(counted(found, what, folder) for found, what in said if found)
 
 
+def in_threads(function: Callable, paths: list[Path], *more) -> list:
+    """What the function returns for each path. Raises UserError that names the damaged ones."""
+
+    def tried(path, *rest):
+        try:
+            return function(path, *rest)
+        except Exception as error:  # a damaged file raises what it likes
+            bad[path] = str(error).split("\n")[0] or type(error).__name__
+
+    bad = {}
+    with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
+        found = list(pool.map(tried, paths, *more))
+    if bad:
+        some = "; ".join(f"{printable(path)} ({bad[path]})" for path in sorted(bad)[:5])
+        more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
+        raise UserError(f"{len(bad):,} images cannot be read: mend or delete them: {some}{more}")
+    return found
+
+
 def header(path: Path):
-    """((width, height), mode, number of frames, whether it has more than 8 bits), without decoding
-    it; or what went wrong."""
+    """((width, height), mode, number of frames, whether it has more than 8 bits), not decoded."""
     from PIL import ExifTags, Image
 
-    try:
-        with Image.open(path) as image:
-            if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
-                raise ValueError(f"mode {image.mode}, more than 16 bits a pixel")
-            size, turned = image.size, 1
-            with suppress(Exception):  # a damaged EXIF counts as none
-                # Not image.getexif(), which decodes a PNG.
-                turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
-            if turned in (5, 6, 7, 8) and image.format != "TIFF":  # Pillow turns a TIFF itself
-                size = size[::-1]
-            mode, frames, raw = image.mode, getattr(image, "n_frames", 1), str(image.tile[:1])
-            if image.format == "PNG":
-                image.verify()  # its checksums, which decoding does not look at
-            return size, mode, frames, mode[0] == "I" or ";16" in raw
-    except Exception as error:  # a damaged file raises what it likes
-        return error
+    with Image.open(path) as image:
+        if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
+            raise ValueError(f"mode {image.mode}, more than 16 bits a pixel")
+        size, turned = image.size, 1
+        with suppress(Exception):  # a damaged EXIF counts as none
+            # Not image.getexif(), which decodes a PNG.
+            turned = Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+        if turned in (5, 6, 7, 8) and image.format != "TIFF":  # Pillow turns a TIFF itself
+            size = size[::-1]
+        mode, frames, raw = image.mode, getattr(image, "n_frames", 1), str(image.tile[:1])
+        if image.format == "PNG":
+            image.verify()  # its checksums, which decoding does not look at
+        return size, mode, frames, mode[0] == "I" or ";16" in raw
 
 
 def pixels(path: Path, grey: bool):
@@ -219,43 +200,19 @@ def pixels(path: Path, grey: bool):
         return image.convert("L" if grey else "RGB")
 
 
-def fitted(image, size: tuple[int, int]):
-    """Scaled until it covers `size`, and cropped in the middle."""
-    from PIL import Image, ImageOps
-
-    return ImageOps.fit(image, size, Image.Resampling.BILINEAR)
-
-
-def raise_if_bad(paths: list[Path], found: list) -> None:
-    bad = [(path, error) for path, error in zip(paths, found, strict=True)
-           if isinstance(error, Exception)]  # fmt: skip
-    if bad:
-        some = "; ".join(
-            f"{printable(path)} ({str(error).split(chr(10))[0] or type(error).__name__})"
-            for path, error in bad[:5]
-        )
-        more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
-        raise UserError(f"{len(bad):,} images cannot be read: mend or delete them: {some}{more}")
-
-
-def raise_if_large(where: Path, needed: int, shape: tuple[int, ...] | None = None) -> None:
-    """Before `needed` bytes of images are there: twice, if yet to be decoded to `shape`."""
-    there = available_memory()
-    if needed * (2 if shape else 1) > there:
-        what = "{:,} images of {} x {} x {} take".format(*shape) if shape else "the images take"
-        twice = ", twice while they are read," if shape else ""
+def raise_if_large(where: Path, needed: int) -> None:
+    """Before so many bytes of images are there."""
+    if needed > (free := available_memory()):
         raise UserError(
-            f"{where}: {what} {needed / 1e6:,.1f} MB{twice} of {there / 1e6:,.1f} MB "
-            "free: use a smaller --image-size, or fewer images"
+            f"{where}: the images take {needed / 1e6:,.1f} MB of {free / 1e6:,.1f} MB free: "
+            "use a smaller --image-size, or fewer images"
         )
 
 
 def available_memory() -> int:
     """Bytes that may be taken without pushing others out."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return 1024 * int(line.split()[1])
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    meminfo = Path("/proc/meminfo").read_text()
+    return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo)[1])
 
 
 # --- Words ----------------------------------------------------------------------------------------

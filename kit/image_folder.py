@@ -31,16 +31,10 @@ import numpy as np
 import torch
 
 TEST_SHARE = 1 / 6  # as MNIST and Fashion-MNIST are divided
-PARTS = {
-    word + tail: part
-    for part, words in (
-        ("train", ("train", "training", "trainval")),
-        ("test", ("test", "testing")),
-        ("val", ("val", "valid", "validation", "dev", "eval", "evaluation")),
-    )
-    for word in words
-    for tail in ("", "s", "set", "data", "images")
-}
+PART = re.compile(
+    "(?:(?P<train>train|training|trainval)|(?P<test>test|testing)|"
+    "(?P<val>val|valid|validation|dev|eval|evaluation))(?:s|set|data|images)?"
+)
 UNREAD = "ending not read"
 HIDDEN = {  # besides all that begins with a dot: what systems leave in folders
     "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir",
@@ -142,49 +136,42 @@ def unwrapped(folder: Path, left_out: LeftOut) -> Path:
 def part_of(folder: Path) -> str | None:
     """train, test or val, if its name has a word for one of them."""
     words = re.findall("[A-Z]?[a-z]+|[A-Z]+", folder.name)
-    found = {PARTS[word.lower()] for word in words if word.lower() in PARTS}
+    found = {match.lastgroup for word in words if (match := PART.fullmatch(word.lower()))}
     return found.pop() if len(found) == 1 else None
 
 
 def find_parts(folder: Path, left_out: LeftOut) -> tuple[Path, Path] | None:
     """(to train, to test), or None where the folders are classes, though one be called train."""
     folders, files = entries(folder)
-    found = {"train": [], "test": [], "val": []}
-    for path in folders:
-        if part_of(path) and class_folders(path):
-            found[part_of(path)].append(path)
+    named = [path for path in folders if part_of(path)]
+    found = {part: [path for path in named if part_of(path) == part and class_folders(path)]
+             for part in ("train", "test", "val")}  # fmt: skip
     train, test = the_one(found["train"]), the_one(found["test"] or found["val"])
     if train and test:
         left_out["folder beside the parts"] += [p for p in folders if p not in (train, test)]
         entries(folder, left_out)
         left_out["file beside the folders"] += files
         return train, test
-    named = [path for path in folders if part_of(path)]
     if part := train or test:
-        missing = "no train" if test else "neither test nor val"
         inner = {path.name for path in class_folders(part)}
         beside = [path for path in folders if path != part]
-        around = {path.name for path in beside} | {
-            inside.name for path in beside for inside in entries(path)[0]
-        }
-        if len(named) > 1 or not beside or inner & around:
-            raise UserError(
-                f"{folder} has a {part.name} folder of class folders, but {missing} with "
-                f"class folders beside it, among {names_of(folders)}: rename or add one"
-            )
-    flat = {part_of(path) for path in named}
-    exact = all(path.name.casefold() in PARTS for path in named)
-    if "train" in flat and len(flat) > 1 and (exact or len(named) == len(folders)):
+        around = {each.name for path in beside for each in (path, *entries(path)[0])}
+        alone = len(named) > 1 or not beside or inner & around
+    else:
+        kinds = {part_of(path) for path in named}
+        exact = all(PART.fullmatch(path.name.casefold()) for path in named)
+        alone = "train" in kinds and len(kinds) > 1 and (exact or named == folders)
+    if alone:
         raise UserError(
-            f"{folder}: {names_of(named)} must have a folder of images for each class: "
-            "images that lie in them have no label"
+            f"{folder}: among {names_of(folders)} there must be one folder to train (train) and "
+            "one to test (test or val), each with a folder of images for each class: rename or add"
         )
     return None
 
 
 def the_one(parts: list[Path]) -> Path | None:
     """Of folders that are the same part by name; the one that is called so alone comes first."""
-    exact = [path for path in parts if path.name.casefold() in PARTS]
+    exact = [path for path in parts if PART.fullmatch(path.name.casefold())]
     if len(exact or parts) > 1:
         raise UserError(f"{parts[0].parent}: {names_of(exact or parts)}: which one? Rename others")
     return (exact or parts or [None])[0]

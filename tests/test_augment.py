@@ -155,8 +155,7 @@ def test_random_parameters_are_fixed_by_seed_and_epoch():
     assert not torch.equal(params, everything.make_params(100, seed=3, epoch=6))
     assert not torch.equal(params, everything.make_params(100, seed=4, epoch=5))
     assert params.min() >= 0 and params.max() <= 1
-    weights = everything.make_params(50_000, 0, 1)[:, everything.columns["cutmix"]][:, 0].double()
-    weights = weights.numpy()
+    weights = everything.make_params(50_000, 0, 1)[:, -3].double().numpy()
     assert np.var(weights) == pytest.approx(1 / (4 * (2 * 0.2 + 1)), rel=0.02)  # Beta(0.2, 0.2)
     assert Augmentation().make_params(100, 0, 1).shape == (100, 0)
 
