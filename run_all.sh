@@ -3,14 +3,15 @@
 #
 #   ./run_all.sh               full with a CUDA GPU, quick without
 #   ./run_all.sh quick         the four published models, 1 epoch on 1,920 images: minutes on a CPU
-#   ./run_all.sh full          the published table: MODELS x SEEDS, up to 50 epochs each
+#   ./run_all.sh full          the published table: MODELS x SEEDS, up to 50 epochs; then verdict
+#   ./run_all.sh verdict       20 SEEDS of 10 epochs each: enough to tell models apart
 #   ./run_all.sh study         everything a claim needs; --miniature: small, without a GPU
-#   ./run_all.sh plan [quick | full | study [--miniature]]    prints the commands, trains nothing
+#   ./run_all.sh plan WORD     prints the commands of one of these, trains nothing
 #   ./run_all.sh test [PYTEST_ARGUMENT ...]
 #
-# Environment: MODELS, SEEDS, RECIPE, DATASET, RUNS (run folders), OUT (what is made of them), and
-# PYTHON (python3). Where that Python lacks a pinned requirement, .venv is made and used instead.
-# ANY_VERSION=1 accepts other versions. Paths are relative to the folder of this script.
+# Environment: MODELS, SEEDS, RECIPE (of full), DATASET, FLAGS (of train.py, for every run), RUNS
+# (run folders), OUT (what is made of them), PYTHON (python3; if it lacks a pinned requirement, .venv
+# is made and used). ANY_VERSION=1: other versions will do. Paths are relative to this folder.
 #   JOBS=n      n runs at a time, each on a GPU of its own while there are enough, with logs in
 #               RUNS/logs; default: the number of visible GPUs, 1 on a CPU
 #   SHARD=i/n   every n-th run from the i-th on, counted from 0, for an array of workers that share
@@ -30,9 +31,9 @@ ready() {  # PYTHON: whether it meets the requirements; pip compares, and instal
 }
 
 case ${1:-} in
-  "" | quick | full | study | plan | test) ;;
+  "" | quick | full | verdict | study | plan | test) ;;
   -h | --help | help) exec sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' run_all.sh ;;
-  *) die 2 "unknown command '$1': quick, full, study, plan, test or none (see --help)" ;;
+  *) die 2 "unknown command '$1': quick, full, verdict, study, plan, test or none (see --help)" ;;
 esac
 host=${PYTHON:-python3} python=.venv/bin/python
 "$host" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||

@@ -234,6 +234,8 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(tmp_path):
     assert {row["model"] for row in rows} == {"baseline", "se"}
     assert {row["image"] for row in rows} == {"1x12x12"}
     assert [row["model"] for row in json.loads((out / "explain.json").read_text())] == ["se"]
+    (planned,) = json.loads((runs / "plan.json").read_text())
+    assert (planned["models"], planned["seeds"]) == (["baseline", "se"], [0])
     plan = run_all("plan", "quick", **environment).stdout.splitlines()
     assert plan[2].endswith("  # done") and "--model se " in plan[2]
     assert "  # not done: " in plan[1] and "width 8 instead of 64" in plan[1]
