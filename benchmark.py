@@ -20,7 +20,7 @@ device synchronised at both ends of each; compiling and capturing are off the cl
 modes take turns, so a machine that slows down slows them all. A mode whose logits differ from those
 of eager fp32 by more than TOLERANCE is left out, and the exit code is 1.
 
---train writes OUT/benchmark_train.json and .md instead: see kit/training_speed.py.
+--train writes OUT/benchmark_train.json and .md instead, after every turn: kit/training_speed.py.
 """
 
 import argparse
@@ -209,9 +209,13 @@ def write(out: Path, rows: dict[tuple, dict]) -> str:
         return [str(row.get(key)) for key in SETTING], row["batch_size"], known, row["model"]
 
     ordered = sorted(rows.values(), key=order)
-    write_atomically(out / "benchmark.json", json.dumps(ordered, indent=2) + "\n")
-    write_atomically(out / "benchmark.md", markdown(ordered))
+    save(out / "benchmark", ordered, markdown(ordered))
     return markdown(ordered)
+
+
+def save(path: Path, rows: list[dict], text: str) -> None:
+    write_atomically(path.with_suffix(".json"), json.dumps(rows, indent=2) + "\n")
+    write_atomically(path.with_suffix(".md"), text)
 
 
 def markdown(rows: list[dict]) -> str:
@@ -311,11 +315,9 @@ def main(argv: list[str] | None = None) -> int:
     common |= {"width": args.width, "image": args.image, "classes": args.classes}
     if args.train:
         common["sha256"] = source_hashes()
-        rows = training_speed.measure(args, common)
-        with locked(args.out, "benchmark_train*"):
-            body = json.dumps(rows, indent=2) + "\n"
-            write_atomically(args.out / "benchmark_train.json", body)
-            write_atomically(args.out / "benchmark_train.md", training_speed.markdown(rows))
+        for rows in training_speed.measure(args, common):
+            with locked(args.out, "benchmark_train*"):
+                save(args.out / "benchmark_train", rows, training_speed.markdown(rows))
         print(training_speed.markdown(rows))
         return 0
     common |= {"sha256": source_hashes(SOURCES), "timed_by": source_hashes(["benchmark.py"])}

@@ -3,36 +3,37 @@
 #
 #   ./run_all.sh               full with a CUDA GPU, quick without
 #   ./run_all.sh quick         the four published models, 1 epoch on 1,920 images: minutes on a CPU
-#   ./run_all.sh full          the published table: MODELS x SEEDS, up to 50 epochs each
+#   ./run_all.sh full          the published table: MODELS x SEEDS, up to 50 epochs; then verdict
+#   ./run_all.sh verdict       MODELS x 20 SEEDS of 10 epochs each: enough to tell models apart
 #   ./run_all.sh study         everything a claim needs; --miniature: small, without a GPU
-#   ./run_all.sh plan [quick | full | study [--miniature]]    prints the commands, trains nothing
+#   ./run_all.sh plan WORD     prints the commands of one of these, trains nothing
 #   ./run_all.sh test [PYTEST_ARGUMENT ...]
 #
-# Environment: MODELS, SEEDS, RECIPE, DATASET, RUNS (run folders), OUT (what is made of them), and
-# PYTHON (python3). Where that Python lacks a pinned requirement, .venv is made and used instead.
-# ANY_VERSION=1 accepts other versions. Paths are relative to the folder of this script.
-#   JOBS=n      n runs at a time, each on a GPU of its own while there are enough, with logs in
-#               RUNS/logs; default: the number of visible GPUs, 1 on a CPU
-#   SHARD=i/n   every n-th run from the i-th on, counted from 0, for an array of workers that share
-#               RUNS; a last call without SHARD writes the report
+# Environment: MODELS, SEEDS, RECIPE (of full), DATASET, FLAGS (of train.py, for every run), RUNS
+# (run folders), OUT (what is made of them), PYTHON (python3; if it lacks a pinned requirement, .venv
+# is made and used). ANY_VERSION=1: other versions will do. Paths are relative to this folder.
+#   JOBS=n      runs at a time, logs in RUNS/logs; default: the visible GPUs, 1 on a CPU
+#   SHARD=i/n   every n-th run from the i-th on, i from 0; the last call, without it, reports
 # Exit code: 0 done, 1 something failed (the rest was tried), 2 wrong usage, 130 / 143 stopped by
 # SIGINT / SIGTERM after the active runs have saved; of `test`, pytest's.
 set -euo pipefail
-cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
-
 die() { echo "error: $2" >&2 && exit "$1"; }  # EXIT_CODE MESSAGE
+cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
+[[ -d kit ]] || { cd -- "${SLURM_SUBMIT_DIR:-.}" && [[ -d kit ]]; } ||  # sbatch runs a copy
+  die 1 "$PWD is not the folder of the project: go there first"
 
-ready() {  # PYTHON: whether it meets the requirements; pip compares, and installs nothing
-  local edit=
-  [[ ${ANY_VERSION:-} != 1 ]] || edit='s/==.*//'
-  PIP_CONFIG_FILE=/dev/null "$1" -m pip --isolated install --dry-run --no-index --no-deps \
-    -r <(sed "$edit" requirements.txt) &>/dev/null
+ready() {  # PYTHON: whether it has the requirements; not every environment has pip to ask
+  "$1" -c 'import os, re
+from importlib.metadata import version
+for name, pin in re.findall("^([a-z0-9-]+)==(.+)$", open("requirements.txt").read(), re.MULTILINE):
+    found = version(name).partition("+")[0].replace("-", ".post")
+    assert found == pin or os.environ.get("ANY_VERSION") == "1"' 2>/dev/null
 }
 
 case ${1:-} in
-  "" | quick | full | study | plan | test) ;;
+  "" | quick | full | verdict | study | plan | test) ;;
   -h | --help | help) exec sed -n '2,/^set -/{/^set -/d;s/^# \{0,1\}//;p}' run_all.sh ;;
-  *) die 2 "unknown command '$1': quick, full, study, plan, test or none (see --help)" ;;
+  *) die 2 "unknown command '$1': quick, full, verdict, study, plan, test or none (see --help)" ;;
 esac
 host=${PYTHON:-python3} python=.venv/bin/python
 "$host" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||

@@ -44,7 +44,7 @@ class Findings:
     def __init__(self, study: Study, cost_rows: list[dict], reference="baseline", margin=None):
         self.study, self.reference = study, reference
         self.margin = margin or verdicts.MARGIN
-        self.level = verdicts.LEVEL / study.looks
+        self.level = verdicts.LEVEL / study.looks(reference)
         self.explained = [run.explained for run in study.all_runs if run.explained]
         self.lost: list[str] = []  # runs that may belong to a verdict and cannot be read, in words
         # Beside a smoke test or other settings, the published figures would only mislead.

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from kit.command_line import in_one_line
-from kit.files import check, fits, maybe, read_json, read_small
+from kit.command_line import UserError, in_one_line
+from kit.files import check, maybe, read_json, read_small
+from kit.plans import read_plans
 from kit.runs import (
     COUNT,
     NUMBER,
@@ -79,11 +80,11 @@ class Study:
                 found.setdefault(model, set()).update(plan["seeds"])
         return found
 
-    @property
-    def looks(self) -> int:
-        """How often the results may have been looked at before more was planned: once a plan."""
+    def looks(self, reference: str) -> int:
+        """How often results may have been looked at before more seeds were planned: plans of one
+        and the same model, the reference aside."""
         counts = Counter(model for plan in self.plans for model in plan["models"])
-        return max(counts.values(), default=1)
+        return max((n for model, n in counts.items() if model != reference), default=1)
 
     def missing(self, model: str) -> list[int]:
         return sorted(self.planned.get(model, set()) - self.by_seed(model).keys())
@@ -139,7 +140,11 @@ def read_studies(
     dataset, recipe and models that count; None: all.
     """
     groups, problems = {}, []
-    plans = read_plans(runs_dir, problems)
+    try:
+        plans = read_plans(runs_dir)
+    except UserError as error:
+        plans = []
+        problems.append(Problem(str(error), is_lost=True))
     wanted = {key: values for key, values in chosen.items() if values}
     for folder in run_folders(runs_dir, problems):
         if not (folder / "result.json").exists():
@@ -172,23 +177,6 @@ def read_studies(
         return not s.has_verdict(reference), s.result["quick"], -len(s.all_runs), s.title
 
     return sorted(studies, key=order), problems
-
-
-PLAN = dict(
-    dataset=str, recipe=str, overrides=dict, date=str,
-    models=lambda models: all(map(is_name, models)),
-    seeds=lambda seeds: all(fits(seed, COUNT) for seed in seeds),
-)  # fmt: skip
-
-
-def read_plans(runs_dir: Path, problems: list[Problem]) -> list[dict]:
-    """What run_all.sh planned before its first run, in order; see kit/study.py."""
-    path = runs_dir / "plan.json"
-    try:
-        return [check(plan, PLAN) for plan in read_json(path)] if path.exists() else []
-    except Exception as error:  # whatever a damaged file leads to
-        problems.append(Problem(f"{path} left out, it is damaged ({in_one_line(error)})", True))
-        return []
 
 
 def run_folders(runs_dir: Path, problems: list[Problem]) -> list[Path]:

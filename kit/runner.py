@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,8 @@ class Job:
     folder: Path | None = None
     log: Path | None = None  # likewise: for when others run at the same time
     needed: bool = False  # if it fails, nothing more is run
+    settings: Namespace | None = None  # of a training run, as train.py parses them
+    plan: dict | None = None  # likewise: what it is a part of, as in RUNS/plan.json
     # Of a training run: "done", perhaps with a remark, or why what is there is not it. What begins
     # otherwise is run.
     state: Callable[["Job"], str] = lambda job: "skips what is there" * ("--keep" in job.command)

@@ -47,6 +47,14 @@ def is_name(value) -> bool:
     return known and all(c in "._+-" or category(c)[0] in "LMN" for c in value)
 
 
+def are_names(value) -> bool:
+    return type(value) is list and all(map(is_name, value))
+
+
+def are_seeds(value) -> bool:
+    return type(value) is list and all(fits(seed, COUNT) for seed in value)
+
+
 def is_text(value) -> bool:
     return type(value) is str and value.isprintable()
 

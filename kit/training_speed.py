@@ -2,9 +2,10 @@
 
 `python benchmark.py --train` measures it. The plain loop is the one most people write: PIL
 transforms in a DataLoader without workers, PyTorch's default flags and layout, eager, an optimizer
-that is not fused, `.item()` in every step. All of them train the same models on the same random
-images in one process, and take turns of some steps, so that a machine that slows down slows them
-all. A ratio is taken within a turn; given are its median and its range over the turns.
+that is not fused, `.item()` in every step. How much of that is decoding images shows the same loop
+on images that are resident on the device. All of them train the same models on the same random
+images in one process and take turns, so that a machine that slows down slows them all; each turn
+begins with untimed steps. A ratio is taken within a turn; given are its median and its range.
 """
 
 import io
@@ -25,8 +26,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-PLAIN = "plain loop"
-STEPS = {"cuda": 100, "cpu": 3}  # of a turn
+PLAIN, RESIDENT = "plain loop", "plain loop, resident data"
+STEPS = {"cuda": (100, 20), "cpu": (3, 1)}  # of a turn: timed, and before them untimed
 
 
 class PilImages(Dataset):
@@ -79,16 +80,23 @@ def our_turn(dataset: ImageData, flags: list) -> tuple[Callable, Run]:
     return turn, run
 
 
-def plain_turn(model, dataset: ImageData, batch_size: int, device) -> Callable[[int], None]:
-    """turn(steps): so many steps of the plain loop, its images decoded and normalised anew."""
-    model = model.to(device)
+def plain_turn(model, dataset: ImageData, batch_size: int, device, resident=False) -> Callable:
+    """turn(steps): so many steps of the plain loop; its images are decoded and normalised one by
+    one, or as a batch on the device, where they are resident."""
+    model, images, labels = model.to(device), dataset.train_images, dataset.train_labels
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    if resident:
+        images, labels = images.to(device), labels.to(device)
 
     def turn(steps):
         set_up_torch(DEFAULT)
         n = steps * batch_size
-        images = PilImages(dataset.train_images[:n], dataset.train_labels[:n])
-        loader = DataLoader(images, batch_size, shuffle=True, pin_memory=device.type == "cuda")
+        if resident:
+            order = torch.randperm(n, device=device).split(batch_size)
+            loader = ((images[idx].float() / 127.5 - 1, labels[idx]) for idx in order)
+        else:
+            pin = dict(pin_memory=device.type == "cuda")
+            loader = DataLoader(PilImages(images[:n], labels[:n]), batch_size, shuffle=True, **pin)
         for _ in plain_steps(model, loader, optimizer, device):
             pass
 
@@ -103,38 +111,47 @@ def random_images(n: int) -> ImageData:
     return ImageData(images, labels, images[:100], labels[:100], list("0123456789"), "random")
 
 
-def measure(args, common: dict) -> list[dict]:
-    """Rows of benchmark_train.json. args: benchmark.py's; common: what all rows share."""
-    steps, turns, rows, device = STEPS[args.device.type], args.repeats or 7, [], args.device
-    for size in args.batch_sizes:
-        dataset = random_images(max(2 * size, steps * size))
-        for model in args.models:
-            row = common | {"model": model, "batch_size": size, "steps": steps, "turns": turns}
-            plain = plain_turn(build_model(model, width=args.width, seed=0), dataset, size, device)
-            rows.append((row | {"mode": PLAIN, "precision": DEFAULT}, plain, []))
-            for precision, mode in itertools.product(args.precisions, args.modes):
-                flags = ["--model", model, "--mode", mode, "--precision", precision, "--dry-run"]
-                flags += ["--batch-size", size, "--width", args.width, "--device", device]
-                turn, run = our_turn(dataset, flags)
-                if run.mode == mode:
-                    case = {"mode": mode, "precision": precision}
-                    case["set_up_seconds"] = run.set_up_seconds
-                    rows.append((row | case, turn, []))
-    for turn in range(-1, turns):  # the first one warms up
-        for _, take, seconds in rows[:: 1 if turn % 2 else -1]:
+def measure(args, common: dict) -> Iterator[list[dict]]:
+    """After each turn the rows of benchmark_train.json; common: what all of them share."""
+    steps, untimed = STEPS[args.device.type]
+    cases, device = [], args.device
+    for size, model in itertools.product(args.batch_sizes, args.models):
+        dataset = random_images(max(2, steps) * size)
+        row = common | {"model": model, "batch_size": size, "steps": steps}
+        for mode, resident in ((PLAIN, False), (RESIDENT, True)):
+            plain = build_model(model, width=args.width, seed=0)
+            turn = plain_turn(plain, dataset, size, device, resident)
+            cases.append((row | {"mode": mode, "precision": DEFAULT}, turn, []))
+        for precision, mode in itertools.product(args.precisions, args.modes):
+            flags = ["--model", model, "--mode", mode, "--precision", precision, "--dry-run"]
+            flags += ["--batch-size", size, "--width", args.width, "--device", device]
+            turn, run = our_turn(dataset, flags)
+            case = {"mode": mode, "precision": precision, "set_up_seconds": run.set_up_seconds}
+            if run.mode != mode:
+                case |= {"ran_in": run.mode, "fallback": "; ".join(run.failures)}
+            cases.append((row | case, turn, []))
+    for turn in range(args.repeats or 7):
+        for _, take, seconds in cases[:: 1 if turn % 2 else -1]:
+            take(untimed)  # clocks and caches as in training
             start = time.perf_counter()
             take(steps)
             seconds.append(time.perf_counter() - start)
-    yardstick = {}
-    for row, _, seconds in rows:
-        del seconds[0]
+        yield summarized(cases)
+
+
+def summarized(cases: list[tuple[dict, Callable, list[float]]]) -> list[dict]:
+    """The rows with what the turns so far have shown."""
+    rows, yardstick = [], {}
+    for row, _, seconds in cases:
         key = row["model"], row["batch_size"]
         plain = yardstick.setdefault(key, seconds)  # the plain loop is the first of its model
         ratios = sorted(a / b for a, b in zip(plain, seconds, strict=True))
-        row["ms_per_step"] = 1e3 * median(seconds) / steps
-        row["images_per_second"] = 1e3 * row["batch_size"] / row["ms_per_step"]
-        row |= {"ratio": median(ratios), "ratio_low": ratios[0], "ratio_high": ratios[-1]}
-    return [row for row, *_ in rows]
+        ms = 1e3 * median(seconds) / row["steps"]
+        found = {"turns": len(seconds), "ms_per_step": ms}
+        found |= {"images_per_second": 1e3 * row["batch_size"] / ms}
+        found |= {"ratio": median(ratios), "ratio_low": ratios[0], "ratio_high": ratios[-1]}
+        rows.append(row | found)
+    return rows
 
 
 def markdown(rows: list[dict]) -> str:
@@ -142,11 +159,16 @@ def markdown(rows: list[dict]) -> str:
     about = (
         "{device}, torch {torch}, width {width}. Training steps: median of {turns} turns of "
         "{steps} steps; images/s relative to the plain loop: median of the ratios within each turn "
-        "(lowest - highest)."
+        "(lowest - highest).\n\n"
     )
-    header = ["model", "batch", "mode", "precision", "ms/step", "images/s"]
-    cells = "`{model}`|{batch_size}|{mode}|{precision}|{ms_per_step:#.3g}|{images_per_second:,.0f}"
-    cells += "|{ratio:.2f} ({ratio_low:.2f} - {ratio_high:.2f})"
-    lines = [cells.format(**row).split("|") for row in rows]
-    lines.insert(0, [*header, "relative to the plain loop"])
-    return f"{about.format(**rows[0])}\n\n{table(lines)}"
+    lines, notes = [["model", "batch", "mode", "precision", "ms/step", "images/s"]], ""
+    lines[0].append("relative to the plain loop")
+    for row in rows:
+        mode, name = row["mode"], f"`{row['model']}`"
+        if "fallback" in row:
+            notes += f"\n{name}, {mode} was not used: {row['fallback']}\n"
+            mode += f" (ran in {row['ran_in']})"
+        speed = f"{row['ms_per_step']:#.3g}", f"{row['images_per_second']:,.0f}"
+        ratio = "{ratio:.2f} ({ratio_low:.2f} - {ratio_high:.2f})".format(**row)
+        lines.append([name, row["batch_size"], mode, row["precision"], *speed, ratio])
+    return about.format(**rows[0]) + table(lines) + notes

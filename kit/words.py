@@ -189,7 +189,8 @@ def plan_sentence(f: Findings) -> str:
     if not f.study.plans:
         return f"{tested}. No plan was recorded: the seeds that are there count as planned."
     dates = ", ".join(dict.fromkeys(plan["date"] for plan in f.study.plans))
-    looks = f" (5% / {f.study.looks}, for seeds were added)" * (f.study.looks > 1)
+    n = f.study.looks(f.reference)
+    looks = f" (5% / {n}, for seeds were added)" * (n > 1)
     return f"{tested}{looks}. Planned on {dates}: {max(map(len, f.study.planned.values()))} seeds."
 
 

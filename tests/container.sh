@@ -90,7 +90,7 @@ docker run --rm "${locked[@]}" "${mounts[@]}" "$image" >"$work/log" 2>&1 ||
   { tail -5 "$work/log"; holds "the quick run, offline and locked down" false; }
 echo "holds: the quick run, offline and locked down, in $SECONDS s"
 docker run --rm "${locked[@]}" "$image" ./run_all.sh plan study >"$work/plan"
-holds "the plan of the study" grep -q -- "--recipe published --seed 9" "$work/plan"
+holds "the plan of the study" grep -q -- "--recipe short --seed 19" "$work/plan"
 holds "without --gpus it says so" grep -q "docker run --gpus all): a quick run on the CPU" "$work/log"
 holds "report and pictures are there" test -s "$work/results/report.html" -a -s "$work/results/explain_compare.png"
 owners=$(find "$work/runs" "$work/results" -mindepth 1 -printf '%U\n' | sort -u)

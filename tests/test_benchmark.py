@@ -2,7 +2,7 @@ import json
 import time
 
 import benchmark
-from kit import fast
+from kit import fast, training_speed
 from models import MODELS, build_model
 
 import pytest
@@ -214,7 +214,8 @@ def test_training_steps_compared_with_a_plain_loops(tmp_path, monkeypatch, capsy
     flags += ["--device", "cpu", "--out", str(tmp_path)]
     assert benchmark.main(["--train", *flags]) == 0
     rows = json.loads((tmp_path / "benchmark_train.json").read_text())
-    modes = [("plain loop", "default"), ("eager", "fp32"), ("compile", "fp32")]
+    modes = [("plain loop", "default"), ("plain loop, resident data", "default")]
+    modes += [("eager", "fp32"), ("compile", "fp32")]
     expected = [(model, *each) for model in ("baseline", "se") for each in modes]
     assert [(row["model"], row["mode"], row["precision"]) for row in rows] == expected
     for row in rows:
@@ -226,11 +227,30 @@ def test_training_steps_compared_with_a_plain_loops(tmp_path, monkeypatch, capsy
             assert row["ratio_low"] == row["ratio_high"] == 1
     printed = capsys.readouterr()
     assert printed.err == "" and (tmp_path / "benchmark_train.md").read_text() in printed.out
-    assert printed.out.count("| `se` | 16 |") == 3
+    assert printed.out.count("| `se` | 16 |") == 4
     assert {path.name for path in tmp_path.iterdir()} == {
         "benchmark_train.json",
         "benchmark_train.md",
     }
+
+
+def test_training_steps_are_written_after_every_turn(tmp_path, monkeypatch):
+    """And each turn begins with untimed steps."""
+    taken = []
+
+    def plain_turn(*_):
+        def turn(steps):
+            taken.append(steps)
+            if len(taken) == 6:  # in the second turn: there are two loops
+                raise KeyboardInterrupt
+
+        return turn
+
+    monkeypatch.setattr(training_speed, "plain_turn", plain_turn)
+    flags = ["--models", "baseline", "--width", "4", "--batch-sizes", "4", "--modes", "eager"]
+    assert benchmark.main(["--train", *flags, "--device", "cpu", "--out", str(tmp_path)]) == 130
+    rows = json.loads((tmp_path / "benchmark_train.json").read_text())
+    assert [row["turns"] for row in rows] == [1, 1, 1] and taken == [1, 3] * 3
 
 
 @pytest.mark.slow
@@ -245,11 +265,11 @@ def test_a_slower_step_has_a_lower_ratio(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", slow)
     flags = ["--models", "baseline", "--width", "4", "--batch-sizes", "4", "--repeats", "3"]
     assert benchmark.main(["--train", *flags, "--device", "cpu", "--out", str(tmp_path)]) == 0
-    _, eager, slower = json.loads((tmp_path / "benchmark_train.json").read_text())
+    _, _, eager, slower = json.loads((tmp_path / "benchmark_train.json").read_text())
     assert slower["ms_per_step"] > 500 and slower["ratio"] < eager["ratio"]
 
 
-def test_a_mode_that_falls_back_is_no_row(tmp_path, monkeypatch, capsys):
+def test_a_mode_that_falls_back_keeps_its_row_with_the_reason(tmp_path, monkeypatch, capsys):
     def failing(forward, **options):
         raise NotImplementedError("no such compiler")
 
@@ -257,7 +277,10 @@ def test_a_mode_that_falls_back_is_no_row(tmp_path, monkeypatch, capsys):
     flags = ["--models", "baseline", "--width", "4", "--batch-sizes", "4", "--repeats", "1"]
     assert benchmark.main(["--train", *flags, "--device", "cpu", "--out", str(tmp_path)]) == 0
     rows = json.loads((tmp_path / "benchmark_train.json").read_text())
-    assert [row["mode"] for row in rows] == ["plain loop", "eager"]
+    assert [row["mode"] for row in rows[2:]] == ["eager", "compile"] and "fallback" not in rows[2]
+    assert rows[3]["ran_in"] == "eager" and "no such compiler" in rows[3]["fallback"]
+    text = (tmp_path / "benchmark_train.md").read_text()
+    assert "| compile (ran in eager) |" in text and "mode compile failed (NotImpl" in text
     assert is_one_line(error := capsys.readouterr().err) and "no such compiler" in error
 
 

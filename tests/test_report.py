@@ -140,7 +140,7 @@ def test_no_verdict_before_the_planned_seeds_are_finished(finished_run, tmp_path
     planned(runs, 9, recipe="short")  # another study's
     assert made()[1] == "better"
     (runs / "plan.json").write_text("[{]")
-    assert "plan.json left out, it is damaged" in made()[0]
+    assert "plan.json is damaged" in made()[0]
 
 
 def test_the_newcomer_s_path(finished_run, tmp_path):

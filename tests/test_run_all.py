@@ -178,13 +178,14 @@ def test_two_at_a_time_share_the_work(tmp_path):
 
 
 def test_sets_up_a_venv_where_a_requirement_is_missing(tmp_path):
-    """With a stand-in for Python that notes what it is asked for."""
-    for name in ("run_all.sh", "requirements.txt"):
-        shutil.copy(REPO / name, tmp_path)
+    """With a stand-in for Python, without pip, that notes what it is asked for."""
+    shutil.copy(REPO / "run_all.sh", tmp_path)
+    (tmp_path / "requirements.txt").write_text("# a version that is not there\nnumpy==0.1\n")
+    (tmp_path / "kit").mkdir()
     python = tmp_path / "python"
     python.write_text(
-        '#!/bin/bash\necho "$0 $*" >>log\ncase $* in *--dry-run*) grep -q torch$ "${!#}" ;;\n'
-        '*venv*) install -D "$0" .venv/bin/python ;; esac\n'
+        f'#!/bin/bash\n[[ $* != *metadata* ]] || exec {sys.executable} "$@"\n'
+        'echo "$0 $*" >>log\n[[ $* != *venv* ]] || install -D "$0" .venv/bin/python\n'
     )
     python.chmod(0o755)
 
@@ -194,7 +195,7 @@ def test_sets_up_a_venv_where_a_requirement_is_missing(tmp_path):
         command = [tmp_path / "run_all.sh", *arguments]
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         lines = (tmp_path / "log").read_text().replace(f"{tmp_path}/", "").splitlines()
-        return [line for line in lines if "dry-run" not in line][1:], done.stderr
+        return lines[1:], done.stderr
 
     assert asked("full", ANY_VERSION="1") == (["python -m kit.study full"], "")
     commands, message = asked("study", "--miniature")
@@ -203,6 +204,18 @@ def test_sets_up_a_venv_where_a_requirement_is_missing(tmp_path):
     assert commands[2] == ".venv/bin/python -m kit.study study --miniature"
     assert is_one_line(message) and f"{python} lacks" in message and "5 GB" in message
     assert asked("--help")[0] == [] and asked("fast")[0] == []
+    (tmp_path / "requirements.txt").write_text((REPO / "requirements.txt").read_text())
+    needs_pins()
+    assert asked("full") == (["python -m kit.study full"], "")
+    spool = tmp_path / "spool"  # where Slurm runs a copy of what sbatch is given
+    spool.mkdir()
+    shutil.copy(tmp_path / "run_all.sh", spool / "slurm_script")
+    for folder, code, said in ((tmp_path, 0, ""), (spool, 1, "not the folder of the project")):
+        variables = os.environ | {"PYTHON": str(python), "SLURM_SUBMIT_DIR": str(folder)}
+        done = subprocess.run(
+            ["bash", spool / "slurm_script", "plan"], env=variables, capture_output=True, text=True
+        )
+        assert done.returncode == code and said in done.stderr
 
 
 def test_unknown_data_end_it_before_anything_is_written(tmp_path):
@@ -235,6 +248,8 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(tmp_path):
     assert {row["model"] for row in rows} == {"baseline", "se"}
     assert {row["image"] for row in rows} == {"1x12x12"}
     assert (runs / "noise/quick/se/seed0/explain.png").exists()
+    (planned,) = json.loads((runs / "plan.json").read_text())
+    assert (planned["models"], planned["seeds"]) == (["baseline", "se"], [0])
     plan = run_all("plan", "quick", **environment).stdout.splitlines()
     assert plan[2].endswith("  # done") and "--model se " in plan[2]
     assert "  # not done: " in plan[1] and "width 8 instead of 64" in plan[1]

@@ -13,7 +13,9 @@ import benchmark
 import data
 import train
 from kit import study
+from kit.command_line import UserError
 from kit.environment import source_hashes
+from kit.plans import add_plan, read_plans
 from kit.settings import as_config
 from models import MODELS
 
@@ -44,9 +46,10 @@ def runs_in(lines):
     found = []
     for words in (shlex.split(line, comments=True)[1:] for line in lines):
         if words[:1] == ["train.py"]:
-            flags = dict(zip(words[1:11:2], words[2:11:2]))
-            named = (flags[f"--{name}"] for name in ("runs", "recipe", "model", "seed"))
-            found.append((*named, " ".join(words[11:])))
+            flags = dict(zip(words[1::2], words[2::2]))
+            named = [flags.pop(f"--{name}") for name in ("runs", "recipe", "model", "seed")]
+            assert flags.pop("--dataset")
+            found.append((*named, " ".join(f"{key} {value}" for key, value in flags.items())))
     return found
 
 
@@ -73,19 +76,70 @@ def finish(runs, *flags, **result):
     return folder
 
 
-def test_full_is_the_published_table(plan):
+def test_full_is_the_published_table_and_a_verdict(plan):
     lines, models = plan("full"), ["baseline", "se", "cbam_blocks", "cbam_classifier"]
-    expected = [("runs", "published", model, str(k), "") for k in range(5) for model in models]
-    assert runs_in(lines) == expected
+    published = [("runs", "published", model, str(k), "") for k in range(5) for model in models]
+    models.append("se_static")
+    verdict = [("runs", "short", model, str(k), "") for k in range(20) for model in models]
+    assert runs_in(lines) == published + verdict
     first, *last = (shlex.split(line, comments=True)[1:] for line in (lines[0], *lines[-3:]))
-    folders = [f"runs/fashion_mnist/published/{model}/seed0" for model in models]
+    folders = [f"runs/fashion_mnist/short/{model}/seed0" for model in models]
     limit = ["--limit-test", "10000"]
-    assert first == ["data.py", "--dataset", "fashion_mnist"] and last == [
+    assert first == ["data.py", "--dataset", "fashion_mnist", "--data-dir", "data"] and last == [
         ["benchmark.py", "--models", *models, "--keep", "--out", "results"],
         ["explain.py", "--keep", "--out", "results", *limit, "--compare", *folders],
         ["report.py", "--runs", "runs", "--out", "results"],
     ]
-    assert plan("full", SHARD="1/3", JOBS=2) == [lines[0], *lines[2:21:3]]
+    assert plan("full", SHARD="1/3", JOBS=2) == [lines[0], *lines[2:21:3], *lines[22:121:3]]
+    assert plan("verdict") == [lines[0], *lines[21:]]
+    assert plan("full", RECIPE="strong", SEEDS="7")[-3].count("strong") == 0
+    assert len(runs_in(plan("full", RECIPE="strong", SEEDS="7"))) == 4  # that table alone
+
+
+def test_flags_are_those_of_every_run(plan, tmp_path):
+    """And of what is done already."""
+    folder = finish(tmp_path, "--model", "eca", "--recipe", "short", "--seed", 3, "--width", 16)
+    mine = {"MODELS": "baseline eca", "RUNS": tmp_path}
+    lines = plan("verdict", FLAGS="--width 16", **mine)
+    runs = runs_in(lines)
+    assert len(runs) == 40 and {flags for *_, flags in runs} == {"--width 16"}
+    assert [line.split()[3] for line in lines if line.endswith("# done")] == ["eca"]
+    assert lines[-3].endswith(f"--like {folder}  # skips what is there")
+    (line,) = [line for line in plan("verdict", **mine) if "# not done" in line]
+    assert f"{folder} holds a run with width 16 instead of 64" in line
+    placed = plan("verdict", FLAGS="--position classifier", MODELS="se")
+    assert "runs/fashion_mnist/short/se_classifier/seed0" in placed[-2]
+
+
+def test_what_is_planned_is_written_before_the_first_run(tmp_path):
+    """Once; more of it adds a line when there are results, and until then takes its place."""
+
+    def seeds(models, seeds, overrides=()):
+        plan = {"dataset": "mnist", "recipe": "short", "overrides": dict(overrides)}
+        add_plan(tmp_path, plan | {"models": models, "seeds": [*seeds]})
+        return [(plan["models"], len(plan["seeds"])) for plan in read_plans(tmp_path)]
+
+    assert seeds(["baseline", "se"], range(5)) == [(["baseline", "se"], 5)]
+    assert seeds(["baseline", "se"], range(20)) == [(["baseline", "se"], 20)]
+    assert seeds(["se"], range(3)) == [(["baseline", "se"], 20)]
+    result = tmp_path / "mnist/short/se/seed0/result.json"
+    result.parent.mkdir(parents=True)
+    result.write_text("{}")
+    more = [(["baseline", "se"], 20), (["baseline", "eca"], 10)]
+    assert seeds(["baseline", "eca"], range(10)) == seeds(["eca"], range(9)) == more
+    narrow = {"width": 16}
+    more.append((["se"], 2))
+    assert seeds(["se"], range(2), narrow) == seeds(["se"], range(2), narrow) == more
+    keys = {"date", "dataset", "recipe", "overrides", "models", "seeds"}
+    assert set(read_plans(tmp_path)[0]) == keys
+
+
+@pytest.mark.parametrize("content", ["{", "3", "[3]", '[{"models": ["se"]}]', '[{"seeds": 3}]'])
+def test_a_damaged_plan_is_one_line(tmp_path, content):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(UserError, match=r"plan\.json is damaged") as error:
+        read_plans(tmp_path)
+    assert is_one_line(str(error.value))
 
 
 def test_quick_and_other_data(plan, tmp_path):
@@ -117,7 +171,7 @@ def test_quick_and_other_data(plan, tmp_path):
 
 def test_without_a_word_the_gpu_decides(plan, monkeypatch, capsys):
     monkeypatch.setattr(study, "visible_gpus", lambda: (["0"], "NVIDIA H100 80GB"))
-    assert plan() == plan("full") and " results/nvidia_h100_80gb " in plan("study")[-1]
+    assert plan() == plan("full") and " results/nvidia_h100_80gb/" in plan("study")[-1]
     monkeypatch.setattr(study, "visible_gpus", lambda: ([], "no GPU at all"))
     assert study.main(["plan"]) == 0
     assert capsys.readouterr().err == "no GPU at all: a quick run on the CPU\n"
@@ -127,35 +181,31 @@ def test_without_a_word_the_gpu_decides(plan, monkeypatch, capsys):
 
 
 def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path):
-    unknown = [line for line in plan("study", OUT=tmp_path) if "which two are best" in line]
-    assert len(unknown) == 1 and unknown[0].startswith("# ")
-    for model, accuracy in {"cbam_classifier": 91.5, "se": 93, "cbam_blocks": 92}.items():
-        for k in range(5):
-            finish(tmp_path / "runs", "--model", model, "--seed", k, val_acc=accuracy + k / 10)
+    for k in range(3):
+        finish(tmp_path / "runs", "--model", "se", "--seed", k, "--recipe", "short")
     lines = plan("study", OUT=tmp_path)
-    compared = study.COMPARED
-    best = "baseline", "cbam_blocks", "se"
+    compared, at = study.COMPARED, ("stages", "prepool", "classifier")
+    placed = [("baseline", "")]
+    placed += [(m, f"--position {position}") for m in ("se", "cbam_blocks") for position in at]
     expected = [
         *(("runs", "published", m, k, "") for k in range(5) for m in compared),
-        *(("to_the_end/runs", "published", m, k, "--patience 50")
-          for k in range(3) for m in compared),
-        *(("fp32", "published", m, k, "--precision fp32")
-          for k in range(3) for m in ("baseline", "cbam_blocks")),
-        *(("runs", "strong", m, k, "") for k in range(3) for m in best),
-        *(("modules/runs", "published", m, k, "") for k in range(3) for m in FURTHER),
-        *(("runs", "published", m, k, "") for k in range(5, 10) for m in compared),
+        *(("runs", "short", m, k, "") for k in range(20) for m in compared),
+        *(("fp32", "short", m, k, "--precision fp32")
+          for k in range(10) for m in ("baseline", "cbam_blocks")),
+        *(("modules/runs", "short", m, k, "") for k in range(10) for m in FURTHER),
+        *(("positions/runs", "short", m, k, flags) for k in range(10) for m, flags in placed),
     ]  # fmt: skip
     assert runs_in(lines) == [(f"{tmp_path}/{r}", *n, str(k), f) for r, *n, k, f in expected]
-    assert len(expected) == 116 and sum(line.endswith("# done") for line in lines) == 15
+    assert len(expected) == 335 and sum(line.endswith("# done") for line in lines) == 3
     scripts = [shlex.split(line, comments=True)[1] for line in lines if line[0] != "#"]
     assert scripts[:2] == ["data.py", "-m"]
     assert scripts[2:5] == ["benchmark.py"] * 3
-    assert scripts[5 + len(compared)] == "explain.py"  # while the weights are there
+    assert scripts[5 + 5 * len(compared)] == "explain.py"
 
 
 def test_done_is_a_whole_result_of_just_these_settings(plan, tmp_path):
     """The plan says of a run what train.py would."""
-    fp32 = "--model", "baseline", "--seed", 1, "--precision", "fp32"
+    fp32 = "--model", "baseline", "--seed", 1, "--precision", "fp32", "--recipe", "short"
 
     def remarks(what="full", **environment):
         lines = [line.partition("  # ")[::2] for line in plan(what, **environment)]
@@ -205,6 +255,13 @@ def test_a_run_with_any_other_setting_is_not_done(plan, tmp_path, name):
         ("plan full", {"SEEDS": "0 one"}, "one"),
         ("quick", {"SEEDS": " "}, "SEEDS"),
         ("quick", {"RECIPE": "published"}, "RECIPE"),
+        ("verdict", {"RECIPE": "strong"}, "RECIPE"),
+        ("verdict", {"FLAGS": "--widht 16"}, "FLAGS: unrecognized arguments: --widht"),
+        ("plan verdict", {"FLAGS": "--seed 3"}, "FLAGS: no model"),
+        ("plan verdict", {"FLAGS": "--dry-run"}, "FLAGS: no model"),
+        ("full", {"FLAGS": "--width '16"}, "FLAGS: No closing quotation"),
+        ("plan full", {"RUNS": "-rf"}, "RUNS"),
+        ("quick", {"OUT": "-out"}, "OUT"),
         ("plan full", {"RECIPE": "strnog"}, "strnog"),
         ("plan full", {"DATASET": "fashion"}, "choose from fashion_mnist, mnist"),
         ("plan full", {"DATASET": "no/where"}, "there is no folder"),
@@ -216,7 +273,7 @@ def test_a_run_with_any_other_setting_is_not_done(plan, tmp_path, name):
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_code_2(words, environment, named, monkeypatch, capsys):
-    for name in [*study.FIXED, "JOBS"]:
+    for name in [*study.FIXED, "JOBS", "OUT"]:
         monkeypatch.setenv(name, environment.get(name, ""))
     with pytest.raises(SystemExit) as ended:
         study.main(words.split())
@@ -240,14 +297,15 @@ def test_the_miniature(tmp_path):
 
     done = run_all("study", "--miniature", OUT=out)
     assert done.returncode == 0, done.stderr
-    text, to_the_end, modules = (
-        (out / folder / "report.md").read_text() for folder in ("", "to_the_end", "modules")
+    text, modules, positions = (
+        (out / folder / "report.md").read_text() for folder in ("", "modules", "positions")
     )
+    assert all(f"| {model} (smoke test) | 2 |" in text for model in study.COMPARED)
     assert all(f"| {model} (smoke test) | 3 |" in text for model in study.COMPARED)
-    assert all(f"| {model} (smoke test) | 1 |" in to_the_end for model in study.COMPARED)
-    assert "there patience 10 instead of 50 here" in to_the_end
     assert all(f"| {model} (smoke test) | 1 |" in modules for model in FURTHER)
-    assert "recipe strong, epochs = 4" in text and "![explain compare]" in text
+    assert "| se_stages (smoke test) | 1 |" in positions and "![explain compare]" in text
+    plans = [(p["recipe"], len(p["models"]), len(p["seeds"])) for p in read_plans(out / "runs")]
+    assert plans == [("published", 5, 2), ("short", 5, 3)]
     speed = json.loads((out / "benchmark_train.json").read_text())
     assert {"plain loop", "eager"} < {row["mode"] for row in speed}
 

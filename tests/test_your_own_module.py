@@ -1,5 +1,6 @@
 """The README's example of a module of one's own, as a reader would copy it."""
 
+import os
 import re
 import shutil
 import subprocess
@@ -30,11 +31,16 @@ def test_the_readme_s_module_trains_is_timed_reported_and_tested(tmp_path):
     after = after.replace(table_starts, f"{table_starts}    {line}\n")
     (copy / "models.py").write_text(f"{before}{code}\n\n{head}{after}")  # that one file
 
-    def run(*command):
-        done = subprocess.run([sys.executable, *command], cwd=copy, capture_output=True, text=True)
+    def run(*command, **environment):
+        environment = os.environ | environment
+        done = subprocess.run(
+            [sys.executable, *command], cwd=copy, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
+    plan = run("-m", "kit.study", "plan", "verdict", MODELS="baseline spread")
+    assert plan.count(" train.py --model ") == 40
     small = ["--width", "16", "--limit-train", "640", "--limit-test", "100", "--epochs", "1"]
     for model in ("baseline", "spread"):
         run("train.py", "--model", model, *small)

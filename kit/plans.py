@@ -1,0 +1,48 @@
+"""RUNS/plan.json: which seeds of which models were planned before there was a result.
+
+A list of lines {date, dataset, recipe, overrides, models, seeds}; overrides are what differs from
+the recipe. run_all.sh writes a line before the first run of a study, and another one when more is
+asked for after results are there. Needs no torch.
+"""
+
+import itertools
+import time
+from pathlib import Path
+
+from kit.command_line import UserError, in_one_line
+from kit.files import check, locked, read_json, write_json
+from kit.runs import are_names, are_seeds
+
+STUDY = ("dataset", "recipe", "overrides")  # what the lines of one study share
+PLAN = dict(
+    date=str, dataset=str, recipe=str, overrides=dict, models=are_names, seeds=are_seeds
+)  # fmt: skip
+
+
+def runs_of(plan: dict) -> set[tuple[str, int]]:
+    return {*itertools.product(plan["models"], plan["seeds"])}
+
+
+def read_plans(runs: Path) -> list[dict]:
+    """The lines of RUNS/plan.json. Raises UserError if it is damaged."""
+    path = runs / "plan.json"
+    try:
+        return [check(plan, PLAN) for plan in read_json(path)] if path.exists() else []
+    except Exception as error:  # whatever a damaged file leads to
+        advice = "mend it, or delete it to plan anew"
+        raise UserError(f"{path} is damaged ({in_one_line(error)}): {advice}") from error
+
+
+def add_plan(runs: Path, wanted: dict) -> None:
+    """Adds a line unless all of it is planned already. Without results there is nothing to hold on
+    to: the new line then takes the place of the study's earlier ones."""
+    runs.mkdir(parents=True, exist_ok=True)
+    with locked(runs, "plan.json"):
+        plans = read_plans(runs)
+        mine = [plan for plan in plans if all(plan[key] == wanted[key] for key in STUDY)]
+        if runs_of(wanted) <= set().union(*map(runs_of, mine)):
+            return
+        results = (runs / wanted["dataset"] / wanted["recipe"]).glob("*/seed*/result.json")
+        kept = plans if any(results) else [plan for plan in plans if plan not in mine]
+        line = {"date": time.strftime("%Y-%m-%d", time.gmtime())} | wanted
+        write_json(runs / "plan.json", [*kept, line])
