@@ -28,7 +28,7 @@ from pathlib import Path
 import data
 from kit import attribution
 from kit.checkpoint import load_weights
-from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
+from kit.command_line import UserError, exit_code, in_one_line, is_name, make_parser, noted
 from kit.environment import source_hashes
 from kit.fast import channels_last, set_up_torch
 from kit.files import check_writable, locked, only_read, read_small, write_atomically
@@ -70,7 +70,7 @@ def read_config(path: Path) -> dict:
         )
         if not 0 <= config["seed"] <= 1e9:
             raise ValueError("seed is not from 0 to 10^9")
-        if not 1 <= config["width"] <= 2**16 or not config["model"].isidentifier():
+        if not 1 <= config["width"] <= 2**16 or not is_name(config["model"]):
             raise ValueError(f"no model {config['model']} has width {config['width']}")
         if not re.fullmatch(r"[\w.+-]+", config["recipe"] or "none"):  # it may name the pictures
             raise ValueError(f"recipe is {config['recipe']}")
@@ -180,6 +180,9 @@ def explain(name: str, path: Path, config: dict, dataset: data.ImageData, idx, a
     probabilities, gates, means = attribution.gates_of(model, images)
     if not probabilities.isfinite().all():
         raise UserError(f"{path}: its outputs are not all finite, there is nothing to explain")
+    if unknown := len(attribution.attention_modules(model).keys() - means.keys()):
+        what = f"{unknown} modules neither gate their input nor add one vector to it"
+        print(f"note: {config['model']}: {what}: nothing is said of them", file=sys.stderr)
     predictions = probabilities.argmax(1)
     predicted = check_predictions(path, config, dataset, idx, predictions)
     if args.images is None:  # other models are shown the same

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
@@ -50,6 +51,15 @@ def is_out_of_memory(error: Exception) -> bool:
     words = "out of memory", "allocate memory", "alloc failed", "allocation failed"
     words += ("storage size calculation overflowed",)
     return isinstance(error, MemoryError) or any(each in text for each in words)
+
+
+NAMES = "names have letters, digits and . _ + -, and begin with none of . -"
+
+
+def is_name(text: str) -> bool:
+    """Whether models, recipes and data sets may be called that: they name folders and figures."""
+    is_known = all(c in "._+-" or unicodedata.category(c)[0] in "LMN" for c in text)
+    return is_known and text[:1] not in ("", ".", "-")
 
 
 def in_one_line(error: Exception) -> str:

@@ -19,6 +19,7 @@ import gc
 import logging
 import math
 import os
+import random
 import shutil
 import sys
 import sysconfig
@@ -35,6 +36,7 @@ if ignored := os.environ.keys() & {
 
 from kit.command_line import is_out_of_memory
 
+import numpy as np
 import torch
 
 MODES = ("eager", "compile", "graph", "compile+graph")
@@ -284,7 +286,11 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
     """
     failures, size, each = [], len(example[0]), precision == "fp32"
     if mode != "eager":
+        before = random.getstate(), str(np.random.get_state())  # noqa: NPY002
         weights = telling_weights(step, example, model)
+        if (random.getstate(), str(np.random.get_state())) != before:  # noqa: NPY002
+            failures.append(f"mode {mode} would draw from Python's or NumPy's generator only once")
+            mode = "eager"
         restore()
         expected = gradients(step, example, model, weights)
         restore()

@@ -10,9 +10,8 @@ import json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from unicodedata import category
 
-from kit.command_line import UserError, in_one_line
+from kit.command_line import UserError, in_one_line, is_name
 from kit.files import read_small
 from kit.identity import refuse_another_run, settings_of
 
@@ -28,7 +27,7 @@ def between(low: float, high: float):
 NUMBER, POSITIVE = between(-1e15, 1e15), between(1e-12, 1e15)
 SHARE, PERCENT = between(0, 1), between(0, 100)
 NAME, COUNT, SIZE, SHAPE, GATES, HASHES = (
-    lambda x: type(x) is str and x and all(c in "._+-" or category(c)[0] in "LMN" for c in x),
+    lambda x: type(x) is str and is_name(x),
     lambda x: type(x) is int and 0 <= x < 1e15,
     lambda x: COUNT(x) and x > 0,
     lambda x: type(x) is list and all(map(COUNT, x)),

@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 
 from kit import checkpoint, environment, run_folder, tensorboard_log
+from kit.attribution import check_shapes
 from kit.checkpoint import Progress, copied, load_state, serialized
 from kit.command_line import Stopped, UserError, handle_signals, noted
 from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
@@ -99,6 +100,7 @@ class Run:
         """Loads what the folder holds of this run into these objects; how far it is."""
         s, folder = self.settings, self.folder
         self.loader, self.model, self.optimizer = loader, model, optimizer
+        check_shapes(model, loader.normalize(loader.images[:2]))
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
         # `auto` looks at the length of the whole run, so that a resumed one takes the same mode.

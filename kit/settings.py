@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from kit.command_line import make_parser
+from kit.command_line import NAMES, is_name, make_parser
 from kit.fast import MODES, PRECISIONS, choose_precision, why_not
 from kit.preflight import choose_device
 
@@ -117,6 +117,9 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
         settings.limit_train = settings.limit_test = settings.batch_size
     if settings.warmup >= settings.epochs:
         parser.error(f"--warmup {settings.warmup} must be less than --epochs {settings.epochs}")
+    for name in (settings.model, settings.recipe):
+        if not is_name(name):
+            parser.error(f"rename {name!r}: {NAMES}")
     try:
         models.find_module(settings.model, settings.position, settings.reduction)
         found = data.resolve(settings.dataset, settings.image_size)
