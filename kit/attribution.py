@@ -21,7 +21,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 LAYERS = ("layer3", "layer4")
-BATCH = 250
+PIXELS = 196_000  # of a batch: 250 images of 28x28
 
 
 @contextlib.contextmanager
@@ -46,11 +46,16 @@ def captured(model: nn.Module, modules: dict[str, nn.Module]):
         yield seen
 
 
+def size_for(images: torch.Tensor) -> int:
+    """Of a batch: fewer of larger images, as in train.evaluate."""
+    return max(1, PIXELS // images[0, 0].numel())
+
+
 @torch.no_grad()
 def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Probabilities (N, num_classes) of normalised images."""
     with captured(model, {}):
-        return torch.cat([model(batch).softmax(1) for batch in images.split(BATCH)])
+        return torch.cat([model(batch).softmax(1) for batch in images.split(size_for(images))])
 
 
 def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> dict:
@@ -61,7 +66,8 @@ def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> d
     hooks and gradients.
     """
     maps = {layer: [] for layer in LAYERS}
-    for batch, of_batch in zip(images.split(BATCH), classes.split(BATCH), strict=True):
+    size = size_for(images)
+    for batch, of_batch in zip(images.split(size), classes.split(size), strict=True):
         modules = {layer: getattr(model, layer) for layer in LAYERS}
         with captured(model, modules) as seen, torch.enable_grad():
             # The weights may need no gradient: those of an EMA, for example.
@@ -156,7 +162,7 @@ def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict
     modules, probabilities, gates, means, kinds = attention_modules(model), [], {}, {}, {}
     sums, counts = dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
     with captured(model, modules) as seen:
-        for batch in images.split(BATCH):
+        for batch in images.split(size_for(images)):
             probabilities.append(model(batch).softmax(1))
             kinds = kinds or {name: kind_of(modules[name], *both) for name, both in seen.items()}
             for name, (inputs, outputs) in seen.items():

@@ -5,12 +5,20 @@ import argparse
 import functools
 import io
 import os
+import select
 import signal
 import sys
 import threading
 import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+
+# Ctrl-C, kill, a closed terminal; schedulers before a time limit; `ulimit -t`.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+            signal.SIGXCPU)  # fmt: skip
+# What takes less memory, of the flags that a script has.
+SMALLER = ("--batch-size", "--batch-sizes", "--width", "--limit-test")
+parsers: list[argparse.ArgumentParser] = []  # the last is that of the script that runs
 
 
 class UserError(RuntimeError):
@@ -25,23 +33,40 @@ class Stopped(Exception):
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is then a single line
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parsers.append(parser)
+    return parser
 
 
 def handle_signals(handler: Callable, stack: ExitStack) -> None:
-    """Until `stack` is closed, Ctrl-C, SIGTERM and a closed terminal call handler(signum, frame).
+    """Until `stack` is closed, STOPPING call handler(signum, frame).
 
-    nohup's SIGHUP stays ignored. In threads, where no handlers can be set, nothing is done.
+    What is ignored stays so, as nohup's SIGHUP, but for Ctrl-C and SIGTERM. In threads, where no
+    handlers can be set, nothing is done.
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-            stack.callback(signal.signal, signum, signal.signal(signum, handler))
+
+    def handle(signum, frame):
+        drop_full_pipes()
+        handler(signum, frame)
+
+    for signum in STOPPING:
+        always = signum in (signal.SIGINT, signal.SIGTERM)
+        if always or signal.getsignal(signum) != signal.SIG_IGN:
+            stack.callback(signal.signal, signum, signal.signal(signum, handle))
+
+
+def drop_full_pipes() -> None:
+    """Output and errors that nobody reads go nowhere, from the write on that is waiting now."""
+    for descriptor in (1, 2):
+        with suppress(OSError, ValueError):  # it is closed
+            if not select.select([], [descriptor], [], 0)[1]:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -100,7 +125,9 @@ def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., i
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            message = "out of memory: try a smaller batch size or --width"
+            has = parsers[-1]._option_string_actions if parsers else SMALLER
+            smaller = " or ".join([flag for flag in SMALLER if flag in has][:2])
+            message = f"out of memory: try a smaller {smaller}" if smaller else "out of memory"
         print(f"error: {' '.join(message.split())}", file=sys.stderr)  # a line, whatever is in it
         return 1
 

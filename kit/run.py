@@ -16,6 +16,7 @@ saving takes more than 1% of the time, and always when a signal stops the run.
 import hashlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -84,11 +85,15 @@ class Run:
 
     def on_signal(self, signum: int, frame) -> None:
         """Remembers a signal until the step is done: an exception raised here could come out of any
-        line, and some swallow it. Before the first step there is nothing to save."""
+        line, and some swallow it. Before the first step there is nothing to save. (A notebook that
+        called train.main lives on.)"""
+        self.stopped_by = signum
         if not self.in_loop:
+            main = getattr(sys.modules["__main__"], "__file__", None) or ""
+            if signum == signal.SIGINT and environment.HERE not in Path(main).resolve().parents:
+                raise KeyboardInterrupt
             self.stack.close()
             os._exit(128 + signum)
-        self.stopped_by = signum
 
     def leave_if_stopped(self) -> None:
         if self.stopped_by:

@@ -79,8 +79,8 @@ def train_parser(description: str, table: dict, recipes: dict, models, data):
     add("--seed", type=number(int, 0, 1e9), default=0, metavar="N",
         help=f"of split, initial weights, order of images, augmentation; {default}")  # fmt: skip
     add("--runs", type=folder, default=Path("runs"), metavar="DIR", help=f"of all runs; {default}")
-    add("--target-acc", type=number(float, 0, 100), metavar="X",
-        help="exit with code 1 if test accuracy is below X%%")  # fmt: skip
+    add("--target-acc", type=number(float, 1, 100), metavar="PERCENT",
+        help="exit with code 1 if test accuracy is below: 92 is 92%%")  # fmt: skip
     add("--overwrite", action="store_true", help="discard what the run's folder holds")
     add("--keep-last", action="store_true", help="keep last.pt when the run is complete")
     add("--dry-run", action="store_true",

@@ -7,6 +7,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -126,6 +127,28 @@ def test_ctrl_c_while_a_script_imports_its_packages(name):
     assert "ZeroDivisionError" in done.stderr  # other errors are shown as ever
     done = script("-c", "import kit; raise KeyboardInterrupt")
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_a_full_pipe_does_not_hold_up_a_signal():
+    """Nobody reads what is printed, nor, afterwards, what is said of the end."""
+    code = """
+import contextlib, sys
+from kit.command_line import handle_signals
+stopped = []
+with contextlib.ExitStack() as stack:
+    handle_signals(lambda *signal: stopped.append(signal), stack)
+    print("begins", flush=True)
+    while not stopped:
+        print(99 * "x", file=sys.stdout)
+for stream in (sys.stdout, sys.stderr):
+    print(100_000 * "y", file=stream)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)  # fmt: skip
+    process.stdout.read(7)
+    time.sleep(0.5)  # until it is full
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
 
 
 def test_a_closed_standard_output():
