@@ -11,7 +11,6 @@ said: what of it depends on the image cannot be told.
 
 import contextlib
 import copy
-import functools
 import re
 
 from kit.command_line import UserError
@@ -126,19 +125,19 @@ def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
     """Raises UserError that names a module whose output has not the shape of its input: where that
     is a gate, PyTorch would broadcast it and say nothing."""
 
-    def check(name, module, inputs, output):
+    names = {module: name for name, module in attention_modules(model).items()}
+
+    def check(module, inputs, output):
         if (shape := getattr(output, "shape", None)) != inputs[0].shape:
-            found = tuple(shape) if shape else type(output).__name__
             raise UserError(
-                f"{name} ({type(module).__name__}) makes {found} of {tuple(inputs[0].shape)}: it "
-                "should return its input times the gate, or another tensor of the same shape"
+                f"{names[module]} ({type(module).__name__}) makes {shape or type(output)} of "
+                f"{inputs[0].shape}: return the input times the gate, in the input's shape"
             )
 
-    with captured(model, {}), torch.no_grad(), contextlib.ExitStack() as stack:
-        for name, module in attention_modules(model).items():
-            hook = module.register_forward_hook(functools.partial(check, name))
-            stack.callback(hook.remove)
-        model(images)
+    hooks = [module.register_forward_hook(check) for module in names]
+    predict(model, images)
+    for hook in hooks:
+        hook.remove()
 
 
 class MeanGate(nn.Module):

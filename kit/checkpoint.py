@@ -65,14 +65,9 @@ def get_state(parts: dict, device: torch.device) -> dict:
     """The states of parts (model, optimizer, scheduler, ema; None is left out) and generators."""
     state = {name: part.state_dict() for name, part in parts.items() if part}
     cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
-    return state | {"python_rng": random.getstate(), "numpy_rng": numpy_state()}
-
-
-def numpy_state() -> tuple:
-    """Of NumPy's global generator, in plain types."""
+    state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "python_rng": random.getstate()}
     name, numbers, *rest = np.random.get_state()  # noqa: NPY002
-    return name, numbers.tolist(), *rest
+    return state | {"numpy_rng": (name, numbers.tolist(), *rest)}
 
 
 def seed_generators(seed: int) -> None:

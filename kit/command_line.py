@@ -45,8 +45,7 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 def handle_signals(handler: Callable, stack: ExitStack) -> None:
     """Until `stack` is closed, STOPPING call handler(signum, frame).
 
-    What is ignored stays so, as nohup's SIGHUP, but for Ctrl-C and SIGTERM. In threads, where no
-    handlers can be set, nothing is done.
+    nohup's SIGHUP stays ignored. In threads, where no handlers can be set, nothing is done.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -56,8 +55,7 @@ def handle_signals(handler: Callable, stack: ExitStack) -> None:
         handler(signum, frame)
 
     for signum in STOPPING:
-        always = signum in (signal.SIGINT, signal.SIGTERM)
-        if always or signal.getsignal(signum) != signal.SIG_IGN:
+        if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
             stack.callback(signal.signal, signum, signal.signal(signum, handle))
 
 

@@ -24,7 +24,7 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from kit import checkpoint, environment, run_folder, tensorboard_log
+from kit import checkpoint, environment, run_folder
 from kit.attribution import check_shapes
 from kit.checkpoint import Progress, copied, load_state, serialized
 from kit.command_line import Stopped, UserError, handle_signals, noted
@@ -35,7 +35,7 @@ from kit.finished import completed
 from kit.identity import refuse_another_run
 from kit.run_folder import in_brackets, read_json, write_array, write_json
 from kit.settings import as_config
-from kit.tensorboard_log import log_epoch, log_test, open_writer
+from kit.tensorboard_log import INCOMPLETE, log_epoch, log_test, open_writer
 
 import numpy as np
 import torch
@@ -219,7 +219,7 @@ class Run:
         for name, classes in (("predictions", predictions), ("labels", self.loader.test[1])):
             write_array(self.folder / f"test_{name}.npy", classes.cpu().numpy().astype(kind))
         epoch = self.progress.epochs
-        with noted("not all is in TensorBoard"):
+        with noted(INCOMPLETE):
             log_test(self.writer, self.config, epoch, model, self.loader, predictions)
 
     def complete(self, accuracies: dict) -> dict:
@@ -257,7 +257,6 @@ class Run:
             "overrides": s.overrides,
             "weights": hashlib.sha256((self.folder / "best.pt").read_bytes()).hexdigest(),
         }
-        tensorboard_log.close(self.writer)
         if environment.shared_gpu(self.device):  # others may have come since it began
             run_folder.write_env(self.folder, self.env | {"shared_gpu": True}, self.mode)
         write_json(self.folder / "result.json", result)  # last: it means that all is there

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -52,12 +53,15 @@ def test_many_may_write_the_same_file(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
 def test_a_file_system_may_lack_fsync_and_locks(tmp_path, monkeypatch, capsys, number):
-    """Network and shared folders: of files, of folders, or a folder that cannot even be opened."""
+    """Network and shared folders: of folders, or a folder that cannot even be opened."""
 
     def missing(*_):
         raise OSError(number, "no such call")
 
-    monkeypatch.setattr(os, "fsync", missing)
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda f: missing() if stat.S_ISDIR(os.fstat(f).st_mode) else fsync(f)
+    )
     monkeypatch.setattr("fcntl.flock", missing)
     write_atomically(tmp_path / "a", "1")
     with files.locked(tmp_path):
