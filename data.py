@@ -19,7 +19,7 @@ from inspect import signature
 from pathlib import Path
 
 from kit.augment import Augmentation
-from kit.command_line import UserError, exit_code, make_parser
+from kit.command_line import NAMES, UserError, exit_code, is_name, make_parser
 from kit.datasets import ImageData, load_cifar, load_idx
 from kit.image_folder import load_folder, load_tiny_imagenet
 
@@ -54,8 +54,8 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
         raise ValueError("--dataset: a path with characters that cannot be printed: rename it")
     if name in DATASETS:
         raise ValueError(f"{dataset}: {name} is the name of another data set: rename it")
-    if bad := [c for c in name if not (c in "._+-" or unicodedata.category(c)[0] in "LMN")]:
-        raise ValueError(f"{dataset}: rename it: {bad[0]!r} cannot stand in the name of results")
+    if not is_name(name):
+        raise ValueError(f"{dataset}: rename it: {NAMES}")
     if image_size is not None and not 1 <= image_size <= 4096:
         raise ValueError(f"--image-size {image_size} is not from 1 to 4096")
     return str(folder), name

@@ -115,6 +115,9 @@ def explain(run: FinishedRun, dataset: data.ImageData, idx, images: list[int] | 
     probabilities, gates, means = attribution.gates_of(model, batch)
     if not probabilities.isfinite().all():
         raise UserError(f"{run.folder}: its outputs are not all finite")
+    if unknown := len(attribution.attention_modules(model).keys() - means.keys()):
+        what = f"{unknown} modules neither gate their input nor add one vector to it"
+        print(f"note: {run.result['model']}: {what}: nothing is said of them", file=sys.stderr)
     predictions = probabilities.argmax(1)
     check_predictions(run, dataset, idx, predictions)
     images = images or idx[chosen(labels, predictions)].tolist()

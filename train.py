@@ -20,6 +20,7 @@ import time
 
 import data
 import models
+from kit.checkpoint import seed_generators
 from kit.command_line import UserError, exit_code
 from kit.ema import EMA
 from kit.fast import autocast, channels_last, set_up_torch
@@ -81,7 +82,7 @@ def prepare(settings, dataset):
     loader = data.Loader(dataset, settings, device)  # splits, shuffles, augments, normalises
 
     # Model, optimizer, schedule.
-    torch.manual_seed(settings.seed)  # for modules that draw random numbers, such as dropout
+    seed_generators(settings.seed)  # for modules that draw random numbers, such as dropout
     model = build_model(
         settings.base_model, len(dataset.classes), loader.channels, settings.width, settings.seed,
         settings.position, settings.reduction,

@@ -4,20 +4,23 @@ Grad-CAM: Selvaraju et al., ICCV 2017 (arXiv 1610.02391).
 
 A gate is what an attention module multiplies its input by. It is measured as output / input, so
 that every module has one, and averaged over the positions of each channel (a number per channel) or
-over the channels of each position (a map). A module whose output for 0 is not 0, such as GC, adds
-something and has no gate; `sk` and `bot` replace a convolution and have none.
+over the channels of each position (a map). GC adds something and has no gate; `sk` and `bot` take
+the place of a convolution and have none. Of a module that does anything else, or both, nothing is
+said: what of it depends on the image cannot be told.
 """
 
 import contextlib
 import copy
 import re
 
+from kit.command_line import UserError
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
 LAYERS = ("layer3", "layer4")
-BATCH = 250
+PIXELS = 196_000  # of a batch: 250 images of 28x28
 
 
 @contextlib.contextmanager
@@ -42,11 +45,16 @@ def captured(model: nn.Module, modules: dict[str, nn.Module]):
         yield seen
 
 
+def size_for(images: torch.Tensor) -> int:
+    """Of a batch: fewer of larger images, as in train.evaluate."""
+    return max(1, PIXELS // images[0, 0].numel())
+
+
 @torch.no_grad()
 def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Probabilities (N, num_classes) of normalised images."""
     with captured(model, {}):
-        return torch.cat([model(batch).softmax(1) for batch in images.split(BATCH)])
+        return torch.cat([model(batch).softmax(1) for batch in images.split(size_for(images))])
 
 
 def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> dict:
@@ -57,7 +65,8 @@ def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> d
     hooks and gradients.
     """
     maps = {layer: [] for layer in LAYERS}
-    for batch, of_batch in zip(images.split(BATCH), classes.split(BATCH), strict=True):
+    size = size_for(images)
+    for batch, of_batch in zip(images.split(size), classes.split(size), strict=True):
         modules = {layer: getattr(model, layer) for layer in LAYERS}
         with captured(model, modules) as seen, torch.enable_grad():
             # The weights may need no gradient: those of an EMA, for example.
@@ -94,11 +103,41 @@ def stage_of(name: str) -> str:
     return name.split(".")[0] if name.startswith("layer") else "classifier"
 
 
-def gate_of(module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor | None:
-    """output / input, NaN where the input is (nearly) 0: inactive. None if the module adds."""
-    if module.forward(torch.zeros_like(inputs[:1])).abs().max() > 1e-6:
-        return None
+def kind_of(module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> str | None:
+    """gate: where an input is 0 the output is 0, whatever the others are. term: one vector is added
+    at all positions. None: neither, or not to be told apart, as a term on a 1x1 map."""
+    kept = torch.rand(inputs[:1].shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    kept = kept.to(inputs.device)
+    if not (module.forward(inputs[:1] * kept)[~kept].abs() > 1e-6).any():
+        return "gate"
+    term = outputs - inputs
+    over_positions = (term - term.mean((2, 3), keepdim=True)).abs().max()
+    rounding = 1e-5 * (inputs.abs().max() + term.abs().max())
+    return "term" if inputs[0, 0].numel() > 1 and over_positions <= rounding else None
+
+
+def gate_of(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
+    """output / input, NaN where the input is (nearly) 0: inactive."""
     return torch.where(inputs.abs() > 1e-6, outputs / inputs, torch.nan)
+
+
+def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
+    """Raises UserError that names a module whose output has not the shape of its input: where that
+    is a gate, PyTorch would broadcast it and say nothing."""
+
+    names = {module: name for name, module in attention_modules(model).items()}
+
+    def check(module, inputs, output):
+        if (shape := getattr(output, "shape", None)) != inputs[0].shape:
+            raise UserError(
+                f"{names[module]} ({type(module).__name__}) makes {shape or type(output)} of "
+                f"{inputs[0].shape}: return the input times the gate, in the input's shape"
+            )
+
+    hooks = [module.register_forward_hook(check) for module in names]
+    predict(model, images)
+    for hook in hooks:
+        hook.remove()
 
 
 class MeanGate(nn.Module):
@@ -117,24 +156,27 @@ def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict
     """(probabilities (N, num_classes), {module: gates (N, C)}, {module: MeanGate}), in one pass.
 
     images: normalised (N, C, H, W). A gate is NaN where its channel has no input: it is inactive.
-    Modules that add have no gates.
+    Modules that add have no gates; those that are neither (see kind_of) are in none of the three.
     """
-    modules, probabilities, gates, means = attention_modules(model), [], {}, {}
+    modules, probabilities, gates, means, kinds = attention_modules(model), [], {}, {}, {}
     sums, counts = dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
     with captured(model, modules) as seen:
-        for batch in images.split(BATCH):
+        for batch in images.split(size_for(images)):
             probabilities.append(model(batch).softmax(1))
+            kinds = kinds or {name: kind_of(modules[name], *both) for name, both in seen.items()}
             for name, (inputs, outputs) in seen.items():
-                gate = gate_of(modules[name], inputs, outputs)
-                if gate is not None:
-                    gates.setdefault(name, []).append(gate.nanmean((2, 3)).cpu())
-                of_batch = outputs - inputs if gate is None else gate
+                is_gate = kinds[name] == "gate"
+                of_batch = gate_of(inputs, outputs) if is_gate else outputs - inputs
+                if is_gate:
+                    gates.setdefault(name, []).append(of_batch.nanmean((2, 3)).cpu())
                 sums[name] += of_batch.nansum(0)
                 counts[name] += (~of_batch.isnan()).sum(0)
     for name, count in counts.items():
         mean = sums[name] / count.clamp(min=1)
-        one_if_inactive = torch.where(count > 0, mean, 1.0)
-        means[name] = MeanGate(one_if_inactive, 0.0) if name in gates else MeanGate(1.0, mean)
+        if kinds[name] == "gate":
+            means[name] = MeanGate(torch.where(count > 0, mean, 1.0), 0.0)  # 1 if inactive
+        elif kinds[name] == "term":
+            means[name] = MeanGate(1.0, mean)
     return torch.cat(probabilities), {name: torch.cat(g) for name, g in gates.items()}, means
 
 
@@ -146,8 +188,8 @@ def gate_maps_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tens
     with captured(model, modules) as seen:
         model(images)
         for stage, of_stage in seen.items():
-            if (gate := gate_of(modules[stage], *of_stage)) is not None:
-                found = gate.nanmean(1)
+            if kind_of(modules[stage], *of_stage) == "gate":
+                found = gate_of(*of_stage).nanmean(1)
                 spread = (found - found.nanmean((1, 2), keepdim=True)).abs().nan_to_num().max()
                 maps |= {stage: found.cpu()} if spread > 1e-3 else {}
     return maps

@@ -8,6 +8,7 @@ from where each state is copied into place.
 
 import hashlib
 import io
+import random
 import re
 import sys
 import warnings
@@ -17,6 +18,7 @@ from pathlib import Path
 from kit.command_line import UserError, is_out_of_memory
 from kit.runs import different, settings_of
 
+import numpy as np
 import torch
 
 LENGTH = (64).to_bytes(2, "little")  # of the sha256 at the end of a file
@@ -63,7 +65,16 @@ def get_state(parts: dict, device: torch.device) -> dict:
     """The states of parts (model, optimizer, scheduler, ema; None is left out) and generators."""
     state = {name: part.state_dict() for name, part in parts.items() if part}
     cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return state | {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+    state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "python_rng": random.getstate()}
+    name, numbers, *rest = np.random.get_state()  # noqa: NPY002
+    return state | {"numpy_rng": (name, numbers.tolist(), *rest)}
+
+
+def seed_generators(seed: int) -> None:
+    """All that a module may draw from: dropout torch's, stochastic depth often Python's."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002
 
 
 def load_state(state: dict, parts: dict, device: torch.device) -> None:
@@ -74,6 +85,8 @@ def load_state(state: dict, parts: dict, device: torch.device) -> None:
         elif part:
             part.load_state_dict(state[name])
     torch.set_rng_state(state["rng"])
+    random.setstate(state["python_rng"])
+    np.random.set_state(state["numpy_rng"])  # noqa: NPY002
     if device.type == "cuda" and state["cuda_rng"] is not None:
         torch.cuda.set_rng_state(state["cuda_rng"], device)
 

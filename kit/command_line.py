@@ -5,11 +5,20 @@ import argparse
 import functools
 import io
 import os
+import select
 import signal
 import sys
 import threading
+import unicodedata
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+
+# Ctrl-C, kill, a closed terminal; schedulers before a time limit; `ulimit -t`.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
+            signal.SIGXCPU)  # fmt: skip
+# What takes less memory, of the flags that a script has.
+SMALLER = ("--batch-size", "--batch-sizes", "--width", "--limit-test")
+parsers: list[argparse.ArgumentParser] = []  # the last is that of the script that runs
 
 
 class UserError(RuntimeError):
@@ -24,23 +33,38 @@ class Stopped(Exception):
 
 
 def make_parser(description: str) -> argparse.ArgumentParser:
-    return argparse.ArgumentParser(
+    parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is then a single line
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parsers.append(parser)
+    return parser
 
 
 def handle_signals(handler: Callable, stack: ExitStack) -> None:
-    """Until `stack` is closed, Ctrl-C, SIGTERM and a closed terminal call handler(signum, frame).
+    """Until `stack` is closed, STOPPING call handler(signum, frame).
 
     nohup's SIGHUP stays ignored. In threads, where no handlers can be set, nothing is done.
     """
     if threading.current_thread() is not threading.main_thread():
         return
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+
+    def handle(signum, frame):
+        drop_full_pipes()
+        handler(signum, frame)
+
+    for signum in STOPPING:
         if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
-            stack.callback(signal.signal, signum, signal.signal(signum, handler))
+            stack.callback(signal.signal, signum, signal.signal(signum, handle))
+
+
+def drop_full_pipes() -> None:
+    """Output and errors that nobody reads go nowhere, from the write on that is waiting now."""
+    for descriptor in (1, 2):
+        with suppress(OSError, ValueError):  # it is closed
+            if not select.select([], [descriptor], [], 0)[1]:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -50,6 +74,17 @@ def is_out_of_memory(error: Exception) -> bool:
     words = "out of memory", "allocate memory", "alloc failed", "allocation failed"
     words += ("storage size calculation overflowed",)
     return isinstance(error, MemoryError) or any(each in text for each in words)
+
+
+NAMES = "names have letters, digits and . _ + -, and begin with none of . -"
+
+
+def is_name(text) -> bool:
+    """Whether models, recipes and data sets may be called that: they name folders and figures."""
+    is_known = type(text) is str and all(
+        c in "._+-" or unicodedata.category(c)[0] in "LMN" for c in text
+    )
+    return is_known and text[:1] not in ("", ".", "-")
 
 
 def in_one_line(error: Exception) -> str:
@@ -90,7 +125,9 @@ def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., i
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            message = "out of memory: try a smaller batch size or --width"
+            has = parsers[-1]._option_string_actions if parsers else SMALLER
+            smaller = " or ".join([flag for flag in SMALLER if flag in has][:2])
+            message = f"out of memory: try a smaller {smaller}" if smaller else "out of memory"
         print(f"error: {' '.join(message.split())}", file=sys.stderr)  # a line, whatever is in it
         return 1
 

@@ -35,8 +35,8 @@ AT_START = {
 
 
 def driver_version() -> str | None:
-    found = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return found if found and re.fullmatch(r"[0-9]+[0-9.]*", found) else None
+    found = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or ""
+    return found.split("\n")[0] if re.match(r"[0-9]+[0-9.]*$", found, re.MULTILINE) else None
 
 
 def shared_gpu(device: torch.device) -> bool | None:
@@ -44,10 +44,9 @@ def shared_gpu(device: torch.device) -> bool | None:
     containers whose nvidia-smi does not even list this process."""
     if device.type != "cuda":
         return None
-    query = ("nvidia-smi", "--query-compute-apps=gpu_uuid", "--format=csv,noheader")
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    n_processes = lines_of(*query).count(uuid)  # this one is among them
-    return n_processes > 1 if n_processes else None
+    found = output_of("nvidia-smi", "--query-compute-apps=gpu_uuid", "--format=csv,noheader") or ""
+    n_processes = found.count(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    return n_processes > 1 if n_processes else None  # this one is among them
 
 
 def device_name(device: torch.device) -> str:
@@ -112,18 +111,13 @@ def source_hashes(names=SOURCES) -> dict[str, str]:
 
 
 def output_of(*command) -> str | None:
-    """The first line a command prints, or None if it is missing, fails or prints nothing."""
-    return next(iter(lines_of(*command)), None)
-
-
-def lines_of(*command) -> list[str]:
-    """All lines that it prints; none if it is missing or fails."""
+    """What a command prints, or None if it is missing, fails or prints nothing."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # of another repository
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=env)
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    return done.stdout.splitlines() if done.returncode == 0 else []
+        return None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def git_commit() -> str | None:

@@ -35,7 +35,7 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
         with open(temporary, "wb") as file:
             file.write(body.encode(errors="backslashreplace") if isinstance(body, str) else body)
             file.flush()
-            sync(file.fileno())
+            os.fsync(file.fileno())
         if previous and path.exists():
             os.replace(path, previous)
         os.replace(temporary, path)
@@ -44,21 +44,12 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)  # a full disk does not say whose
         raise
-    with suppress(OSError):  # a folder that cannot be read; the rename is what counts
+    with suppress(OSError):  # some file systems lack this; the rename is what counts
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            sync(folder)  # names of files, too, are on disk only after an fsync
+            os.fsync(folder)  # names of files, too, are on disk only after an fsync
         finally:
             os.close(folder)
-
-
-def sync(descriptor: int) -> None:
-    """fsync, where the file system has it."""
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in NOT_SUPPORTED:
-            raise
 
 
 def read_small(path: Path) -> bytes:
@@ -121,8 +112,8 @@ def check_writable(folder: Path, advice: str = "choose another --out") -> None:
 
 
 def say_no_locks(folder: Path, error: OSError) -> None:
-    """Raises the error if it is another."""
-    if error.errno not in NOT_SUPPORTED:
+    """Raises the error if it is another than that the file system lacks locks."""
+    if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
         raise error
     print(f"note: {folder} has no locks: let no other process write there", file=sys.stderr)
 

@@ -16,6 +16,7 @@ saving takes more than 1% of the time, and always when a signal stops the run.
 import hashlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -23,7 +24,8 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
-from kit import checkpoint, environment, runs, tensorboard_log
+from kit import checkpoint, environment, runs
+from kit.attribution import check_shapes
 from kit.checkpoint import Progress, copied, load_state, serialized
 from kit.command_line import Stopped, UserError, handle_signals, noted
 from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
@@ -31,7 +33,7 @@ from kit.fast import choose_mode, fast
 from kit.files import read_json, write_atomically, write_json
 from kit.runs import completed, in_brackets, refuse_another_run, write_array
 from kit.settings import as_config
-from kit.tensorboard_log import log_epoch, log_test, open_writer
+from kit.tensorboard_log import INCOMPLETE, log_epoch, log_test, open_writer
 
 import numpy as np
 import torch
@@ -81,11 +83,15 @@ class Run:
 
     def on_signal(self, signum: int, frame) -> None:
         """Remembers a signal until the step is done: an exception raised here could come out of any
-        line, and some swallow it. Before the first step there is nothing to save."""
+        line, and some swallow it. Before the first step there is nothing to save. (A notebook that
+        called train.main lives on.)"""
+        self.stopped_by = signum
         if not self.in_loop:
+            main = getattr(sys.modules["__main__"], "__file__", None) or ""
+            if signum == signal.SIGINT and environment.HERE not in Path(main).resolve().parents:
+                raise KeyboardInterrupt
             self.stack.close()
             os._exit(128 + signum)
-        self.stopped_by = signum
 
     def leave_if_stopped(self) -> None:
         if self.stopped_by:
@@ -97,6 +103,7 @@ class Run:
         """Loads what the folder holds of this run into these objects; how far it is."""
         s, folder = self.settings, self.folder
         self.loader, self.model, self.optimizer = loader, model, optimizer
+        check_shapes(model, loader.normalize(loader.images[:2]))
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
         self.parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
         # `auto` looks at the length of the whole run, so that a resumed one takes the same mode.
@@ -213,7 +220,7 @@ class Run:
         for name, classes in (("predictions", predictions), ("labels", self.loader.test[1])):
             write_array(self.folder / f"test_{name}.npy", classes.cpu().numpy().astype(kind))
         epoch = self.progress.epochs
-        with noted("not all is in TensorBoard"):
+        with noted(INCOMPLETE):
             log_test(self.writer, self.config, epoch, model, self.loader, predictions)
 
     def complete(self, accuracies: dict) -> dict:
@@ -251,7 +258,6 @@ class Run:
             "overrides": s.overrides,
             "weights": hashlib.sha256((self.folder / "best.pt").read_bytes()).hexdigest(),
         }
-        tensorboard_log.close(self.writer)
         if environment.shared_gpu(self.device):  # others may have come since it began
             runs.write_env(self.folder, self.env | {"shared_gpu": True}, self.mode)
         write_json(self.folder / "result.json", result)  # last: it means that all is there

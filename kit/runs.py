@@ -19,9 +19,8 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from unicodedata import category
 
-from kit.command_line import UserError, in_one_line
+from kit.command_line import UserError, in_one_line, is_name
 from kit.files import (
     fits,
     maybe,
@@ -39,12 +38,6 @@ from filelock import FileLock, Timeout
 
 NUMBER, POSITIVE, PERCENT = (-1e15, 1e15), (1e-12, 1e15), (0, 100)
 COUNT, SIZE, WIDTH = range(10**15), range(1, 10**15), range(1, 2**16)
-
-
-def is_name(value) -> bool:
-    """Of a model, recipe or data set: letters of any script, digits and ._+- alone."""
-    known = type(value) is str and value
-    return known and all(c in "._+-" or category(c)[0] in "LMN" for c in value)
 
 
 def are_names(value) -> bool:

@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from kit.command_line import make_parser
+from kit.command_line import NAMES, is_name, make_parser
 from kit.fast import MODES, PRECISIONS, choose_precision, why_not
 from kit.preflight import choose_device
 
@@ -79,8 +79,8 @@ def train_parser(description: str, table: dict, recipes: dict, models, data):
     add("--seed", type=number(int, 0, 1e9), default=0, metavar="N",
         help=f"of split, initial weights, order of images, augmentation; {default}")  # fmt: skip
     add("--runs", type=folder, default=Path("runs"), metavar="DIR", help=f"of all runs; {default}")
-    add("--target-acc", type=number(float, 0, 100), metavar="X",
-        help="exit with code 1 if test accuracy is below X%%")  # fmt: skip
+    add("--target-acc", type=number(float, 1, 100), metavar="PERCENT",
+        help="exit with code 1 if test accuracy is below: 92 is 92%%")  # fmt: skip
     add("--overwrite", action="store_true", help="discard what the run's folder holds")
     add("--keep-last", action="store_true", help="keep last.pt when the run is complete")
     add("--dry-run", action="store_true",
@@ -117,6 +117,9 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
         settings.limit_train = settings.limit_test = settings.batch_size
     if settings.warmup >= settings.epochs:
         parser.error(f"--warmup {settings.warmup} must be less than --epochs {settings.epochs}")
+    for name in (settings.model, settings.recipe):
+        if not is_name(name):
+            parser.error(f"rename {name!r}: {NAMES}")
     try:
         models.find_module(settings.model, settings.position, settings.reduction)
         found = data.resolve(settings.dataset, settings.image_size)

@@ -19,6 +19,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+INCOMPLETE = "not all is in TensorBoard"
 SHOWN = 12  # misclassified images: the first ones in the order of samples of the test set
 GATED = 32  # test images whose gates are shown: enough for a histogram, and soon done
 LINE = 0.13  # inches that a label takes, written in FONT_SIZE
@@ -37,22 +38,17 @@ def open_writer(folder: Path, stack: ExitStack) -> SummaryWriter:
 
     threading.excepthook = excepthook
     writer = SummaryWriter(folder)
-    stack.callback(close, writer)
+    stack.callback(noted(INCOMPLETE)(writer.close))
     return writer
 
 
-def close(writer: SummaryWriter) -> None:
-    with noted("not all is in TensorBoard"):
-        writer.close()
-
-
+@noted(INCOMPLETE)
 def log_epoch(writer: SummaryWriter, row: dict) -> None:
     """One line of metrics.jsonl."""
-    with noted("not all is in TensorBoard"):
-        for part in ("train", "val"):
-            writer.add_scalar(f"loss/{part}", row[f"{part}_loss"], row["epoch"])
-            writer.add_scalar(f"accuracy/{part}", row[f"{part}_acc"], row["epoch"])
-        writer.add_scalar("lr", row["lr"], row["epoch"])
+    for part in ("train", "val"):
+        writer.add_scalar(f"loss/{part}", row[f"{part}_loss"], row["epoch"])
+        writer.add_scalar(f"accuracy/{part}", row[f"{part}_acc"], row["epoch"])
+    writer.add_scalar("lr", row["lr"], row["epoch"])
 
 
 def log_test(writer: SummaryWriter, config: dict, epoch: int, model, loader, predictions) -> None:

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import benchmark
 import explain
 import train
-from kit import environment, fast, files, preflight, run_folder
+from kit import environment, fast, files, preflight, runs
 from kit.command_line import UserError
 
 import pytest
@@ -277,8 +277,8 @@ def test_whether_others_use_the_same_gpu(tmp_path, monkeypatch, listed, shared):
     assert environment.shared_gpu(torch.device("cuda", 0)) is shared
     assert environment.shared_gpu(CPU) is None
     for before, now in ((True, shared), (shared, True)):  # at any time of a resumed run
-        run_folder.write_json(tmp_path / "env.json", {"shared_gpu": before})
-        run_folder.write_env(tmp_path, {"changes": [], "shared_gpu": now}, "eager")
+        files.write_json(tmp_path / "env.json", {"shared_gpu": before})
+        runs.write_env(tmp_path, {"changes": [], "shared_gpu": now}, "eager")
         assert json.loads((tmp_path / "env.json").read_text())["shared_gpu"] is True
 
 

@@ -167,6 +167,58 @@ def test_what_adds_has_no_gate_and_is_replaced_by_a_term():
     torch.testing.assert_close(means["attention"](x), x + (gc(x) - x).mean(0))
 
 
+def small(module, weight=0.1):
+    torch.manual_seed(0)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=weight)
+    return module
+
+
+class NonLocal(nn.Module):
+    """x + W softmax(q k) v over positions, without biases."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out = nn.Conv2d(8, 24, 1, bias=False), nn.Conv2d(8, 8, 1, bias=False)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).flatten(2).chunk(3, 1)
+        mixed = v @ (q.transpose(1, 2) @ k).softmax(2).transpose(1, 2)
+        return x + self.out(mixed.unflatten(2, x.shape[2:]))
+
+
+class GateAndTerm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.term = ATTENTION["se"](8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.gate(x) + self.term(x.mean((2, 3)))[:, :, None, None]
+
+
+NO_GATES = {
+    "conv": lambda: nn.Conv2d(8, 8, 3, padding=1, bias=False),
+    "dilated depthwise": lambda: nn.Conv2d(8, 8, 3, 1, 2, 2, groups=8, bias=False),
+    "channels shuffled": lambda: nn.ChannelShuffle(2),
+    "MHSA": lambda: ATTENTION["mhsa"](8),
+    "non-local": NonLocal,
+    "both": GateAndTerm,
+}
+
+
+@pytest.mark.parametrize("name", NO_GATES)
+def test_what_is_no_gate_is_never_credited_with_accuracy(name):
+    x = torch.randn(5, 8, 6, 6)
+    _, gates, means = gates_of(Gated(small(NO_GATES[name]()).eval()), x)
+    assert gates == {} and means == {}
+    assert gate_maps_of(Gated(small(NO_GATES[name]()).eval()), x) == {}
+
+
+def test_on_a_1x1_map_a_term_is_not_told_from_a_layer():
+    for module in (small(ATTENTION["gc"](8)), small(nn.Conv2d(8, 8, 1))):
+        assert gates_of(Gated(module.eval()), torch.randn(5, 8, 1, 1))[1:] == ({}, {})
+
+
 def test_mean_gates_of_a_control_change_nothing_and_of_a_module_do():
     for name, same in (("se_static", True), ("se", False)):
         model = opened(name)
@@ -206,7 +258,7 @@ def test_every_model_and_colour(name):
     maps = attribution.grad_cam(model, images, torch.tensor([1, 6]))
     assert maps["layer4"].isfinite().all() and maps["layer3"].shape[0] == 2
     _, gates, means = gates_of(model, images)
-    gated = name not in ("baseline", "sk", "bot")
+    gated = name not in ("baseline", "sk", "bot", "mhsa")
     assert bool(gates) == bool(means) == gated and not any(g.isinf().any() for g in gates.values())
     assert attribution.predict(replaced(model, means), images).isfinite().all()
 

@@ -5,8 +5,10 @@ import multiprocessing
 import os
 import shlex
 import signal
+import stat
 import subprocess
 import sys
+import time
 from contextlib import ExitStack
 from itertools import chain
 from pathlib import Path
@@ -14,7 +16,7 @@ from pathlib import Path
 import benchmark
 import explain
 import report
-from kit import files, run_folder
+from kit import files, runs
 from kit.files import read_small, write_atomically
 
 import pytest
@@ -51,18 +53,21 @@ def test_many_may_write_the_same_file(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
 def test_a_file_system_may_lack_fsync_and_locks(tmp_path, monkeypatch, capsys, number):
-    """Network and shared folders: of files, of folders, or a folder that cannot even be opened."""
+    """Network and shared folders: of folders, or a folder that cannot even be opened."""
 
     def missing(*_):
         raise OSError(number, "no such call")
 
-    monkeypatch.setattr(os, "fsync", missing)
+    fsync = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda f: missing() if stat.S_ISDIR(os.fstat(f).st_mode) else fsync(f)
+    )
     monkeypatch.setattr("fcntl.flock", missing)
     write_atomically(tmp_path / "a", "1")
     with files.locked(tmp_path):
         write_atomically(tmp_path / "a", "2")
     with ExitStack() as stack:
-        run_folder.lock(tmp_path / "run", stack)
+        runs.lock(tmp_path / "run", stack)
     assert capsys.readouterr().err.count("note: ") == 1 + (number != errno.ENOSYS)
     opened = os.open
 
@@ -126,6 +131,28 @@ def test_ctrl_c_while_a_script_imports_its_packages(name):
     assert "ZeroDivisionError" in done.stderr  # other errors are shown as ever
     done = script("-c", "import kit; raise KeyboardInterrupt")
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "")
+
+
+def test_a_full_pipe_does_not_hold_up_a_signal():
+    """Nobody reads what is printed, nor, afterwards, what is said of the end."""
+    code = """
+import contextlib, sys
+from kit.command_line import handle_signals
+stopped = []
+with contextlib.ExitStack() as stack:
+    handle_signals(lambda *signal: stopped.append(signal), stack)
+    print("begins", flush=True)
+    while not stopped:
+        print(99 * "x", file=sys.stdout)
+for stream in (sys.stdout, sys.stderr):
+    print(100_000 * "y", file=stream)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=REPO, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT)  # fmt: skip
+    process.stdout.read(7)
+    time.sleep(0.5)  # until it is full
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(30) == 0
 
 
 def test_a_closed_standard_output():

@@ -126,11 +126,12 @@ def test_every_parameter_gets_a_gradient(name):
     model = build_model(name, seed=0).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            nn.init.ones_(module.weight)  # CBAM's spatial one starts at 0 and stops what is behind
-            nn.init.normal_(module.bias)  # at 0 the next BatchNorm of GE cancels the weight
-        if name == "gc" and hasattr(module, "fc2"):
-            nn.init.normal_(module.fc2.weight)  # likewise
+            nn.init.ones_(module.weight)
+    for parameter in model.parameters():
+        if not parameter.any():  # what starts at 0 may stop the gradients behind it
+            nn.init.normal_(parameter)
     model(torch.randn(8, 1, 28, 28).double()).square().sum().backward()
+    assert not [key for key, parameter in model.named_parameters() if parameter.grad is None]
     largest = max(parameter.grad.abs().max() for parameter in model.parameters())
     for key, parameter in model.named_parameters():
         if key.endswith(WITHOUT_EFFECT.get(name, ())):

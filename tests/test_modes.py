@@ -10,7 +10,9 @@ import os
 import time
 from unittest.mock import MagicMock
 
+import benchmark
 import data
+import explain
 import train
 from kit import checkpoint, command_line, fast
 from kit.ema import EMA
@@ -358,9 +360,14 @@ def test_whatever_means_out_of_memory_is_called_that(words, capsys):
     def main(argv):
         raise RuntimeError(words)
 
-    assert command_line.is_out_of_memory(RuntimeError(words)) and main([]) == 1
-    error = "error: out of memory: try a smaller batch size or --width\n"
-    assert capsys.readouterr().err == error
+    assert command_line.is_out_of_memory(RuntimeError(words))
+    for parse, flags in ((train.parse, "--batch-size or --width"), (explain.parse, "--limit-test"),
+                         (benchmark.parse, "--batch-sizes or --width")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            parse(["--help"])
+        capsys.readouterr()
+        assert main([]) == 1
+        assert capsys.readouterr().err == f"error: out of memory: try a smaller {flags}\n"
     assert command_line.is_out_of_memory(MemoryError())
     assert not command_line.is_out_of_memory(RuntimeError("CUDNN_STATUS_NOT_SUPPORTED"))
 

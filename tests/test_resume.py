@@ -28,7 +28,7 @@ from models import build_model
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, assert_same, is_one_line, metrics_of, stop_at, train_small
+from conftest import REPO, assert_same, is_one_line, metrics_of, script, stop_at, train_small
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 CPU = torch.device("cpu")
@@ -95,7 +95,7 @@ def assert_same_end(folder, whole):
 # --- Stopped and killed ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, slow(signal.SIGHUP)])
+@pytest.mark.parametrize("signum", [slow(signal.SIGTERM), slow(signal.SIGHUP), signal.SIGUSR1])
 def test_stopped_between_two_steps_it_is_resumed_to_the_same_end(whole, signum, tmp_path):
     """The real script, as it is used: stopped in its second epoch, then the same command."""
     flags = [*FLAGS, "--runs", str(tmp_path / "runs")]
@@ -138,6 +138,18 @@ def test_stopped_before_the_first_step_it_leaves_nothing(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=60) == ("", "") and process.returncode == 143
     assert not list(tmp_path.glob("runs-*"))
+
+
+def test_a_notebook_lives_on(tmp_path):
+    """Its "stop" button, while the run that it has called sets itself up; later it is a Stopped."""
+    code = f"""
+import os, signal, train
+train.Run.speed_up = lambda *_: os.kill(os.getpid(), signal.SIGINT)
+flags = {["--model", "se", *FLAGS, "--runs", str(tmp_path)]}
+print("code", train.main(flags), os.listdir("{tmp_path}/{FOLDER}").count(".lock"))
+"""
+    done = script("-c", code)
+    assert done.stdout == "code 130 0\n" and done.stderr == ""
 
 
 @pytest.mark.parametrize("n", [5, slow(11), slow(23)])

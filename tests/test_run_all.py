@@ -17,7 +17,7 @@ from pathlib import Path
 import train
 from kit import runs as folders
 from kit import study
-from kit.command_line import exit_code
+from kit.command_line import STOPPING, exit_code
 from kit.runner import Job, Runner
 
 import pytest
@@ -58,14 +58,13 @@ sys.exit(int(end))
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Where the jobs run; afterwards the signals are handled as before."""
-    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.signal(signum, signal.SIG_DFL) for signum in signals]
+    before = [signal.signal(signum, signal.SIG_DFL) for signum in STOPPING]
     (tmp_path / "child.py").write_text(CHILD)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "all")
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     yield tmp_path
-    for signum, handler in zip(signals, before):
+    for signum, handler in zip(STOPPING, before):
         signal.signal(signum, handler)
 
 

@@ -259,6 +259,13 @@ def test_nan_stops_the_run_and_names_the_step(tmp_path, capsys):
     assert is_one_line(error) and "validation loss is" in error
 
 
+def test_a_target_is_in_percent(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--model", "se", "--target-acc", "0.9"])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and is_one_line(error) and "0.9 is not from 1 to 100" in error
+
+
 def test_target_accuracy(finished_run, tmp_path, capsys):
     shutil.copytree(finished_run, tmp_path / "fashion_mnist/published/cbam_blocks/seed0")
     accuracy = result_of(finished_run)["test_acc"]

@@ -1,13 +1,21 @@
-"""The README's example of a module of one's own, as a reader would copy it."""
+"""A module of one's own: the README's example, as a reader would copy it; what others may do."""
 
+import json
 import os
+import random
 import re
 import shutil
 import subprocess
 import sys
 
+import explain
+import models
+import train
+
+import numpy as np
 import pytest
-from conftest import REPO
+import torch.nn as nn
+from conftest import REPO, is_one_line, metrics_of, stop_at, train_small
 
 README = (REPO / "README.md").read_text()
 
@@ -52,3 +60,76 @@ def test_the_readme_s_module_trains_is_timed_reported_and_tested(tmp_path):
         "-m", "pytest", "-q", "-k", "spread", "tests/test_attention.py", "tests/test_models.py"
     )
     assert int(re.search(r"(\d+) passed", tested)[1]) >= 12
+
+
+class Drop(nn.Module):
+    """Skips a batch's residual branch now and then."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, x):
+        skipped = self.training and random.random() + np.random.random() < 0.7  # noqa: NPY002
+        return x * 0 if skipped else x
+
+
+def test_a_module_may_draw_from_python_s_and_numpy_s_generators(tmp_path, monkeypatch, capsys):
+    """Seeded, saved and restored; no mode that would draw once and for all."""
+    monkeypatch.setitem(models.MODELS, "drop", (Drop, "blocks"))
+    monkeypatch.setattr("torch.compile", lambda forward, **options: forward)
+    folder = "fashion_mnist/published/drop/seed0"
+    for name in ("whole", "parts"):
+        with pytest.MonkeyPatch.context() as patch:
+            if name == "parts":
+                stop_at(6, patch)
+                assert train_small("drop", tmp_path / name, "--epochs", "2") == 130
+                random.seed(7)
+        assert train_small("drop", tmp_path / name, "--epochs", "2") == 0
+    assert metrics_of(tmp_path / "whole" / folder) == metrics_of(tmp_path / "parts" / folder)
+    assert train_small("drop", tmp_path / "fast", "--epochs", "1", "--mode", "compile") == 0
+    assert "only once; training in mode eager" in capsys.readouterr().err
+    assert json.loads((tmp_path / "fast" / folder / "result.json").read_text())["mode"] == "eager"
+
+
+class ReturnsGate(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, x):
+        return x.mean((2, 3), keepdim=True).sigmoid()
+
+
+class ReturnsBoth(ReturnsGate):
+    def forward(self, x):
+        return x, super().forward(x)
+
+
+class Halves(ReturnsGate):
+    def forward(self, x):
+        return x[:, ::2]
+
+
+@pytest.mark.parametrize("module", [ReturnsGate, ReturnsBoth, Halves])
+def test_a_module_that_returns_another_shape_is_named_before_training(
+    module, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(models.MODELS, "mine", (module, "blocks"))
+    for flags in (["--dry-run"], []):
+        assert train_small("mine", tmp_path, "--epochs", "1", *flags) == 1
+        error = capsys.readouterr().err
+        assert is_one_line(error) and f"layer1.0.attention ({module.__name__}) makes " in error
+        assert not list(tmp_path.rglob("*.json"))
+
+
+@pytest.mark.parametrize("name", ["eca-3", "2d", ".hidden", "-se", "a b"])
+def test_a_name_is_taken_by_every_script_or_by_none(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(models.MODELS, name, models.MODELS["eca"])
+    if name in ("eca-3", "2d"):
+        assert train_small(name, tmp_path, "--epochs", "1") == 0
+        run = str(tmp_path / f"fashion_mnist/published/{name}/seed0")
+        assert explain.main(["--run", run, "--limit-test", "10", "--out", str(tmp_path)]) == 0
+        return
+    for flags in ([f"--model={name}"], ["--model=se", f"--dataset={tmp_path}/{name}"]):
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*flags, "--device", "cpu"])
+        assert stopped.value.code == 2 and "names have letters" in capsys.readouterr().err
