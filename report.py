@@ -72,8 +72,8 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
     pictures = {name: body for name, body in figures.items() if name in FIGURES} | explained
     report = words.fill(
         "report.md", found=found, sections=sections, figures=list(pictures), other=there,
-        explained=list(explained), machines=machines_of(costs),
-        runs=[run for f in found for run in f.study.all_runs], limits=limits_of(found),
+        explained=list(explained), runs=[run for f in found for run in f.study.all_runs],
+        limits=limits_of(found),
         missing=[problem.words for problem in problems] + missing_of(sections),
     )  # fmt: skip
     files = {
@@ -98,16 +98,6 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
 def first_of(out: Path, runs_dir: Path, name: str) -> Path:
     """Where a file lies that either folder may hold."""
     return out / name if (out / name).exists() else runs_dir / name
-
-
-def machines_of(costs: list[dict]) -> dict[str, list[dict]]:
-    """What inference was timed on, and with which images -> its rows."""
-    machines = {}
-    for row in costs:
-        images = f"{row['image']}, {row['classes']} classes"
-        name = f"{row['device']}; torch {row['torch']}; images {images}"
-        machines.setdefault(name, []).append(row)
-    return machines
 
 
 def missing_of(sections: list[Findings]) -> list[str]:

@@ -166,30 +166,6 @@ def stage_table(f: Findings) -> str:
     return table(rows)
 
 
-def mode_table(rows: list[dict]) -> str:
-    """Inference time of every model in every mode that was measured."""
-    models = in_table_order({row["model"] for row in rows})
-    variants = {}  # (width, batch size, precision, mode) -> model -> row
-    for row in rows:
-        variant = (row["width"], row["batch_size"], row["precision"], row["mode"])
-        variants.setdefault(variant, {})[row["model"]] = row
-
-    def cell(row: dict | None, base: dict | None) -> str:
-        if row is None:
-            return "-"
-        if row["batch_size"] == 1:
-            times = (row[f"ms_per_image{p}"] for p in ("", "_p90", "_p99"))
-            return " / ".join(fmt(time, "#.3g") for time in times)
-        ratio = f" ({row['ms_per_image'] / base['ms_per_image']:.2f}x)" if base else ""
-        return f"{row['ms_per_image']:#.3g}" + ("" if row is base else ratio)
-
-    found = [["width", "batch", "precision", "mode", *map(text, models)]]
-    for variant, by_model in variants.items():
-        base = by_model.get("baseline")
-        found.append([*map(str, variant), *(cell(by_model.get(m), base) for m in models)])
-    return table(found)
-
-
 def compared_table(here: Findings, there: Findings, against: dict[str, Comparison]) -> str:
     """Two sets of runs of the same models, paired by seed."""
     rows = [["model", "here %", "there %", "difference", "verdict", "pairs"]]
@@ -223,6 +199,6 @@ def for_terminal(f: Findings) -> str:
 
 TABLES = (
     main_table, published_table, test_table, seed_table, cost_table, class_table, gate_table,
-    stage_table, mode_table,
+    stage_table,
 )  # fmt: skip
 TEMPLATES.filters |= {function.__name__: function for function in TABLES}

@@ -7,8 +7,6 @@ damaged or does not fit the others is named in one line and left out.
 import json
 import os
 import re
-import shutil
-import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -329,13 +327,3 @@ def read_explained(run: FinishedRun, problems: list[Problem]) -> dict | None:
         problems.append(Problem(why))
         return None
     return found and found | {"model": run.result["model"], "seed": run.seed}
-
-
-def rows_that_stay(path: Path) -> list[dict]:
-    """Of a file that is about to be written again. What is damaged is named, and a copy kept."""
-    rows, problems = read_rows(path)
-    for problem in problems:
-        copy = path.with_name(f"{path.name}.damaged")
-        shutil.copyfile(path, copy)
-        print(f"note: {problem} (a copy is kept as {copy.name})", file=sys.stderr)
-    return rows
