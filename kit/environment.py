@@ -1,5 +1,6 @@
 """The machine a run uses: what it is called, and the record kept in env.json."""
 
+import ast
 import hashlib
 import os
 import platform
@@ -28,7 +29,7 @@ SOURCES = (
 )  # fmt: skip
 # Of the code that runs, whatever is edited while data are read or another process is waited for.
 AT_START = {
-    str(path.relative_to(HERE)): hashlib.sha256(path.read_bytes()).hexdigest()
+    str(path.relative_to(HERE)): path.read_bytes()
     for path in (*HERE.glob("*.py"), *HERE.glob("kit/*.py"))
     if path.is_file() and os.access(path, os.R_OK)  # an editor's lock is a dangling link
 }
@@ -106,8 +107,31 @@ def image() -> dict | None:
 
 
 def source_hashes(names=SOURCES) -> dict[str, str]:
-    """sha256 of these scripts, as they were when this process began."""
-    return {name: AT_START[name] for name in names}
+    """sha256 of these scripts as they were when this process began, and of what each of them
+    defines at its top: functions, classes, constants, entries of tables."""
+    found = {}
+    for name in names:
+        found[name] = hashlib.sha256(AT_START[name]).hexdigest()
+        for node in ast.parse(AT_START[name]).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                parts = {node.name: node}
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
+                entries = zip(node.value.keys, node.value.values, strict=True)
+                parts = {f"{ast.unparse(node.targets[0])}[{ast.unparse(key)}]": value
+                         for key, value in entries if key}  # fmt: skip
+            elif isinstance(node, (ast.Assign, ast.AugAssign)):
+                parts = {ast.unparse(getattr(node, "target", None) or node.targets[0]): node}
+            else:
+                continue
+            for part, value in parts.items():
+                digest = hashlib.sha256(ast.dump(value).encode()).hexdigest()
+                found[f"{name}: {part}"] = digest[:12]
+    return found
+
+
+def code_diff() -> str:
+    """What the scripts have that their commit has not, so that edited code can be recovered."""
+    return output_of("git", "-C", HERE, "diff", "HEAD", "--", "*.py") or "" if is_dirty() else ""
 
 
 def output_of(*command) -> str | None:

@@ -129,6 +129,8 @@ class Run:
             where = f"epoch {self.progress.epochs + 1}, after {self.progress.step:,} steps"
             print(f"resuming in {where}{in_brackets(changes)}")
         write_json(folder / "config.json", self.config)
+        if diff := environment.code_diff():
+            write_atomically(folder / "code.diff", diff + "\n")
         self.write_best_and_metrics()
         self.writer = open_writer(folder, self.stack)
         self.in_loop = True  # for a signal that closes the writer while it writes would hang

@@ -214,9 +214,11 @@ def refuse_another_run(folder: Path, there: dict, config: dict, ignore=frozenset
 
 
 def edited(then: dict, now: dict) -> list[str]:
-    """Of {definition: sha256} and another, those that differ. What only one has is no change: what
-    was there before does not use it."""
-    return sorted(name for name in then.keys() & now.keys() if then[name] != now[name])
+    """Of {script or definition: sha256} and another, those that differ. A definition that only one
+    has is no change: what was there before does not use it."""
+    both = then.keys() & now.keys()
+    known = {name.partition(": ")[0] for name in both if ": " in name}  # by their definitions
+    return sorted(name for name in both - known if then[name] != now[name])
 
 
 def changes_since(folder: Path, env: dict) -> list[str]:

@@ -119,9 +119,10 @@ def test_a_test_set_of_another_size_is_not_paired(runs):
 def test_other_code_whichever_file_is_said_in_the_verdict(runs, name):
     folder = folder_of(runs, "se", 1)
     hashes = json.loads((folder / "env.json").read_text())["sha256"]
-    change(folder, "env", sha256=hashes | {name: "0"})
+    definition = next(key for key in hashes if key.startswith(f"{name}: "))
+    change(folder, "env", sha256=hashes | {name: "0", definition: "0"})
     finding, row, block = found_in(runs)
-    reason = f"seed 1: other code ({name})"
+    reason = f"seed 1: other code ({definition})"
     (verdict,) = [line for line in finding.splitlines() if BETTER in line]
     (control,) = [line for line in finding.splitlines() if "against its control" in line]
     assert f"**Not all pairs are alike: {reason}.**" in verdict.replace("\\", "")

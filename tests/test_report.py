@@ -155,7 +155,7 @@ def test_the_newcomer_s_path(finished_run, tmp_path):
     more = {"second": [93.3, 93.4, 93.5]}
     make_runs(finished_run, runs, more)
     for path in runs.glob("*/*/second/*/env.json"):  # a class was added to models.py since
-        added = {"sha256": code | {"models.py: Second": "0"}}
+        added = {"sha256": code | {"models.py": "0", "models.py: Second": "0"}}
         path.write_text(json.dumps(json.loads(path.read_text()) | added))
     copy_run(finished_run, runs, "se", 0, dataset="a_data_set", **FULL)
     copy_run(finished_run, runs / "stray", "se", 8, overrides={"epochs": 99}, quick=False, width=64)

@@ -218,13 +218,15 @@ def test_done_is_a_whole_result_of_just_these_settings(plan, tmp_path):
     for seed in range(2, 5):
         folder = finish(tmp_path, "--model", "se", "--seed", seed)
     (folder.parent / "seed3/result.json").write_text("")  # damaged
-    (folder / "env.json").write_text(json.dumps({"sha256": source_hashes() | {"models.py": "0"}}))
+    (folder / "env.json").write_text(
+        json.dumps({"sha256": source_hashes() | {"models.py: SE": "0"}})
+    )
     finish(tmp_path, "--model", "baseline", "--seed", 0)
     (tmp_path / "fashion_mnist/published/baseline/seed0/metrics.jsonl").write_text("")
     found = remarks(RUNS=tmp_path)
     assert found.keys() == {("se", "1"), ("se", "2"), ("se", "3"), ("se", "4"), ("baseline", "0")}
     assert found["se", "2"] == "done" and "lr 0.5 instead of 0.001" in found["se", "1"]
-    assert found["se", "4"].startswith("done (models.py edited since;")
+    assert found["se", "4"].startswith("done (models.py: SE edited since;")
     assert "damaged (result.json: " in found["se", "3"]
     assert "metrics.jsonl has not the 1 epochs" in found["baseline", "0"]
     assert all(found[name].startswith("not done") for name in (("se", "1"), ("baseline", "0")))

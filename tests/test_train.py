@@ -191,11 +191,11 @@ def test_a_finished_run_is_left_alone(finished_run, tmp_path, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
     env = json.loads((folder / "env.json").read_text())
-    env["sha256"]["models.py"] = "another"
+    env["sha256"]["models.py: SE"] = "another"
     (folder / "env.json").write_text(json.dumps(env))
     before["env.json"] = (folder / "env.json").stat().st_mtime_ns
     assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 0
-    assert "(models.py edited since; --overwrite" in capsys.readouterr().out
+    assert "(models.py: SE edited since; --overwrite" in capsys.readouterr().out
 
     assert train_small("cbam_blocks", tmp_path, "--epochs", "2", "--lr", "0.01") == 1
     error = capsys.readouterr().err
