@@ -78,8 +78,16 @@ def load_dataset(
     dataset = load(Path(data_dir), **asked)
     if n := dataset.n_copies:
         copies = f"{n:,} of {len(dataset.test_images):,} test images are also training images"
-        print(f"note: {copies} (identical pixels): test accuracy is inflated", file=sys.stderr)
+        note(f"{copies} (identical pixels): test accuracy is inflated")
+    if n := dataset.n_two_labels:
+        note(
+            f"{n:,} images have two labels (identical pixels in another class): accuracy is lowered"
+        )
     return dataset
+
+
+def note(what: str) -> None:
+    print(f"note: {what}", file=sys.stderr)
 
 
 # --- Split, order, normalisation: the same for every model of one seed ----------------------------
@@ -136,7 +144,7 @@ class Loader:
     def __init__(self, dataset: ImageData, settings, device: torch.device):
         self.seed, self.batch_size = settings.seed, settings.batch_size
         self.dataset, self.classes = dataset, dataset.classes
-        self.train_idx, val_idx = split_indices(len(dataset.train_images), settings.seed)
+        self.train_idx, val_idx = split = split_indices(len(dataset.train_images), settings.seed)
         if settings.limit_train:
             self.train_idx = self.train_idx[: settings.limit_train]
             val_idx = val_idx[: max(settings.batch_size, settings.limit_train // 9)]
@@ -148,6 +156,14 @@ class Loader:
                 "of one image or none, and BatchNorm needs two: use another --batch-size, or more "
                 "images"
             )
+        hashes, labels = dataset.hashes[0], dataset.train_labels
+        if n := np.isin(hashes[split[1]], hashes[split[0]]).sum():
+            copies = f"{n:,} of {len(split[1]):,} validation images are also training images"
+            note(f"{copies} (identical pixels): validation accuracy is inflated")
+        for part, idx in (("training", split[0]), ("validation", split[1])):
+            counts = labels[idx].bincount(minlength=len(self.classes))
+            if absent := [name for name, n in zip(self.classes, counts, strict=True) if not n]:
+                note(f"no {part} image of {', '.join(absent[:5])} ({len(absent)} classes)")
         self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)
         self.channels = self.images.shape[1]
         self.validation = self.images[val_idx], self.labels[val_idx]

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import zlib
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,10 +60,24 @@ class ImageData:
     std: tuple[float, ...] = ()
 
     def __post_init__(self):
+        """Names what a data set of one's own may have wrong."""
         for part in ("train", "test"):
-            images, labels = (len(getattr(self, f"{part}_{what}")) for what in ("images", "labels"))
-            if images != labels:
-                raise UserError(f"{self.source}: {images:,} {part} images, but {labels:,} labels")
+            images, labels = (getattr(self, f"{part}_{what}") for what in ("images", "labels"))
+            found = [(getattr(value, "dtype", type(value)), *getattr(value, "shape", ()))
+                     for value in (images, labels)]  # fmt: skip
+            (kind, *shape), n_classes = found[0], len(self.classes)
+            if kind != torch.uint8 or len(shape) != 4 or shape[1] > 4 >= shape[3]:
+                wrong = f"images must be a uint8 tensor (N, C, H, W), not {found[0]}"
+            elif shape[1:] != list(self.train_images.shape[1:]):
+                wrong = f"images must be as large as training images, not {found[0]}"
+            elif found[1] != (torch.int64, shape[0]):
+                wrong = f"labels must be an int64 tensor ({shape[0]},), not {found[1]}"
+            elif not shape[0] or labels.min() < 0 or labels.max() >= n_classes:
+                odd = sorted(set(labels.tolist()) - set(range(n_classes)))[:5]
+                wrong = f"labels must be from 0 to {n_classes - 1}, not {odd}"
+            else:
+                continue
+            raise UserError(f"{self.source}: {part} {wrong}")
         if not self.mean:
             self.mean, self.std = mean_and_std_of(self.train_images)
 
@@ -76,10 +91,23 @@ class ImageData:
         return digest.hexdigest()[:16]
 
     @cached_property
+    def hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) of the training images and of the test images: that of a copy is the same."""
+        parts = self.train_images.numpy(), self.test_images.numpy()
+        return tuple(np.array([hash(image.tobytes()) for image in part]) for part in parts)
+
+    @property
     def n_copies(self) -> int:
         """Test images that are, pixel by pixel, among the training images, too."""
-        train = {hash(image.tobytes()) for image in self.train_images.numpy()}
-        return sum(hash(image.tobytes()) in train for image in self.test_images.numpy())
+        return int(np.isin(self.hashes[1], self.hashes[0]).sum())
+
+    @property
+    def n_two_labels(self) -> int:
+        """Images that have copies in another class."""
+        labels = [*self.train_labels.tolist(), *self.test_labels.tolist()]
+        images = np.concatenate(self.hashes).tolist()
+        n_labels = Counter(image for image, _ in set(zip(images, labels, strict=True)))
+        return sum(n_labels[image] > 1 for image in images)
 
     def mean_and_std(self, normalize: str | None, device) -> tuple[torch.Tensor, torch.Tensor]:
         """By which images are normalised. "data": those of the data, (C, 1, 1) each; else 0.5 and

@@ -83,26 +83,52 @@ def test_the_digest_is_that_of_all_images_and_labels_alone(tmp_path):
         parts = [part.clone() for part in made * 2]
         if change is not None:
             parts[change].flatten()[-1] += 1
-        return datasets.ImageData(*parts, ["a", "b"], str(change)).digest
+        return datasets.ImageData(*parts, list("abc"), str(change)).digest
 
     assert images() == images()
     assert len({images(change) for change in (None, 0, 1, 2, 3)}) == 5
 
 
-def test_images_and_labels_are_as_many():
-    images, labels = torch.zeros(6, 1, 4, 4, dtype=torch.uint8), torch.arange(6) % 2
-    for counts in ((6, 5, 6, 6), (6, 6, 5, 6), (6, 7, 6, 6)):
-        parts = [part[:n] for part, n in zip((images, labels, images, labels), counts)]
-        parts[1] = torch.arange(counts[1]) % 2
-        with pytest.raises(UserError, match=r"here: \d (train|test) images, but \d labels"):
-            datasets.ImageData(*parts, ["a", "b"], "here")
+@pytest.mark.parametrize(
+    ("slip", "words"),
+    [
+        (
+            lambda x, y: (x.permute(0, 2, 3, 1), y),
+            r"\(N, C, H, W\), not \(torch.uint8, 8, 16, 16, 3\)",
+        ),
+        (lambda x, y: (x[:, 0], y), r"\(N, C, H, W\), not \(torch.uint8, 8, 16, 16\)"),
+        (lambda x, y: (x / 255, y), r"uint8 tensor .* not \(torch.float32, 8"),
+        (lambda x, y: (x.numpy(), y), r"uint8 tensor .* not \(dtype\('uint8'\), 8"),
+        (lambda x, y: (list(x), y), r"uint8 tensor .* not \(<class 'list'>,\)"),
+        (lambda x, y: (x, y[:, None]), r"int64 tensor \(8,\), not \(torch.int64, 8, 1\)"),
+        (lambda x, y: (x, y[:7]), r"int64 tensor \(8,\), not \(torch.int64, 7\)"),
+        (lambda x, y: (x, torch.eye(4)[y]), r"int64 tensor \(8,\), not \(torch.float32, 8, 4\)"),
+        (lambda x, y: (x, y + 1), r"labels must be from 0 to 3, not \[4\]"),
+        (lambda x, y: (x, y - 1), r"labels must be from 0 to 3, not \[-1\]"),
+        (lambda x, y: (x[:0], y[:0]), "labels must be from 0 to 3, not"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_slips_in_a_data_set_of_one_s_own_are_one_line(slip, words, part):
+    whole = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 4
+    parts = [*slip(*whole), *whole] if part == "train" else [*whole, *slip(*whole)]
+    with pytest.raises(UserError, match=f"^here: {part} .*{words}") as raised:
+        datasets.ImageData(*parts, list("abcd"), "here")
+    assert is_one_line(str(raised.value))
+
+
+def test_training_and_test_images_are_of_one_size():
+    images, labels = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 4
+    with pytest.raises(UserError, match="here: test images must be as large as training images"):
+        datasets.ImageData(images, labels, images[:, :1], labels, list("abcd"), "here")
 
 
 def test_test_images_among_the_training_images_are_counted(monkeypatch, capsys):
     generator = torch.Generator().manual_seed(0)
     train = torch.randint(0, 256, (50, 1, 4, 4), dtype=torch.uint8, generator=generator)
     test = torch.cat([train[[3, 3, 7]], 255 - train[:4]])
-    dataset = datasets.ImageData(train, torch.arange(50), test, torch.arange(7), [], "here")
+    labels = torch.zeros(50, dtype=torch.int64)
+    dataset = datasets.ImageData(train, labels, test, labels[:7], ["a"], "here")
     monkeypatch.setitem(data.DATASETS, "mnist", lambda _: dataset)
     assert data.load_dataset("mnist").n_copies == 3
     error = capsys.readouterr().err
