@@ -4,6 +4,7 @@
     python data.py --data-dir /datasets           # ... or find it there
     python data.py --dataset cifar10
     python data.py --dataset path/to/folder       # any folder of images: see kit/image_folder.py
+    python data.py --dataset path/to/NAME.npz     # MedMNIST, and files in its form
 
 Loads in a second at most; the first time it downloads 30 MB. There is no DataLoader: a data set
 this size stays on the device as uint8, and a batch is an index into it.
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from kit.augment import Augmentation
 from kit.command_line import UserError, exit_code, make_parser
-from kit.datasets import ImageData, load_cifar, load_idx
+from kit.datasets import ImageData, load_cifar, load_idx, load_npz
 from kit.image_folder import load_folder, load_tiny_imagenet
 
 import numpy as np
@@ -37,18 +38,18 @@ DATASETS = {
 
 
 def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
-    """(a name of DATASETS or the absolute path of a folder, the name its results go by).
+    """(a name of DATASETS or an absolute path, the name its results go by).
 
     Raises ValueError with one line that says what is wrong.
     """
+    if image_size is not None and (dataset in DATASETS or dataset.endswith(".npz")):
+        raise ValueError(f"--image-size is for folders of images, not for {dataset}")
     if dataset in DATASETS:
-        if image_size is not None:
-            raise ValueError(f"--image-size is for folders of images, not for {dataset}")
         return dataset, dataset
     folder = Path(os.path.abspath(dataset))  # a link's own name, whatever its target is called
-    if not (dataset and ("/" in dataset or folder.is_dir())):
+    if not (dataset and ("/" in dataset or folder.is_dir() or folder.suffix == ".npz")):
         known = ", ".join(DATASETS)
-        raise ValueError(f"unknown data set {dataset!r}: choose from {known}, or a folder")
+        raise ValueError(f"unknown data set {dataset!r}: choose from {known}, a folder or an .npz")
     name = folder.name or "/"
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in str(folder)):
         raise ValueError("--dataset: a path with characters that cannot be printed: rename it")
@@ -74,15 +75,14 @@ def load_dataset(
     except ValueError as error:
         raise UserError(str(error)) from None
     load = DATASETS.get(name) or partial(load_folder, Path(name), image_size=image_size)
+    load = partial(load_npz, Path(name)) if name.endswith(".npz") else load
     asked = {"fetch": fetch} if "fetch" in signature(load).parameters else {}
     dataset = load(Path(data_dir), **asked)
     if n := dataset.n_copies:
         copies = f"{n:,} of {len(dataset.test_images):,} test images are also training images"
         note(f"{copies} (identical pixels): test accuracy is inflated")
     if n := dataset.n_two_labels:
-        note(
-            f"{n:,} images have two labels (identical pixels in another class): accuracy is lowered"
-        )
+        note(f"{n:,} images have two labels (identical pixels, another class): accuracy is lowered")
     return dataset
 
 
@@ -211,7 +211,11 @@ def main(argv: list[str] | None = None) -> None:
     """The script, with `argv` in place of the command line."""
     parser = make_parser(__doc__)
     add, default = parser.add_argument, "default: %(default)s"
-    add("--dataset", default="fashion_mnist", help=f"{', '.join(DATASETS)}, or a folder; {default}")
+    add(
+        "--dataset",
+        default="fashion_mnist",
+        help=f"{', '.join(DATASETS)}, a folder or .npz; {default}",
+    )
     add("--data-dir", type=Path, default=Path("data"), help=default)
     add("--image-size", type=int, help="pixels; for folders of images")
     args = parser.parse_args(argv)

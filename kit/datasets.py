@@ -153,6 +153,36 @@ def load_cifar(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
     return ImageData(*parts, list(train.classes), source)
 
 
+def load_npz(path: Path, _: Path) -> ImageData:
+    """A file in MedMNIST's form (Yang et al. 2023): arrays train_images (N, H, W) or (N, H, W, 3),
+    train_labels (N,) or (N, 1), and the same of val and test. Raises UserError in one line."""
+    try:
+        with np.load(path) as file:
+            parts = [[file[f"{part}_{what}"] for what in ("images", "labels")]
+                     for part in ("train", "val", "test")]  # fmt: skip
+        (train, _), (val, _), _ = parts
+        train_and_val = [np.concatenate(arrays) for arrays in zip(*parts[:2], strict=True)]
+    except Exception as error:  # a damaged file raises what it likes
+        raise UserError(
+            f"{path} is no file in MedMNIST's form, with train_images, train_labels, val_* and "
+            f"test_*: {in_one_line(error)}"
+        ) from None
+    tensors, values = [], np.unique(np.concatenate([labels.ravel() for _, labels in parts]))
+    for images, labels in (train_and_val, parts[2]):
+        if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) or images.ndim < 3:
+            what = f"images (N, H, W) or (N, H, W, 3) of uint8, not {images.dtype} {images.shape}"
+            raise UserError(f"{path}: needs {what}: volumes are not read")
+        if labels.dtype.kind not in "iu" or labels.size != len(images):
+            what = f"not {labels.dtype} {labels.shape}: several labels per image are not read"
+            raise UserError(f"{path}: needs one whole number as the label of each image, {what}")
+        colour = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
+        tensors.append(torch.from_numpy(np.ascontiguousarray(colour)))
+        tensors.append(torch.from_numpy(np.searchsorted(values, labels.ravel())))
+    how = f"its {len(val):,} val images join the {len(train):,} training images"
+    print(f"note: {path}: {how}, from which the seed's split is drawn", file=sys.stderr)
+    return ImageData(*tensors, [str(value) for value in values], f"read from {path}")
+
+
 # --- Fashion-MNIST, MNIST, KMNIST: four idx files each --------------------------------------------
 
 

@@ -6,6 +6,7 @@ import shutil
 import threading
 
 import data
+import train
 from kit import datasets
 from kit.command_line import UserError
 
@@ -121,6 +122,74 @@ def test_training_and_test_images_are_of_one_size():
     images, labels = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 4
     with pytest.raises(UserError, match="here: test images must be as large as training images"):
         datasets.ImageData(images, labels, images[:, :1], labels, list("abcd"), "here")
+
+
+# --- MedMNIST's form ------------------------------------------------------------------------------
+
+
+def npz(
+    path, shape=(28, 28), labels=lambda n: np.arange(n, dtype=np.uint8)[:, None] % 3, **changes
+):
+    generator, arrays = np.random.default_rng(0), {}
+    for part, n in (("train", 60), ("val", 9), ("test", 12)):
+        arrays[f"{part}_images"] = generator.integers(0, 256, (n, *shape), np.uint8)
+        arrays[f"{part}_labels"] = labels(n)
+    np.savez(
+        path, **{name: array for name, array in (arrays | changes).items() if array is not None}
+    )
+    return arrays
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (28, 28, 3), (32, 40, 3), (64, 64, 1)])
+def test_a_file_in_medmnist_s_form(tmp_path, capsys, shape):
+    arrays = npz(tmp_path / "derma.npz", shape)
+    read = data.load_dataset(str(tmp_path / "derma.npz"))
+    assert "its 9 val images join the 60 training images" in capsys.readouterr().err
+    images = np.concatenate([arrays["train_images"], arrays["val_images"]])
+    expected = images.reshape(69, *shape[:2], -1).transpose(0, 3, 1, 2)
+    assert np.array_equal(read.train_images, expected) and read.test_images.is_contiguous()
+    assert read.train_labels.tolist() == [i % 3 for i in [*range(60), *range(9)]]
+    assert read.test_labels.dtype == torch.int64 and read.classes == ["0", "1", "2"]
+    flags = ["--dataset", str(tmp_path / "derma.npz"), "--runs", str(tmp_path / "runs")]
+    flags += ["--model", "baseline", "--width", "8", "--epochs", "1", "--device", "cpu"]
+    assert shape != (28, 28) or train.main([*flags, "--batch-size", "16"]) == 0
+    assert shape != (28, 28) or (tmp_path / "runs/derma.npz/published/baseline/seed0").is_dir()
+
+
+def test_labels_of_medmnist_s_form_are_the_classes(tmp_path):
+    for labels in (lambda n: np.arange(n) % 2 * 4 + 1, lambda n: np.arange(n)[:, None] % 2 * 4 + 1):
+        npz(tmp_path / "a.npz", labels=labels)
+        read = data.load_dataset(str(tmp_path / "a.npz"))
+        assert read.classes == ["1", "5"] and read.test_labels.tolist() == [0, 1] * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shape": (28, 28, 28)}, "volumes are not read"),
+        ({"shape": (28, 28, 28, 3)}, "volumes are not read"),
+        ({"shape": (28, 28, 4)}, "volumes are not read"),
+        ({"train_images": np.zeros((60, 28, 28)), "val_images": np.zeros((9, 28, 28))}, "float64"),
+        ({"labels": lambda n: np.eye(14, dtype=np.uint8)[np.arange(n) % 14]}, "several labels"),
+        ({"labels": lambda n: np.arange(n) / 2}, "one whole number"),
+        ({"test_labels": np.zeros(11, np.uint8)}, "one whole number"),
+        ({"test_images": None}, "no file in MedMNIST's form"),
+        ({"val_labels": np.array([{}] * 9)}, "no file in MedMNIST's form"),
+        ({"val_images": np.zeros((9, 32, 32), np.uint8)}, "no file in MedMNIST's form"),
+        ({"test_images": np.zeros((12, 32, 32), np.uint8)}, "as large as training images"),
+    ],
+)
+def test_what_is_not_in_medmnist_s_form_is_one_line(tmp_path, capsys, changes, words):
+    npz(tmp_path / "a.npz", **changes)
+    assert data.main(["--dataset", str(tmp_path / "a.npz")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and words in error and "a.npz" in error
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-30])
+    assert data.main(["--dataset", str(tmp_path / "a.npz")]) == 1
+    assert is_one_line(capsys.readouterr().err)
+
+
+# --- Copies, and where the files are --------------------------------------------------------------
 
 
 def test_test_images_among_the_training_images_are_counted(monkeypatch, capsys):

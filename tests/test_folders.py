@@ -417,7 +417,7 @@ def test_images_with_two_labels_and_rare_classes_are_named(tmp_path, capsys):
     shutil.copy(folder / "cat/cat001.png", folder.parent / "test/owl/z.png")
     assert train.main([*FLAGS, "--dataset", str(tmp_path / "set"), "--dry-run"]) == 0
     error = capsys.readouterr().err
-    assert "note: 5 images have two labels (identical pixels in another class)" in error
+    assert "note: 5 images have two labels (identical pixels, another class)" in error
     assert " image of owl (1 classes)" in error
 
 
