@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import zlib
-from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -106,8 +105,9 @@ class ImageData:
         """Images that have copies in another class."""
         labels = [*self.train_labels.tolist(), *self.test_labels.tolist()]
         images = np.concatenate(self.hashes).tolist()
-        n_labels = Counter(image for image, _ in set(zip(images, labels, strict=True)))
-        return sum(n_labels[image] > 1 for image in images)
+        last = dict(zip(images, labels, strict=True))
+        two = {image for image, label in zip(images, labels, strict=True) if last[image] != label}
+        return sum(image in two for image in images)
 
     def mean_and_std(self, normalize: str | None, device) -> tuple[torch.Tensor, torch.Tensor]:
         """By which images are normalised. "data": those of the data, (C, 1, 1) each; else 0.5 and
@@ -221,17 +221,16 @@ def find_idx(name: str, folders: list[Path]) -> tuple[dict, dict[Path, str]]:
             try:
                 body = path.read_bytes()
                 content = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
-                hashes = [hashlib.sha256(each).hexdigest()[:16] for each in (content, body)]
-                if expected in hashes:
+                known = body if expected == PACKED else content
+                sha256 = hashlib.sha256(known).hexdigest()[:16]
+                if sha256 == expected:
                     found[file] = path, parse_idx(content)
-                elif expected == PACKED and not path.suffix and hashes[0] not in str(SHA256):
+                elif expected == PACKED and body is content and sha256 not in str(SHA256):
                     found[file] = path, parse_idx(content)
                     print(f"note: {path} cannot be verified, only {file}.gz can", file=sys.stderr)
                 else:
-                    others[path] = (
-                        f"{path} is not the published {file} of {name}: its {len(body):,} bytes "
-                        f"have sha256 {hashes[-1]}..., expected {expected}..."
-                    )
+                    why = f"{path} is not the published {file} of {name}"
+                    others[path] = f"{why}: its sha256 is {sha256}..., expected {expected}..."
             except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
                 others[path] = f"{path} is truncated or damaged ({in_one_line(error)})"
     return found, others

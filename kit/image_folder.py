@@ -110,7 +110,7 @@ def entries(folder: Path, left_out: LeftOut | None = None) -> tuple[list[Path], 
         elif path.is_symlink() and any(os.path.samefile(path, above) for above in path.parents):
             left_out["circular link"].append(path)
         else:
-            folders.append(path)
+            (left_out["data folder"] if os.path.isdir(path / KEPT) else folders).append(path)
     return folders, files
 
 
@@ -203,9 +203,8 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
         images += [(image, name) for image in found]
         if not found:
             unread = left_out[UNREAD][n_unread:]
-            kinds = [mimetypes.guess_type(file.name)[0] or "" for file in unread]
-            is_data_dir = (path / KEPT).is_dir()
-            if not (unread or is_data_dir) or any(kind.startswith("image/") for kind in kinds):
+            kinds = [str(mimetypes.guess_type(file.name)[0]) for file in unread]
+            if not unread or any(kind.startswith("image/") for kind in kinds):
                 raise UserError(
                     f"{printable(path)} has no images that Pillow reads: add some, or delete it"
                 )
@@ -232,11 +231,11 @@ def images_below(folder: Path, left_out: LeftOut) -> list[Path]:
 def divided(images: Labelled) -> tuple[Labelled, Labelled]:
     """(train, test), stratified. Whatever the seed of a run, for all are judged on one test set."""
     generator = np.random.default_rng(0)
-    by_class = {name: [] for name in sorted({name for _, name in images})}
+    by_class = defaultdict(list)
     for image in images:
         by_class[image[1]].append(image)
     test = set()
-    for name, of_class in by_class.items():
+    for name, of_class in sorted(by_class.items()):
         if len(of_class) < 2:
             raise UserError(f"class {name} has a single image: it takes one to train, one to test")
         n_test = max(1, round(TEST_SHARE * len(of_class)))
