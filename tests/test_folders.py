@@ -184,12 +184,13 @@ def test_a_data_set_may_have_any_letters(tmp_path, capsys, name):
     assert capsys.readouterr().out.startswith("already complete")
 
 
-@pytest.mark.parametrize(("name", "wrong"), [("two words", "' '"), ("a$b", "'$'"), ("a'b", '"\'"')])
-def test_a_data_set_s_name_is_refused_for_what_is_wrong_with_it(tmp_path, capsys, name, wrong):
+@pytest.mark.parametrize("name", ["two words", "a$b", "a'b", "-a", ".a"])
+def test_a_data_set_s_name_is_refused_with_what_names_may_have(tmp_path, capsys, name):
     make(tmp_path / name, {"cat": 4, "dog": 4})
     with pytest.raises(SystemExit, match="2"):
         data.main(["--dataset", str(tmp_path / name)])
-    assert f"{wrong} cannot stand in" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert is_one_line(error) and f"{name}: rename it: names have letters, digits and" in error
 
 
 def test_a_path_that_leads_nowhere_is_one_line(tmp_path, capsys):

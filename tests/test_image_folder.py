@@ -217,8 +217,8 @@ def test_runs_of_other_images_or_sizes_are_not_compared(tmp_path, capsys):
         assert train.main(flags) == 0
     assert report.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| `se` (smoke test) | 1 |" in text
-    assert "eca (smoke test)" not in text and "gc (smoke test)" not in text
+    assert "| `se` (smoke test, width 16) | 1 |" in text
+    assert "`eca`" not in text and "`gc`" not in text
     assert text.count(" left out, it has other settings: ") == 2
     assert "--image 3x9x9 --classes 2" in text  # what would fill the gap
 
