@@ -110,7 +110,7 @@ class Run:
         steps = s.epochs * loader.steps
         full_batches = loader.n_train >= s.batch_size  # the other modes are for these
         self.mode = choose_mode(s.mode, s.device, steps) if full_batches else "eager"
-        self.config |= {"mode": self.mode, "optimizer": type(optimizer).__name__}
+        self.config |= {"mode": self.mode, "optimizer_class": type(optimizer).__name__}
         self.env = env = describe_environment(s.device)
         if s.overwrite:
             runs.clear(folder)  # only now that data and model are there

@@ -82,7 +82,7 @@ def test_what_comes_from_outside_stays_text(study, monkeypatch):
     plain, plain_text = change("plain")
     for name in HOSTILE:
         hostile, text = change(name)
-        assert hostile.tags == plain.tags and "golden_retriever" in text
+        assert hostile.tags == plain.tags
         assert len(text.splitlines()) == len(plain_text.splitlines())
         shown = re.sub("[\u202e\x02\x03\\s]+", " ", name).strip()
         assert shown in " ".join(hostile.text.split())
@@ -191,6 +191,7 @@ def test_a_table_for_a_paper(study):
 
 
 def test_what_latex_would_act_upon_is_escaped():
+    assert words.text("golden_retriever") == "golden_retriever" != words.text("_a_")
     assert words.tex("a_b & 5% of $1 #2 {x} ~y ^z \\w") == (
         r"a\_b \& 5\% of \$1 \#2 \{x\} \~{}y \^{}z \textbackslash{}w"
     )
