@@ -14,7 +14,6 @@ from itertools import chain
 from pathlib import Path
 
 import benchmark
-import explain
 import report
 from kit import files, runs
 from kit.files import read_small, write_atomically
@@ -104,17 +103,15 @@ def test_small_files_only(tmp_path):
 def test_the_next_run_removes_what_a_killed_one_has_left(finished_run, tmp_path):
     left = {
         "benchmark": [".benchmark.json.tmp", ".benchmark.md.tmp"],
-        "explain": [".explain.json.tmp", ".explain_se_seed3.png.tmp"],
         "report": [".report.html.tmp", ".results.csv.tmp", ".test_accuracy.png.tmp"],
         "nobody": [".mine.tmp", "report.tmp"],
     }
     for name in chain(*left.values()):
         (tmp_path / name).touch()
-    out, few = ["--out", str(tmp_path)], ["--limit-test", "20"]
+    out = ["--out", str(tmp_path)]
     small = ["--models", "se", "--width", "4", "--batch-sizes", "1", "--repeats", "1"]
     for who, code in (
         ("benchmark", lambda: benchmark.main([*small, *out, "--modes", "eager"])),
-        ("explain", lambda: explain.main(["--run", str(finished_run), *few, *out])),
         ("report", lambda: report.main(["--runs", str(finished_run), *out])),
     ):
         assert code() == 0

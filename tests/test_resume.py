@@ -353,7 +353,7 @@ def damages(folder):
         "weights": saved(state["model"]),
         "model": saved(state | {"model": cbam.state_dict()}),
         "seed": saved(state | {"config": state["config"] | {"seed": 9}}),
-        "optimizer": saved(state | {"config": state["config"] | {"optimizer": "SGD"}}),
+        "optimizer": saved(state | {"config": state["config"] | {"optimizer_class": "SGD"}}),
         "parameters": saved(state | {"optimizer": train.adam(cbam, 1e-3).state_dict()}),
         "history": saved(state | {"progress": state["progress"] | {"history": [{"epoch": 7}]}}),
     }

@@ -42,7 +42,7 @@ def test_curves_hparams_and_pictures_in_one_run(finished_run):
         key: getattr(value, value.WhichOneof("kind"))
         for key, value in started.session_start_info.hparams.items()
     }
-    assert hparams.keys() > train.SETTINGS.keys() | {"model", "seed", "width", "optimizer"}
+    assert hparams.keys() > train.SETTINGS.keys() | {"model", "seed", "width", "optimizer_class"}
     config = json.loads((finished_run / "config.json").read_text())
     assert {key: hparams[key] for key in train.SETTINGS} == {
         key: config[key] for key in train.SETTINGS
