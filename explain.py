@@ -56,7 +56,9 @@ def load_dataset(runs: list[FinishedRun], args) -> tuple[data.ImageData, torch.T
     name, folder = args.dataset or config["dataset"], args.data_dir or Path(config["data_dir"])
     try:
         # A config.json may name any folder: nothing is written there.
-        dataset = data.load_dataset(name, folder, config["image_size"], fetch=bool(args.data_dir))
+        dataset = data.load_dataset(
+            name, folder, config.get("image_size"), fetch=bool(args.data_dir)
+        )
     except UserError as error:
         raise UserError(f"{error}; --dataset and --data-dir say where the images are now") from None
     for run in runs:
@@ -71,7 +73,7 @@ def load_model(run: FinishedRun, dataset: data.ImageData) -> nn.Module:
     config, path = run.config, run.folder / "best.pt"
     shape = len(dataset.classes), dataset.test_images.shape[1], config["width"]
     try:
-        place = config["position"], config["reduction"]
+        place = config.get("position"), config.get("reduction")
         model = build_model(config["base_model"], *shape, None, *place)
         model.load_state_dict(load_weights(path))
     except UserError:
@@ -106,7 +108,7 @@ def explain(run: FinishedRun, dataset: data.ImageData, idx, images: list[int] | 
     Raises UserError.
     """
     model = load_model(run, dataset).to(device)
-    mean_and_std = dataset.mean_and_std(run.config["normalize"], device)
+    mean_and_std = dataset.mean_and_std(run.config.get("normalize"), device)
 
     def normalized(idx):
         return data.normalize(dataset.test_images[idx].to(device), *mean_and_std)

@@ -83,8 +83,10 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
         out / "summary.json": summary_json(found, costs, there),
         out / "report.md": report,
         out / "report.html": as_page(report, pictures),
-        **{path: with_blocks(path, out, found[0]) for path in map(Path.resolve, args.readme)},
     }
+    readmes = [path.resolve() for path in args.readme]
+    for path in readmes:
+        with_blocks(path, out, found[0])  # or an error before anything is written
     check_writable(out)
     with locked(out, "report.*", "results.*", "summary.json", *FIGURES):
         for name in FIGURES:  # those of an earlier report
@@ -92,6 +94,9 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
                 path.unlink(missing_ok=True)
         for path, body in files.items():  # names of folders, and so texts, may hold anything
             write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
+    for path in readmes:
+        with locked(path.parent):  # somebody may have edited it meanwhile
+            write_atomically(path, with_blocks(path, out, found[0]))
     return sections
 
 
@@ -196,6 +201,8 @@ def with_blocks(readme: Path, out: Path, found: Findings) -> str:
     }
     try:
         text = readme.read_bytes().decode()
+        windows = "\r\n" in text
+        text = text.replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{readme} is no text: {error}") from error
     if not any(first in text for first in blocks):
@@ -212,7 +219,7 @@ def with_blocks(readme: Path, out: Path, found: Findings) -> str:
         if len(parts) != 1 + text.count(first) or len(parts) > 2:
             raise UserError(f"{readme} must have '{first}' once, and then '{last}'")
         text = (re.sub(r"\n{3,}", "\n\n", block.strip()) + "\n").join(parts)
-    return text
+    return text.replace("\n", "\r\n") if windows else text
 
 
 def results_csv(studies: list[Study]) -> str:

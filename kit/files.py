@@ -34,6 +34,11 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
     try:
         with open(temporary, "wb") as file:
             file.write(body.encode(errors="backslashreplace") if isinstance(body, str) else body)
+            if path.exists():
+                before = path.stat()
+                os.fchmod(file.fileno(), before.st_mode)
+                with suppress(OSError):  # only root may give files away
+                    os.fchown(file.fileno(), before.st_uid, before.st_gid)
             file.flush()
             os.fsync(file.fileno())
         if previous and path.exists():

@@ -58,6 +58,7 @@ class Run:
                 parent = Path(self.stack.enter_context(tempfile.TemporaryDirectory(prefix="runs-")))
             self.folder = parent / s.dataset_name / s.recipe / s.model / f"seed{s.seed}"
             runs.lock(self.folder, self.stack)
+            self.lock = runs.lock_of(self.folder)
             if not s.overwrite and (there := completed(self.folder, self.config)):
                 # It may have been killed after its result was written, before these went.
                 runs.discard_states(self.folder, there.config.get("keep_last", True))
@@ -199,8 +200,8 @@ class Run:
         self.save_seconds += self.last_save_took
 
     def check_folder(self) -> None:
-        """Raises UserError if it is gone: writing would make another one, of half a run."""
-        if not (self.folder / "config.json").exists():
+        """Raises UserError if it is gone, or another run's by now: this one would spoil that."""
+        if runs.lock_of(self.folder) != self.lock:
             raise UserError(f"{self.folder} was moved or deleted during its run: start it again")
 
     def write_best_and_metrics(self, best: bool = True) -> None:

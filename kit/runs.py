@@ -68,9 +68,9 @@ CONFIG = dict(
     model=is_name, base_model=str, dataset=is_text, dataset_name=is_name, data=str,
     data_dir=is_text, recipe=is_name, seed=COUNT, width=WIDTH, epochs=COUNT, limit_train=COUNT,
     limit_test=COUNT, overrides=dict, image_size=maybe(COUNT), position=maybe(str),
-    reduction=maybe(COUNT), normalize=str,
+    reduction=maybe(COUNT), normalize=maybe(str),
 )  # fmt: skip
-ENV = dict(torch=str, sha256=are_hashes, variables=dict, changes=maybe(list))
+ENV = dict(torch=str, sha256=are_hashes, variables=maybe(dict), changes=maybe(list))
 METRICS = dict(epoch=COUNT, train_loss=NUMBER, lr=NUMBER, val_acc=PERCENT)
 
 # --- A finished run -------------------------------------------------------------------------------
@@ -231,8 +231,9 @@ def changes_since(folder: Path, env: dict) -> list[str]:
     changes = list(map(str, then.get("changes") or []))
     if scripts := edited(then["sha256"], env["sha256"]):
         changes.append(f"{', '.join(scripts)} edited since")
-    before, since = then | then["variables"], env | env.get("variables", {})
-    for key in ("device", "torch", "numpy", "mode", *then["variables"]):
+    variables = then.get("variables") or {}
+    before, since = then | variables, env | env.get("variables", {})
+    for key in ("device", "torch", "numpy", "mode", *variables):
         if key in since and key in before and before[key] != since[key]:
             changes.append(f"{key} {before[key] or 'unset'} before, {since[key] or 'unset'} since")
     return changes
@@ -308,6 +309,15 @@ def lock(folder: Path, stack: ExitStack) -> None:
         except OSError as error:
             say_no_locks(folder, error)
     stack.callback((folder / ".lock").unlink, missing_ok=True)  # while it is still held
+
+
+def lock_of(folder: Path) -> tuple | None:
+    """Which file the folder is locked by: of a folder that was deleted and made again another."""
+    try:
+        found = (folder / ".lock").stat()
+        return found.st_dev, found.st_ino
+    except FileNotFoundError:
+        return None
 
 
 def is_locked(folder: Path) -> bool:

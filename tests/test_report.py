@@ -227,6 +227,36 @@ def test_the_readme_s_block(study, tmp_path, capsys, monkeypatch):
     assert "its table of gates stays" in capsys.readouterr().err
 
 
+def test_a_readme_keeps_its_mode_its_line_endings_and_what_was_edited(study, tmp_path, monkeypatch):
+    runs, out = study
+    readme = tmp_path / "README.md"
+    readme.write_bytes(b"# Mine\r\n<!-- report.py: out -->\r\n<!-- end of out -->\r\nThe rest.\r\n")
+    readme.chmod(0o640)
+
+    def edited_meanwhile(*_):
+        with open(readme, "ab") as file:
+            file.write(b"An edit.\r\n")
+        return {}
+
+    monkeypatch.setattr(report, "draw_figures", edited_meanwhile)
+    flags = ["--runs", str(runs), "--out", str(out), "--readme", str(readme)]
+    assert report.main(flags) == 0
+    body = readme.read_bytes()
+    assert body.endswith(b"The rest.\r\nAn edit.\r\n") and b"| `se` |" in body
+    assert body.count(b"\n") == body.count(b"\r\n") and readme.stat().st_mode & 0o777 == 0o640
+
+
+def test_what_happened_to_a_run_is_said_where_nothing_is_compared(finished_run, tmp_path):
+    folder = copy_run(finished_run, tmp_path / "runs", "se", 0, **FULL)
+    env = json.loads((folder / "env.json").read_text()) | {
+        "changes": ["models.py: SE edited since"]
+    }
+    (folder / "env.json").write_text(json.dumps(env))
+    assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out/report.md").read_text()
+    assert "se/seed0: changed in mid-run: models.py: SE edited since" in text
+
+
 def test_a_folder_that_cannot_be_read_is_named(study, monkeypatch, tmp_path, capsys):
     runs, _ = study
     closed, scandir = runs / "fashion_mnist/published/se", os.scandir

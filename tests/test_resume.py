@@ -209,7 +209,7 @@ def test_an_optimizer_changed_since_is_refused(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert train_small("se", tmp_path) == 1
     error = capsys.readouterr().err
-    assert is_one_line(error) and "a run with optimizer Adam instead of SGD" in error
+    assert is_one_line(error) and "a run with optimizer_class Adam instead of SGD" in error
     assert {path.name: path.read_bytes() for path in (tmp_path / FOLDER).iterdir()} == before
     assert train_small("se", tmp_path, "--epochs", "1", "--overwrite") == 0
 
@@ -620,6 +620,25 @@ class DeleteAt:
     def slow(self, _, took):
         """Only the first epoch is saved, and the end."""
         self.took = 60.0 if took else 0.0
+
+
+def test_a_folder_that_is_another_run_s_by_now_is_left_alone(tmp_path, monkeypatch, capsys):
+    """Suspended, deleted, trained again with another setting: the first one goes on at the end."""
+    folder = tmp_path / "fashion_mnist/published/se/seed0"
+    asked, calls = run.Run.leave_if_stopped, iter(range(1, 5))
+
+    def meanwhile(self):
+        if next(calls, None) is None and not (tmp_path / "done").exists():
+            (tmp_path / "done").touch()
+            shutil.rmtree(folder)
+            assert train_small("se", tmp_path, "--epochs", "1", "--lr", "0.01") == 0
+        asked(self)
+
+    monkeypatch.setattr(run.Run, "leave_if_stopped", meanwhile)
+    assert train_small("se", tmp_path, "--epochs", "2") == 1
+    assert "was moved or deleted during its run" in capsys.readouterr().err
+    assert json.loads((folder / "config.json").read_text())["lr"] == 0.01
+    assert completed(folder, json.loads((folder / "config.json").read_text()))
 
 
 @pytest.mark.parametrize("n", [5, 16, 34], ids=["before a save", "after one", "in the test"])
