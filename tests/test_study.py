@@ -218,9 +218,9 @@ def test_done_is_a_whole_result_of_just_these_settings(plan, tmp_path):
     for seed in range(2, 5):
         folder = finish(tmp_path, "--model", "se", "--seed", seed)
     (folder.parent / "seed3/result.json").write_text("")  # damaged
-    (folder / "env.json").write_text(
-        json.dumps({"sha256": source_hashes() | {"models.py: SE": "0"}})
-    )
+    env = json.loads((folder / "env.json").read_text())
+    env["sha256"]["models.py: SE"] = "0"
+    (folder / "env.json").write_text(json.dumps(env))
     finish(tmp_path, "--model", "baseline", "--seed", 0)
     (tmp_path / "fashion_mnist/published/baseline/seed0/metrics.jsonl").write_text("")
     found = remarks(RUNS=tmp_path)
