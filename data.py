@@ -4,6 +4,7 @@
     python data.py --data-dir /datasets           # ... or find it there
     python data.py --dataset cifar10
     python data.py --dataset path/to/folder       # any folder of images: see kit/image_folder.py
+    python data.py --dataset path/to/NAME.npz     # MedMNIST, and files in its form
 
 Loads in a second at most; the first time it downloads 30 MB. There is no DataLoader: a data set
 this size stays on the device as uint8, and a batch is an index into it.
@@ -20,7 +21,7 @@ from pathlib import Path
 
 from kit.augment import Augmentation
 from kit.command_line import NAMES, UserError, exit_code, is_name, make_parser
-from kit.datasets import ImageData, load_cifar, load_idx
+from kit.datasets import ImageData, load_cifar, load_idx, load_npz
 from kit.image_folder import load_folder, load_tiny_imagenet
 
 import numpy as np
@@ -37,18 +38,18 @@ DATASETS = {
 
 
 def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
-    """(a name of DATASETS or the absolute path of a folder, the name its results go by).
+    """(a name of DATASETS or an absolute path, the name its results go by).
 
     Raises ValueError with one line that says what is wrong.
     """
+    if image_size is not None and (dataset in DATASETS or dataset.endswith(".npz")):
+        raise ValueError(f"--image-size is for folders of images, not for {dataset}")
     if dataset in DATASETS:
-        if image_size is not None:
-            raise ValueError(f"--image-size is for folders of images, not for {dataset}")
         return dataset, dataset
     folder = Path(os.path.abspath(dataset))  # a link's own name, whatever its target is called
-    if not (dataset and ("/" in dataset or folder.is_dir())):
+    if not (dataset and ("/" in dataset or folder.is_dir() or folder.suffix == ".npz")):
         known = ", ".join(DATASETS)
-        raise ValueError(f"unknown data set {dataset!r}: choose from {known}, or a folder")
+        raise ValueError(f"unknown data set {dataset!r}: choose from {known}, a folder or an .npz")
     name = folder.name or "/"
     if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in str(folder)):
         raise ValueError("--dataset: a path with characters that cannot be printed: rename it")
@@ -74,12 +75,19 @@ def load_dataset(
     except ValueError as error:
         raise UserError(str(error)) from None
     load = DATASETS.get(name) or partial(load_folder, Path(name), image_size=image_size)
+    load = partial(load_npz, Path(name)) if name.endswith(".npz") else load
     asked = {"fetch": fetch} if "fetch" in signature(load).parameters else {}
     dataset = load(Path(data_dir), **asked)
     if n := dataset.n_copies:
         copies = f"{n:,} of {len(dataset.test_images):,} test images are also training images"
-        print(f"note: {copies} (identical pixels): test accuracy is inflated", file=sys.stderr)
+        note(f"{copies} (identical pixels): test accuracy is inflated")
+    if n := dataset.n_two_labels:
+        note(f"{n:,} images have two labels (identical pixels, another class): accuracy is lowered")
     return dataset
+
+
+def note(what: str) -> None:
+    print(f"note: {what}", file=sys.stderr)
 
 
 # --- Split, order, normalisation: the same for every model of one seed ----------------------------
@@ -136,7 +144,7 @@ class Loader:
     def __init__(self, dataset: ImageData, settings, device: torch.device):
         self.seed, self.batch_size = settings.seed, settings.batch_size
         self.dataset, self.classes = dataset, dataset.classes
-        self.train_idx, val_idx = split_indices(len(dataset.train_images), settings.seed)
+        self.train_idx, val_idx = split = split_indices(len(dataset.train_images), settings.seed)
         if settings.limit_train:
             self.train_idx = self.train_idx[: settings.limit_train]
             val_idx = val_idx[: max(settings.batch_size, settings.limit_train // 9)]
@@ -148,6 +156,14 @@ class Loader:
                 "of one image or none, and BatchNorm needs two: use another --batch-size, or more "
                 "images"
             )
+        hashes, labels = dataset.hashes[0], dataset.train_labels
+        if n := np.isin(hashes[split[1]], hashes[split[0]]).sum():
+            copies = f"{n:,} of {len(split[1]):,} validation images are also training images"
+            note(f"{copies} (identical pixels): validation accuracy is inflated")
+        for part, idx in (("training", split[0]), ("validation", split[1])):
+            counts = labels[idx].bincount(minlength=len(self.classes))
+            if absent := [name for name, n in zip(self.classes, counts, strict=True) if not n]:
+                note(f"no {part} image of {', '.join(absent[:5])} ({len(absent)} classes)")
         self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)
         self.channels = self.images.shape[1]
         self.validation = self.images[val_idx], self.labels[val_idx]
@@ -195,7 +211,11 @@ def main(argv: list[str] | None = None) -> None:
     """The script, with `argv` in place of the command line."""
     parser = make_parser(__doc__)
     add, default = parser.add_argument, "default: %(default)s"
-    add("--dataset", default="fashion_mnist", help=f"{', '.join(DATASETS)}, or a folder; {default}")
+    add(
+        "--dataset",
+        default="fashion_mnist",
+        help=f"{', '.join(DATASETS)}, a folder or .npz; {default}",
+    )
     add("--data-dir", type=Path, default=Path("data"), help=default)
     add("--image-size", type=int, help="pixels; for folders of images")
     args = parser.parse_args(argv)

@@ -165,7 +165,7 @@ def train(settings, dataset, run: Run) -> dict:
     tested_model.load_state_dict(progress.best)
     _, last_predictions = evaluate(eval_model, loader, *loader.test, run)
     _, predictions = evaluate(tested_model, loader, *loader.test, run)
-    run.test(tested_model, predictions)  # writes them; in TensorBoard confusions, Grad-CAM
+    run.test(predictions)  # writes them
     labels = loader.test[1]
     return {
         "test_acc": accuracy(predictions, labels),

@@ -59,10 +59,24 @@ class ImageData:
     std: tuple[float, ...] = ()
 
     def __post_init__(self):
+        """Names what a data set of one's own may have wrong."""
         for part in ("train", "test"):
-            images, labels = (len(getattr(self, f"{part}_{what}")) for what in ("images", "labels"))
-            if images != labels:
-                raise UserError(f"{self.source}: {images:,} {part} images, but {labels:,} labels")
+            images, labels = (getattr(self, f"{part}_{what}") for what in ("images", "labels"))
+            found = [(getattr(value, "dtype", type(value)), *getattr(value, "shape", ()))
+                     for value in (images, labels)]  # fmt: skip
+            (kind, *shape), n_classes = found[0], len(self.classes)
+            if kind != torch.uint8 or len(shape) != 4 or shape[1] > 4 >= shape[3]:
+                wrong = f"images must be a uint8 tensor (N, C, H, W), not {found[0]}"
+            elif shape[1:] != list(self.train_images.shape[1:]):
+                wrong = f"images must be as large as training images, not {found[0]}"
+            elif found[1] != (torch.int64, shape[0]):
+                wrong = f"labels must be an int64 tensor ({shape[0]},), not {found[1]}"
+            elif not shape[0] or labels.min() < 0 or labels.max() >= n_classes:
+                odd = sorted(set(labels.tolist()) - set(range(n_classes)))[:5]
+                wrong = f"labels must be from 0 to {n_classes - 1}, not {odd}"
+            else:
+                continue
+            raise UserError(f"{self.source}: {part} {wrong}")
         if not self.mean:
             self.mean, self.std = mean_and_std_of(self.train_images)
 
@@ -76,10 +90,24 @@ class ImageData:
         return digest.hexdigest()[:16]
 
     @cached_property
+    def hashes(self) -> tuple[np.ndarray, np.ndarray]:
+        """(N,) of the training images and of the test images: that of a copy is the same."""
+        parts = self.train_images.numpy(), self.test_images.numpy()
+        return tuple(np.array([hash(image.tobytes()) for image in part]) for part in parts)
+
+    @property
     def n_copies(self) -> int:
         """Test images that are, pixel by pixel, among the training images, too."""
-        train = {hash(image.tobytes()) for image in self.train_images.numpy()}
-        return sum(hash(image.tobytes()) in train for image in self.test_images.numpy())
+        return int(np.isin(self.hashes[1], self.hashes[0]).sum())
+
+    @property
+    def n_two_labels(self) -> int:
+        """Images that have copies in another class."""
+        labels = [*self.train_labels.tolist(), *self.test_labels.tolist()]
+        images = np.concatenate(self.hashes).tolist()
+        last = dict(zip(images, labels, strict=True))
+        two = {image for image, label in zip(images, labels, strict=True) if last[image] != label}
+        return sum(image in two for image in images)
 
     def mean_and_std(self, normalize: str | None, device) -> tuple[torch.Tensor, torch.Tensor]:
         """By which images are normalised. "data": those of the data, (C, 1, 1) each; else 0.5 and
@@ -125,6 +153,36 @@ def load_cifar(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
     return ImageData(*parts, list(train.classes), source)
 
 
+def load_npz(path: Path, _: Path) -> ImageData:
+    """A file in MedMNIST's form (Yang et al. 2023): arrays train_images (N, H, W) or (N, H, W, 3),
+    train_labels (N,) or (N, 1), and the same of val and test. Raises UserError in one line."""
+    try:
+        with np.load(path) as file:
+            parts = [[file[f"{part}_{what}"] for what in ("images", "labels")]
+                     for part in ("train", "val", "test")]  # fmt: skip
+        (train, _), (val, _), _ = parts
+        train_and_val = [np.concatenate(arrays) for arrays in zip(*parts[:2], strict=True)]
+    except Exception as error:  # a damaged file raises what it likes
+        raise UserError(
+            f"{path} is no file in MedMNIST's form, with train_images, train_labels, val_* and "
+            f"test_*: {in_one_line(error)}"
+        ) from None
+    tensors, values = [], np.unique(np.concatenate([labels.ravel() for _, labels in parts]))
+    for images, labels in (train_and_val, parts[2]):
+        if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) or images.ndim < 3:
+            what = f"images (N, H, W) or (N, H, W, 3) of uint8, not {images.dtype} {images.shape}"
+            raise UserError(f"{path}: needs {what}: volumes are not read")
+        if labels.dtype.kind not in "iu" or labels.size != len(images):
+            what = f"not {labels.dtype} {labels.shape}: several labels per image are not read"
+            raise UserError(f"{path}: needs one whole number as the label of each image, {what}")
+        colour = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
+        tensors.append(torch.from_numpy(np.ascontiguousarray(colour)))
+        tensors.append(torch.from_numpy(np.searchsorted(values, labels.ravel())))
+    how = f"its {len(val):,} val images join the {len(train):,} training images"
+    print(f"note: {path}: {how}, from which the seed's split is drawn", file=sys.stderr)
+    return ImageData(*tensors, [str(value) for value in values], f"read from {path}")
+
+
 # --- Fashion-MNIST, MNIST, KMNIST: four idx files each --------------------------------------------
 
 
@@ -163,17 +221,16 @@ def find_idx(name: str, folders: list[Path]) -> tuple[dict, dict[Path, str]]:
             try:
                 body = path.read_bytes()
                 content = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
-                hashes = [hashlib.sha256(each).hexdigest()[:16] for each in (content, body)]
-                if expected in hashes:
+                known = body if expected == PACKED else content
+                sha256 = hashlib.sha256(known).hexdigest()[:16]
+                if sha256 == expected:
                     found[file] = path, parse_idx(content)
-                elif expected == PACKED and not path.suffix and hashes[0] not in str(SHA256):
+                elif expected == PACKED and body is content and sha256 not in str(SHA256):
                     found[file] = path, parse_idx(content)
                     print(f"note: {path} cannot be verified, only {file}.gz can", file=sys.stderr)
                 else:
-                    others[path] = (
-                        f"{path} is not the published {file} of {name}: its {len(body):,} bytes "
-                        f"have sha256 {hashes[-1]}..., expected {expected}..."
-                    )
+                    why = f"{path} is not the published {file} of {name}"
+                    others[path] = f"{why}: its sha256 is {sha256}..., expected {expected}..."
             except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
                 others[path] = f"{path} is truncated or damaged ({in_one_line(error)})"
     return found, others

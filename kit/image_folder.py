@@ -110,7 +110,7 @@ def entries(folder: Path, left_out: LeftOut | None = None) -> tuple[list[Path], 
         elif path.is_symlink() and any(os.path.samefile(path, above) for above in path.parents):
             left_out["circular link"].append(path)
         else:
-            folders.append(path)
+            (left_out["data folder"] if os.path.isdir(path / KEPT) else folders).append(path)
     return folders, files
 
 
@@ -185,7 +185,7 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
     """The images below each folder in `folder`, in the order of their names."""
     folders, files = entries(folder, left_out)
     left_out["file beside the folders"] += files
-    images = []
+    images, inside = [], []
     for path in folders:
         name = unicodedata.normalize("NFC", path.name)  # a Mac may have written it as NFD
         if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
@@ -195,16 +195,24 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
             )
         n_unread = len(left_out[UNREAD])
         found = images_below(path, left_out)
+        inner = {above.relative_to(path).parts for above in {image.parent for image in found}}
+        if len({part for parts in inner for part in parts} & {each.name for each in folders}) > 1:
+            left_out["copy of the folder around it"].append(path)
+            continue
+        inside.append({parts[:1] for parts in inner})
         images += [(image, name) for image in found]
         if not found:
             unread = left_out[UNREAD][n_unread:]
-            kinds = [mimetypes.guess_type(file.name)[0] or "" for file in unread]
-            is_data_dir = (path / KEPT).is_dir()
-            if not (unread or is_data_dir) or any(kind.startswith("image/") for kind in kinds):
+            kinds = [str(mimetypes.guess_type(file.name)[0]) for file in unread]
+            if not unread or any(kind.startswith("image/") for kind in kinds):
                 raise UserError(
                     f"{printable(path)} has no images that Pillow reads: add some, or delete it"
                 )
             left_out["folder without images"].append(path)
+    if len(inside) > 1 and len(inside[0]) > 1 and all(each == inside[0] - {()} for each in inside):
+        same = ", ".join(sorted(name for (name,) in inside[0])[:5])
+        print(f"note: {names_of(folders)} all hold {same}: if those are the classes, put them into "
+              "folders called train and test", file=sys.stderr)  # fmt: skip
     if len({name for _, name in images}) < 2:
         raise UserError(f"{folder} needs a folder of images for each of two classes or more")
     return sorted(images, key=lambda i: (unicodedata.normalize("NFC", i[0].name), i[1], i[0]))
@@ -223,16 +231,39 @@ def images_below(folder: Path, left_out: LeftOut) -> list[Path]:
 def divided(images: Labelled) -> tuple[Labelled, Labelled]:
     """(train, test), stratified. Whatever the seed of a run, for all are judged on one test set."""
     generator = np.random.default_rng(0)
-    by_class = {name: [] for name in sorted({name for _, name in images})}
+    by_class = defaultdict(list)
     for image in images:
         by_class[image[1]].append(image)
     test = set()
-    for name, of_class in by_class.items():
+    for name, of_class in sorted(by_class.items()):
         if len(of_class) < 2:
             raise UserError(f"class {name} has a single image: it takes one to train, one to test")
         n_test = max(1, round(TEST_SHARE * len(of_class)))
         test.update(of_class[i] for i in generator.permutation(len(of_class))[:n_test])
     return [i for i in images if i not in test], [i for i in images if i in test]
+
+
+def masks_among(labelled: Labelled, images: np.ndarray) -> set[Path]:
+    """Series of two-tone images, each beside one of more tones in its class that has the same name
+    but for a word or folder: x_mask.png and x.png, masks/x.png and images/x.png."""
+
+    def two_tones(i):
+        tones = np.sort(np.bincount(images[i].ravel() >> 3, minlength=32))
+        return tones[-2:].sum() > 0.9 * images[i].size
+
+    names = [(os.path.dirname(os.path.dirname(path)), of, path.stem) for path, of in labelled]
+    named, pairs = defaultdict(list), defaultdict(list)
+    for i, name in enumerate(names):
+        named[name].append(i)
+    for i, (around, of, stem) in enumerate(names):
+        words = re.findall(r"[ _.-]+[a-zA-Z]+[ _.-]*\d*$", stem)
+        for word in [*words, *re.findall("^[a-zA-Z]+[ _.-]+", stem), ""]:
+            for j in set(named.get((around, of, stem.replace(word, "")), ())) - {i}:
+                path, kind = labelled[i][0], re.sub(r"\d", "", word)
+                pairs[path.parent, path.suffix, kind].append((i, j))
+    series = (each for each in pairs.values()
+              if np.mean([two_tones(i) and not two_tones(j) for i, j in each]) > 0.9)  # fmt: skip
+    return {labelled[i][0] for each in series for i, _ in each}
 
 
 # --- The data set ---------------------------------------------------------------------------------
@@ -242,11 +273,14 @@ def load(
     folder: Path, train: Labelled, test: Labelled, left_out: LeftOut, how: str, read: Callable
 ) -> ImageData:
     """Reads the images, and says what was left out."""
-    classes = sorted({name for _, name in train})
-    if classes != sorted({name for _, name in test}):
-        odd = sorted({name for _, name in train} ^ {name for _, name in test})
-        raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
     images, note = read(folder, [path for path, _ in train + test])
+    if masks := masks_among(train + test, images):
+        left_out["mask of the image beside it"] = sorted(masks)
+        images = images[[path not in masks for path, _ in train + test]]
+        train, test = ([each for each in part if each[0] not in masks] for part in (train, test))
+    classes = sorted({name for _, name in train})
+    if odd := sorted(set(classes) ^ {name for _, name in test}):
+        raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
     found = [counted(paths, why, folder) for why, paths in sorted(left_out.items()) if paths]
     if said := "; ".join(filter(None, [found and f"left out: {'; '.join(found)}", note])):
         print(f"note: in {folder}: {said}", file=sys.stderr)

@@ -6,7 +6,7 @@
         step = run.speed_up(step, forward)              # compiled, or one CUDA graph
         run.leave_if_stopped()                          # between two steps: Ctrl-C, SIGTERM
         run.log_and_save()                              # after each epoch
-        run.test(model, predictions)                    # once
+        run.test(predictions)                    # once
         run.complete(accuracies)                        # writes result.json
 
 Step, loop and data are train.py's. last.pt is saved at the end of an epoch, but not so often that
@@ -215,15 +215,14 @@ class Run:
 
     # --- At its end -------------------------------------------------------------------------------
 
-    def test(self, model: torch.nn.Module, predictions: torch.Tensor) -> None:
-        """Writes predictions and labels; in TensorBoard confusions, Grad-CAM, gates."""
+    def test(self, predictions: torch.Tensor) -> None:
+        """Writes predictions and labels, and what TensorBoard shows of them."""
         self.check_folder()
         kind = np.uint8 if len(self.loader.classes) <= 256 else np.uint16
         for name, classes in (("predictions", predictions), ("labels", self.loader.test[1])):
             write_array(self.folder / f"test_{name}.npy", classes.cpu().numpy().astype(kind))
-        epoch = self.progress.epochs
         with noted(INCOMPLETE):
-            log_test(self.writer, self.config, epoch, model, self.loader, predictions)
+            log_test(self.writer, self.config, self.progress.epochs, self.loader, predictions)
 
     def complete(self, accuracies: dict) -> dict:
         """Writes result.json, which is returned."""

@@ -54,7 +54,11 @@ def train_parser(description: str, table: dict, recipes: dict, models, data):
         help="its hidden width is channels / N; default: the module's own")  # fmt: skip
     add("--width", type=count, default=WIDTH, metavar="N", help=f"channels of stage 1; {default}")
     known = ", ".join(data.DATASETS)
-    add("--dataset", default="fashion_mnist", help=f"{known}, or a folder of images; {default}")
+    add(
+        "--dataset",
+        default="fashion_mnist",
+        help=f"{known}, a folder of images or an .npz; {default}",
+    )
     add("--image-size", type=int, metavar="N", help="a folder's images are resized to N x N")
     add("--data-dir", type=folder, default=Path("data"), metavar="DIR",
         help=f"where data sets are, or are downloaded to; {default}")  # fmt: skip

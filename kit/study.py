@@ -202,7 +202,7 @@ def settings_of(what: str, fail) -> SimpleNamespace:
     s.shard, s.shards = map(int, s.shard.split("/"))
     try:
         folder = data.resolve(s.dataset)[0]
-        if "/" in folder and not os.path.isdir(folder):
+        if "/" in folder and not os.path.exists(folder):
             raise ValueError(f"there is no folder {folder}")
     except ValueError as error:
         fail(f"DATASET: {error}")

@@ -1,4 +1,4 @@
-"""What TensorBoard shows of a run: curves, and at the end hyper-parameters, pictures and gates.
+"""What TensorBoard shows of a run: curves, and at the end hyper-parameters and pictures.
 
 tensorboard --logdir runs
 """
@@ -8,9 +8,8 @@ import threading
 from contextlib import ExitStack
 from pathlib import Path
 
-from kit.attribution import attention_modules, enlarged, gates_of, grad_cam, scaled, stage_of
 from kit.command_line import noted
-from kit.pictures import FONT_SIZE, over_image
+from kit.pictures import FONT_SIZE
 from kit.plots import legible, plt, shortened
 from kit.runs import NO_SETTING
 
@@ -21,7 +20,6 @@ from torch.utils.tensorboard.summary import hparams
 
 INCOMPLETE = "not all is in TensorBoard"
 SHOWN = 12  # misclassified images: the first ones in the order of samples of the test set
-GATED = 32  # test images whose gates are shown: enough for a histogram, and soon done
 LINE = 0.13  # inches that a label takes, written in FONT_SIZE
 
 
@@ -51,10 +49,10 @@ def log_epoch(writer: SummaryWriter, row: dict) -> None:
     writer.add_scalar("lr", row["lr"], row["epoch"])
 
 
-def log_test(writer: SummaryWriter, config: dict, epoch: int, model, loader, predictions) -> None:
-    """Test accuracy, hyper-parameters, confusion matrix, misclassified images, Grad-CAM, gates.
+def log_test(writer: SummaryWriter, config: dict, epoch: int, loader, predictions) -> None:
+    """Test accuracy, hyper-parameters, confusion matrix, misclassified images.
 
-    loader: has the test images, `test`, an order to draw samples in, `test_order`, and normalises;
+    loader: has the test images, `test`, and an order to draw samples in, `test_order`;
     predictions: int64 (N,), of the test images.
     """
     (images, labels), classes = loader.test, legible(loader.classes)
@@ -66,43 +64,15 @@ def log_test(writer: SummaryWriter, config: dict, epoch: int, model, loader, pre
     for summary in hparams(settings, {"accuracy/test": accuracy}):
         writer.file_writer.add_summary(summary)
     order = loader.test_order
-    for stage, gates in gates_by_stage(model, loader.normalize(images[order[:GATED]])).items():
-        writer.add_histogram(f"gates/{stage}", gates, epoch)
     title = f"{config['model']}, seed {config['seed']}, test set"
     confusion = draw_confusion(labels.cpu(), predictions.cpu(), classes, title)
     writer.add_figure("confusion_matrix", confusion, epoch)
     wrong = order[(predictions != labels)[order]][:SHOWN]
     if not len(wrong):
         return
-    images, labels, predictions = (part[wrong] for part in (images, labels, predictions))
-    maps = grad_cam(model, loader.normalize(images), predictions)
+    images, labels, predictions = (part[wrong].cpu() for part in (images, labels, predictions))
     names = labels.tolist(), predictions.tolist(), classes
-    writer.add_figure("misclassified", draw_misclassified(images.cpu(), *names), epoch)
-    writer.add_figure("grad_cam", draw_misclassified(with_maps(images, maps), *names), epoch)
-
-
-def gates_by_stage(model: torch.nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{stage: the gates of all its modules, flat}, of normalised images; see kit/attribution.py.
-
-    Without NaN (inactive gates), of which there is no histogram.
-    """
-    if not attention_modules(model):
-        return {}
-    found = {}
-    for name, gates in gates_of(model, images)[1].items():
-        found.setdefault(stage_of(name), []).append(gates.flatten())
-    found = {stage: torch.cat(parts) for stage, parts in found.items()}
-    found = {stage: gates[gates.isfinite()] for stage, gates in found.items()}
-    return {stage: gates for stage, gates in found.items() if len(gates)}
-
-
-def with_maps(images: torch.Tensor, maps: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Each image with its maps to the right: float (N, 3, H, W times how many they are)."""
-    images = images.cpu()
-    tiles = [(images.float() / 255).expand(-1, 3, -1, -1)]
-    for heat in maps.values():
-        tiles.append(over_image(images, enlarged(scaled(heat), tuple(images.shape[2:])).cpu()))
-    return torch.cat(tiles, dim=3)
+    writer.add_figure("misclassified", draw_misclassified(images, *names), epoch)
 
 
 def draw_confusion(labels, predictions, classes, title) -> plt.Figure:

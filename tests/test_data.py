@@ -6,6 +6,7 @@ import shutil
 import threading
 
 import data
+import train
 from kit import datasets
 from kit.command_line import UserError
 
@@ -83,26 +84,120 @@ def test_the_digest_is_that_of_all_images_and_labels_alone(tmp_path):
         parts = [part.clone() for part in made * 2]
         if change is not None:
             parts[change].flatten()[-1] += 1
-        return datasets.ImageData(*parts, ["a", "b"], str(change)).digest
+        return datasets.ImageData(*parts, list("abc"), str(change)).digest
 
     assert images() == images()
     assert len({images(change) for change in (None, 0, 1, 2, 3)}) == 5
 
 
-def test_images_and_labels_are_as_many():
-    images, labels = torch.zeros(6, 1, 4, 4, dtype=torch.uint8), torch.arange(6) % 2
-    for counts in ((6, 5, 6, 6), (6, 6, 5, 6), (6, 7, 6, 6)):
-        parts = [part[:n] for part, n in zip((images, labels, images, labels), counts)]
-        parts[1] = torch.arange(counts[1]) % 2
-        with pytest.raises(UserError, match=r"here: \d (train|test) images, but \d labels"):
-            datasets.ImageData(*parts, ["a", "b"], "here")
+@pytest.mark.parametrize(
+    ("slip", "words"),
+    [
+        (
+            lambda x, y: (x.permute(0, 2, 3, 1), y),
+            r"\(N, C, H, W\), not \(torch.uint8, 8, 16, 16, 3\)",
+        ),
+        (lambda x, y: (x[:, 0], y), r"\(N, C, H, W\), not \(torch.uint8, 8, 16, 16\)"),
+        (lambda x, y: (x / 255, y), r"uint8 tensor .* not \(torch.float32, 8"),
+        (lambda x, y: (x.numpy(), y), r"uint8 tensor .* not \(dtype\('uint8'\), 8"),
+        (lambda x, y: (list(x), y), r"uint8 tensor .* not \(<class 'list'>,\)"),
+        (lambda x, y: (x, y[:, None]), r"int64 tensor \(8,\), not \(torch.int64, 8, 1\)"),
+        (lambda x, y: (x, y[:7]), r"int64 tensor \(8,\), not \(torch.int64, 7\)"),
+        (lambda x, y: (x, torch.eye(4)[y]), r"int64 tensor \(8,\), not \(torch.float32, 8, 4\)"),
+        (lambda x, y: (x, y + 1), r"labels must be from 0 to 3, not \[4\]"),
+        (lambda x, y: (x, y - 1), r"labels must be from 0 to 3, not \[-1\]"),
+        (lambda x, y: (x[:0], y[:0]), "labels must be from 0 to 3, not"),
+    ],
+)
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_slips_in_a_data_set_of_one_s_own_are_one_line(slip, words, part):
+    whole = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 4
+    parts = [*slip(*whole), *whole] if part == "train" else [*whole, *slip(*whole)]
+    with pytest.raises(UserError, match=f"^here: {part} .*{words}") as raised:
+        datasets.ImageData(*parts, list("abcd"), "here")
+    assert is_one_line(str(raised.value))
+
+
+def test_training_and_test_images_are_of_one_size():
+    images, labels = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 4
+    with pytest.raises(UserError, match="here: test images must be as large as training images"):
+        datasets.ImageData(images, labels, images[:, :1], labels, list("abcd"), "here")
+
+
+# --- MedMNIST's form ------------------------------------------------------------------------------
+
+
+def npz(
+    path, shape=(28, 28), labels=lambda n: np.arange(n, dtype=np.uint8)[:, None] % 3, **changes
+):
+    generator, arrays = np.random.default_rng(0), {}
+    for part, n in (("train", 60), ("val", 9), ("test", 12)):
+        arrays[f"{part}_images"] = generator.integers(0, 256, (n, *shape), np.uint8)
+        arrays[f"{part}_labels"] = labels(n)
+    np.savez(
+        path, **{name: array for name, array in (arrays | changes).items() if array is not None}
+    )
+    return arrays
+
+
+@pytest.mark.parametrize("shape", [(28, 28), (28, 28, 3), (32, 40, 3), (64, 64, 1)])
+def test_a_file_in_medmnist_s_form(tmp_path, capsys, shape):
+    arrays = npz(tmp_path / "derma.npz", shape)
+    read = data.load_dataset(str(tmp_path / "derma.npz"))
+    assert "its 9 val images join the 60 training images" in capsys.readouterr().err
+    images = np.concatenate([arrays["train_images"], arrays["val_images"]])
+    expected = images.reshape(69, *shape[:2], -1).transpose(0, 3, 1, 2)
+    assert np.array_equal(read.train_images, expected) and read.test_images.is_contiguous()
+    assert read.train_labels.tolist() == [i % 3 for i in [*range(60), *range(9)]]
+    assert read.test_labels.dtype == torch.int64 and read.classes == ["0", "1", "2"]
+    flags = ["--dataset", str(tmp_path / "derma.npz"), "--runs", str(tmp_path / "runs")]
+    flags += ["--model", "baseline", "--width", "8", "--epochs", "1", "--device", "cpu"]
+    assert shape != (28, 28) or train.main([*flags, "--batch-size", "16"]) == 0
+    assert shape != (28, 28) or (tmp_path / "runs/derma.npz/published/baseline/seed0").is_dir()
+
+
+def test_labels_of_medmnist_s_form_are_the_classes(tmp_path):
+    for labels in (lambda n: np.arange(n) % 2 * 4 + 1, lambda n: np.arange(n)[:, None] % 2 * 4 + 1):
+        npz(tmp_path / "a.npz", labels=labels)
+        read = data.load_dataset(str(tmp_path / "a.npz"))
+        assert read.classes == ["1", "5"] and read.test_labels.tolist() == [0, 1] * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shape": (28, 28, 28)}, "volumes are not read"),
+        ({"shape": (28, 28, 28, 3)}, "volumes are not read"),
+        ({"shape": (28, 28, 4)}, "volumes are not read"),
+        ({"train_images": np.zeros((60, 28, 28)), "val_images": np.zeros((9, 28, 28))}, "float64"),
+        ({"labels": lambda n: np.eye(14, dtype=np.uint8)[np.arange(n) % 14]}, "several labels"),
+        ({"labels": lambda n: np.arange(n) / 2}, "one whole number"),
+        ({"test_labels": np.zeros(11, np.uint8)}, "one whole number"),
+        ({"test_images": None}, "no file in MedMNIST's form"),
+        ({"val_labels": np.array([{}] * 9)}, "no file in MedMNIST's form"),
+        ({"val_images": np.zeros((9, 32, 32), np.uint8)}, "no file in MedMNIST's form"),
+        ({"test_images": np.zeros((12, 32, 32), np.uint8)}, "as large as training images"),
+    ],
+)
+def test_what_is_not_in_medmnist_s_form_is_one_line(tmp_path, capsys, changes, words):
+    npz(tmp_path / "a.npz", **changes)
+    assert data.main(["--dataset", str(tmp_path / "a.npz")]) == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and words in error and "a.npz" in error
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-30])
+    assert data.main(["--dataset", str(tmp_path / "a.npz")]) == 1
+    assert is_one_line(capsys.readouterr().err)
+
+
+# --- Copies, and where the files are --------------------------------------------------------------
 
 
 def test_test_images_among_the_training_images_are_counted(monkeypatch, capsys):
     generator = torch.Generator().manual_seed(0)
     train = torch.randint(0, 256, (50, 1, 4, 4), dtype=torch.uint8, generator=generator)
     test = torch.cat([train[[3, 3, 7]], 255 - train[:4]])
-    dataset = datasets.ImageData(train, torch.arange(50), test, torch.arange(7), [], "here")
+    labels = torch.zeros(50, dtype=torch.int64)
+    dataset = datasets.ImageData(train, labels, test, labels[:7], ["a"], "here")
     monkeypatch.setitem(data.DATASETS, "mnist", lambda _: dataset)
     assert data.load_dataset("mnist").n_copies == 3
     error = capsys.readouterr().err

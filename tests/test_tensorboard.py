@@ -10,8 +10,6 @@ from pathlib import Path
 
 import train
 from kit import tensorboard_log
-from kit.attribution import gates_of
-from models import build_model
 
 import numpy as np
 import pytest
@@ -23,15 +21,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 
-def test_curves_hparams_pictures_and_gates_in_one_run(finished_run):
+def test_curves_hparams_and_pictures_in_one_run(finished_run):
     assert [path for path in finished_run.rglob("*") if path.is_dir()] == []
     events = EventAccumulator(str(finished_run)).Reload()
     tags = events.Tags()
     assert set(tags["scalars"]) == {
         "loss/train", "loss/val", "accuracy/train", "accuracy/val", "lr", "accuracy/test",
     }  # fmt: skip
-    assert set(tags["images"]) == {"confusion_matrix", "misclassified", "grad_cam"}
-    assert set(tags["histograms"]) == {f"gates/layer{i}" for i in (1, 2, 3, 4)}
+    assert set(tags["images"]) == {"confusion_matrix", "misclassified"}
     rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
     for tag, key in (("loss/val", "val_loss"), ("accuracy/train", "train_acc"), ("lr", "lr")):
         values = [(event.step, event.value) for event in events.Scalars(tag)]
@@ -112,37 +109,6 @@ def test_misclassified_images_keep_their_shape_and_say_what_they_are():
         assert box.width / box.height == pytest.approx(3, rel=0.01)
 
 
-def test_inactive_gates_have_no_histogram():
-    """Of a stage without any input there is none; NaN among others is left out."""
-    model = build_model("se", width=8, seed=0).eval()
-    torch.nn.init.zeros_(model.layer1[0].bn2.weight)
-    torch.nn.init.zeros_(model.layer1[1].bn2.weight)
-    torch.nn.init.zeros_(model.layer2[1].bn2.weight)
-    found = tensorboard_log.gates_by_stage(model, torch.randn(3, 1, 28, 28))
-    assert list(found) == ["layer2", "layer3", "layer4"]
-    assert all(gates.isfinite().all() for gates in found.values())
-    assert len(found["layer2"]) == len(found["layer3"]) / 4
-
-
-def test_gates_of_a_stage_are_those_of_all_its_blocks():
-    model, images = build_model("se", width=16, seed=0), torch.randn(3, 1, 28, 28)
-    found = tensorboard_log.gates_by_stage(model, images)
-    one_by_one = gates_of(model, images)[1]
-    assert list(found) == ["layer1", "layer2", "layer3", "layer4"]
-    both = [one_by_one[f"layer2.{i}.attention"].flatten() for i in (0, 1)]
-    torch.testing.assert_close(found["layer2"], torch.cat(both))
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_images_are_shown_with_their_maps(channels):
-    images = torch.randint(0, 256, (2, channels, 8, 6), dtype=torch.uint8)
-    maps = {"layer3": torch.rand(2, 4, 3), "layer4": torch.zeros(2, 2, 2)}
-    found = tensorboard_log.with_maps(images, maps)
-    assert found.shape == (2, 3, 8, 18) and found.min() >= 0 and found.max() <= 1
-    left = (images.float() / 255).expand(-1, 3, -1, -1)
-    torch.testing.assert_close(found[..., :6].float(), left)
-
-
 def test_nobody_is_told_to_open_tensorboard_to_the_network():
     """In a container it listens to all, and the port is published to this machine alone."""
     pages = [REPO / "README.md", REPO / "Dockerfile", *(REPO / "docs").glob("*.md")]
@@ -184,7 +150,7 @@ def test_a_browser_shows_the_curves_of_both_models(finished_run, tmp_path):
         server.wait()
     names = set(re.findall(r"fashion_mnist/published/\w+/seed\d", page))
     assert names == {f"fashion_mnist/published/{model}/seed0" for model in ("se", "cbam_blocks")}
-    for group in ("accuracy", "loss", "gates", "grad_cam", "confusion_matrix", "misclassified"):
+    for group in ("accuracy", "loss", "confusion_matrix", "misclassified"):
         assert re.search(rf">\s*{group}\s*<", page), group
     curves = re.findall(r'<path d="M[^"]*L[^"]*" style="fill: none; stroke: (rgb[^;]*);', page)
     assert len(set(curves)) == 2  # a colour each
