@@ -42,6 +42,7 @@ from kit.files import check_writable, locked, write_atomically
 from kit.preflight import choose_device, preflight
 from kit.results import read_rows
 from kit.runs import read_run
+from kit.settings import number
 from kit.tables import table
 from models import MODELS, build_model, count_parameters
 
@@ -250,20 +251,20 @@ def markdown(rows: list[dict]) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The settings; device, modes and precisions resolved. Exits with 2 on wrong usage."""
     parser = make_parser(__doc__)
-    add, default = parser.add_argument, "default: %(default)s"
+    add, default, size = parser.add_argument, "default: %(default)s", number(int, 1, 1e9)
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help="or all")
     add("--train", action="store_true", help="time training steps, compared with a plain loop's")
-    add("--batch-sizes", nargs="+", type=int, metavar="N", help="default: 1 64; with --train 64")
+    add("--batch-sizes", nargs="+", type=size, metavar="N", help="default: 1 64; with --train 64")
     add("--modes", nargs="+", choices=fast.MODES, metavar="MODE",
         help=f"of {', '.join(fast.MODES)}; default: all that the device can run")  # fmt: skip
     add("--precisions", nargs="+", choices=PRECISIONS, metavar="PRECISION",
         help=f"of {', '.join(PRECISIONS)}; default: fp32; on a GPU default fp32 bf16")  # fmt: skip
-    add("--repeats", type=int,
+    add("--repeats", type=size,
         help="timed batches; default: 10 (GPU: 200), of one image 200 (1000); with --train turns: 7"
     )  # fmt: skip
-    add("--width", type=int, default=64, help=f"channels of the first stage; {default}")
+    add("--width", type=size, default=64, help=f"channels of the first stage; {default}")
     add("--image", default=IMAGE, help=f"channels x height x width; {default}")
-    add("--classes", type=int, default=CLASSES, help=default)
+    add("--classes", type=size, default=CLASSES, help=default)
     add("--like", type=Path, metavar="RUN", help="take these three from a finished run")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help=f"folder; {default}")
@@ -284,10 +285,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     others = args.keep or args.overwrite or (args.image, args.classes) != (IMAGE, CLASSES)
     if args.train and (others or fast.DEFAULT in (args.precisions or [])):
         parser.error("--train takes no --keep, --overwrite, --image, --classes, default precision")
-    numbers = [*args.batch_sizes, args.width, args.classes]
-    numbers += [] if args.repeats is None else [args.repeats]
-    if not 1 <= min(numbers) <= max(numbers) <= 10**9:
-        parser.error("--batch-sizes, --repeats, --width and --classes must be from 1 to 10^9")
     if not args.modes:
         args.modes = [mode for mode in fast.MODES if not fast.why_not(mode, "fp32", args.device)]
         if missing := fast.why_no_compiler(args.device):

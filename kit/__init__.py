@@ -26,7 +26,8 @@ The report and the pictures
 
 All of it
     training_speed  benchmark.py --train: steps of train.py, and of a plain loop
-    study           quick, full, study: lists of commands;  runner: runs them, JOBS at a time
+    study           what run_all.sh does, as lists of commands;  runner: runs them, JOBS at a time
+    plans           RUNS/plan.json: which seeds were planned
 """
 
 import getpass

@@ -259,13 +259,10 @@ def main(argv: list[str] | None = None) -> int:
     runner = Runner(s.jobs or len(gpus) or 1, gpus)
     runner.run([fetch])
     if not runner.over:
+        advice = 'choose another RUNS or OUT (docker run: --user "$(id -u):$(id -g)")'
         for folder in (s.out, s.runs):
-            try:
-                check_writable(folder)
-                preflight(torch.device("cpu"), folder)
-            except OSError:
-                advice = 'choose another RUNS or OUT (docker run: --user "$(id -u):$(id -g)")'
-                raise UserError(f"{folder} cannot be written: {advice}") from None
+            check_writable(folder, advice)
+            preflight(torch.device("cpu"), folder)
         for stage in itertools.takewhile(lambda _: not runner.over, stages):
             for job in stage[:1]:
                 if isinstance(job, Job) and job.plan:

@@ -302,10 +302,13 @@ def test_the_miniature(tmp_path):
     text, modules, positions = (
         (out / folder / "report.md").read_text() for folder in ("", "modules", "positions")
     )
-    assert all(f"| {model} (smoke test) | 2 |" in text for model in study.COMPARED)
-    assert all(f"| {model} (smoke test) | 3 |" in text for model in study.COMPARED)
-    assert all(f"| {model} (smoke test) | 1 |" in modules for model in FURTHER)
-    assert "| se_stages (smoke test) | 1 |" in positions and "![explain compare]" in text
+
+    def row(model, seeds):
+        return f"| `{model}` (smoke test, width 16) | {seeds} |"
+
+    assert all(row(model, 2) in text and row(model, 3) in text for model in study.COMPARED)
+    assert all(row(model, 1) in modules for model in FURTHER)
+    assert row("se_stages", 1) in positions and "explain_compare.png" in text
     plans = [(p["recipe"], len(p["models"]), len(p["seeds"])) for p in read_plans(out / "runs")]
     assert plans == [("published", 5, 2), ("short", 5, 3)]
     speed = json.loads((out / "benchmark_train.json").read_text())
