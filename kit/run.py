@@ -160,15 +160,15 @@ class Run:
         self.set_up_seconds = time.perf_counter() - start
         for failure in self.failures:
             print(f"note: {failure}; training in mode {self.mode}", file=sys.stderr)
-        s, loader = self.settings, self.loader
+        runs.write_env(self.folder, self.env, self.mode)
+        self.saved_at, self.in_loop = time.perf_counter(), True
+        s, loader = self.settings, self.loader  # said only now: a signal is minded from here on
         print(
             f"{s.model}, {s.dataset}, recipe {s.recipe}, seed {s.seed} -> {self.folder}\n"
             f"{self.n_parameters:,} parameters; {loader}; {device_name(self.device)}; "
             f"{s.precision}, {self.mode}",
             flush=True,
         )
-        runs.write_env(self.folder, self.env, self.mode)
-        self.saved_at, self.in_loop = time.perf_counter(), True
         return step
 
     # --- Saving -----------------------------------------------------------------------------------
