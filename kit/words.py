@@ -91,7 +91,8 @@ def answer(f: Findings) -> str:
     smoke_test = "In this smoke test, compared" if f.study.result["quick"] else "Compared"
     found = f"{smoke_test} with `{f.reference}` over {pairs_of(f)}: {'; '.join(parts)}."
     if f.spread and f.with_verdict("undecided"):
-        found += f" Differences below {f.spread.detectable:.2g} points cannot be seen this way."
+        smallest = f"{f.spread.detectable:.2g} points"
+        found += f" A true difference below {smallest} has less than 80% chance of being detected."
     return found
 
 
