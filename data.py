@@ -176,9 +176,10 @@ class Loader:
         self.augmentation = Augmentation.of(settings)
 
     def __str__(self):
+        size = "x".join(map(str, self.images.shape[1:]))
         return (
             f"{self.n_train:,} training, {len(self.validation[1]):,} validation, "
-            f"{len(self.test[1]):,} test images {self.dataset.source}"
+            f"{len(self.test[1]):,} test images of {size}, {self.dataset.source}"
         )
 
     def epoch(self, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:

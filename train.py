@@ -170,6 +170,7 @@ def train(settings, dataset, run: Run) -> dict:
     return {
         "test_acc": accuracy(predictions, labels),
         "test_acc_last": accuracy(last_predictions, labels),
+        "balanced_acc": balanced_accuracy(predictions, labels),
     }
 
 
@@ -233,6 +234,13 @@ def evaluate(model, loader, images, labels, run):
 def accuracy(predictions, labels) -> float:
     """Percent."""
     return 100 * (predictions == labels).sum().item() / len(labels)
+
+
+def balanced_accuracy(predictions, labels) -> float:
+    """Percent: the mean over the classes, whatever their sizes."""
+    classes = labels.unique()
+    own = [accuracy(predictions[labels == k], labels[labels == k]) for k in classes]
+    return sum(own) / len(own)
 
 
 def stop_if_not_finite(losses, val_loss: float, epoch: int, lr: float) -> None:

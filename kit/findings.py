@@ -50,6 +50,7 @@ class Findings:
         # Beside a smoke test or other settings, the published figures would only mislead.
         like_it = not study.result["quick"] and study.overrides.keys() <= {"precision", "mode"}
         self.published = study.published if like_it else {}
+        self.balance = balance_of(study)
         # By model, in the order of the table: its summary, its comparison with the reference and
         # with its control (each set corrected together).
         self.models = {model: summarize(runs) for model, runs in study.runs.items()}
@@ -163,6 +164,22 @@ def summarize(runs: list[FinishedRun]) -> dict:
         "epochs_run": [run.result["epochs_run"] for run in runs],
         "best_epoch": [run.result["best_epoch"] for run in runs],
         "params": runs[0].result["params"],
+    }
+
+
+def balance_of(study: Study) -> tuple[float, dict[str, float]] | None:
+    """(share of the largest class, each model's balanced accuracy, the mean over classes), percent;
+    None unless that class has more than twice an equal share, and where predictions are missing."""
+    if not same_labels(study.all_runs):
+        return None
+    labels = study.all_runs[0].labels
+    sizes = np.unique(labels, return_counts=True)[1]
+    if sizes.max() * len(sizes) <= 2 * len(labels):
+        return None
+    masks = [labels == label for label in np.unique(labels)]
+    return 100 * float(sizes.max()) / len(labels), {
+        model: mean(100 * float(run.correct[mask].mean()) for run in runs for mask in masks)
+        for model, runs in study.runs.items()
     }
 
 

@@ -245,6 +245,8 @@ class Run:
             "test_images": len(loader.test[1]),
             "classes": loader.classes,
             "image": list(loader.images.shape[1:]),
+            "mean": loader.mean.flatten().tolist(),  # by which pixels in [0, 1] are normalised
+            "std": loader.std.flatten().tolist(),
             "params": self.n_parameters,
             "train_seconds": seconds,
             "images_per_second": len(history) * loader.n_train / seconds,

@@ -184,6 +184,12 @@ def spread_sentences(f: Findings) -> list[str]:
     ]
 
 
+def balance_sentence(f: Findings) -> str:
+    share, balanced = f.balance
+    means = ", ".join(f"`{model}` {value:.2f}%" for model, value in balanced.items())
+    return f"The largest class has {share:.1f}% of the test images. Balanced accuracy: {means}."
+
+
 def plan_sentence(f: Findings) -> str:
     tested = f"Paired t test over seeds, Holm's correction over {names(f.against)}, level "
     tested += f"{100 * f.level:.2g}%"
@@ -260,7 +266,8 @@ TEMPLATES = jinja2.Environment(
 )
 FILTERS = (
     text, tex, flag, names, who, one_line, fmt, interval, caption, answer, sentence, how, verdict,
-    control_sentence, spread_sentences, plan_sentence, front_sentence, notes, environments, devices,
+    balance_sentence, control_sentence, spread_sentences, plan_sentence, front_sentence, notes,
+    environments, devices,
 )  # fmt: skip
 TEMPLATES.filters |= {function.__name__: function for function in FILTERS}
 

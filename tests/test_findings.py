@@ -214,3 +214,15 @@ def test_where_the_spread_comes_from(make_study):
     assert low < spread.of_difference < high
     power = verdicts.power(0.2, spread.of_difference, spread.seeds_needed[0.2][0])
     assert power >= 0.8
+
+
+def test_an_unbalanced_test_set_has_its_balanced_accuracy_beside(make_study):
+    study = make_study({"baseline": BASE[:2], "se": BASE[:2]})
+    assert Findings(study, []).balance is None  # ten equal classes
+    labels = np.repeat([0, 1, 2], [80, 10, 10])
+    for run in study.all_runs:
+        run.labels, run.predictions = labels, labels.copy()
+        run.predictions[80:85] = 0  # half of the second class
+        vars(run).pop("correct", None)
+    share, balanced = Findings(study, []).balance
+    assert share == 80 and balanced["se"] == pytest.approx((100 + 50 + 100) / 3)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import REPO, SMALL, is_one_line, metrics_of, script, settings_of, train_small
+from PIL import Image
 
 
 def result_of(folder):
@@ -361,3 +362,22 @@ def test_adam_is_adam():
         lr = 1e-3 * (1 + math.cos(math.pi * (t - 1) / 4)) / 2
         weight -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
         assert torch.allclose(layer.weight.double(), weight, rtol=1e-6, atol=1e-8)
+
+
+def test_a_trained_model_is_used_elsewhere_as_the_docs_say(finished_run, fashion_mnist, tmp_path):
+    (code,) = re.findall(r"```python\n(import json.*?)```", (REPO / "docs/running.md").read_text(),
+                         re.DOTALL)  # fmt: skip
+    tested = data.stratified(fashion_mnist.test_labels, 100)
+    predicted = np.load(finished_run / "test_predictions.npy")
+    for i in (0, 41, 99):
+        picture = tmp_path / "image.png"
+        Image.fromarray(fashion_mnist.test_images[tested[i], 0].numpy()).save(picture)
+        variables = f"run, picture = {str(finished_run)!r}, {str(picture)!r}"
+        done = script("-c", f"{variables}\n{code}")
+        assert done.stdout.strip() == fashion_mnist.classes[predicted[i]], done.stderr
+
+
+def test_balanced_accuracy_is_sklearn_s():
+    """sklearn.metrics.balanced_accuracy_score([0, 0, 0, 0, 1, 2], [0, 0, 0, 1, 1, 0]) = 7/12."""
+    predictions, labels = torch.tensor([0, 0, 0, 1, 1, 0]), torch.tensor([0, 0, 0, 0, 1, 2])
+    assert train.balanced_accuracy(predictions, labels) == pytest.approx(100 * 7 / 12)
