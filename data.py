@@ -21,7 +21,7 @@ from pathlib import Path
 
 from kit.augment import Augmentation
 from kit.command_line import NAMES, UserError, exit_code, is_name, make_parser
-from kit.datasets import ImageData, load_cifar, load_idx, load_npz
+from kit.datasets import ImageData, load_cifar, load_idx, load_npz, note
 from kit.image_folder import load_folder, load_tiny_imagenet
 
 import numpy as np
@@ -78,16 +78,18 @@ def load_dataset(
     load = partial(load_npz, Path(name)) if name.endswith(".npz") else load
     asked = {"fetch": fetch} if "fetch" in signature(load).parameters else {}
     dataset = load(Path(data_dir), **asked)
-    if n := dataset.n_copies:
-        copies = f"{n:,} of {len(dataset.test_images):,} test images are also training images"
-        note(f"{copies} (identical pixels): test accuracy is inflated")
-    if n := dataset.n_two_labels:
+    note_copies("test", *dataset.hashes[::-1])
+    labels = np.append(dataset.train_labels, dataset.test_labels)
+    _, first, image = np.unique(np.append(*dataset.hashes), return_index=True, return_inverse=True)
+    if n := np.isin(image, image[labels != labels[first[image]]]).sum():
         note(f"{n:,} images have two labels (identical pixels, another class): accuracy is lowered")
     return dataset
 
 
-def note(what: str) -> None:
-    print(f"note: {what}", file=sys.stderr)
+def note_copies(part: str, hashes: np.ndarray, train_hashes: np.ndarray) -> None:
+    if n := np.isin(hashes, train_hashes).sum():
+        copies = f"{n:,} of {len(hashes):,} {part} images are also training images"
+        note(f"{copies} (identical pixels): {part} accuracy is inflated")
 
 
 # --- Split, order, normalisation: the same for every model of one seed ----------------------------
@@ -156,12 +158,10 @@ class Loader:
                 "of one image or none, and BatchNorm needs two: use another --batch-size, or more "
                 "images"
             )
-        hashes, labels = dataset.hashes[0], dataset.train_labels
-        if n := np.isin(hashes[split[1]], hashes[split[0]]).sum():
-            copies = f"{n:,} of {len(split[1]):,} validation images are also training images"
-            note(f"{copies} (identical pixels): validation accuracy is inflated")
+        train_hashes, val_hashes = (dataset.hashes[0][idx] for idx in split)
+        note_copies("validation", val_hashes, train_hashes)
         for part, idx in (("training", split[0]), ("validation", split[1])):
-            counts = labels[idx].bincount(minlength=len(self.classes))
+            counts = dataset.train_labels[idx].bincount(minlength=len(self.classes))
             if absent := [name for name, n in zip(self.classes, counts, strict=True) if not n]:
                 note(f"no {part} image of {', '.join(absent[:5])} ({len(absent)} classes)")
         self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)

@@ -1,9 +1,8 @@
 """A data set in memory; Fashion-MNIST, MNIST, KMNIST and CIFAR found or fetched, and verified.
 
-The four idx files of Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), and of the two others of
-the same names, may lie, packed or not, in --data-dir itself, in torchvision's layout below it
-(FashionMNIST/raw/) or where Debian's dataset-fashion-mnist puts them. Others are passed over.
-torchvision downloads what is missing; of CIFAR it reads and verifies (MD5) the files, too.
+The four idx files of Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), MNIST or KMNIST may lie,
+packed or not, in --data-dir itself, in torchvision's layout below it (FashionMNIST/raw/) or where
+Debian's dataset-fashion-mnist puts them. torchvision downloads what is missing.
 """
 
 import gzip
@@ -39,10 +38,23 @@ CLASSES = {
     "KMNIST": "o,ki,su,tsu,na,ha,ma,ya,re,wo",
 }
 DEBIAN_FOLDER = Path("/usr/share/datasets/fashion-mnist")
+FROM_DEBIAN = """
+mkdir -p state/lists/partial cache/archives/partial
+apt() {  # root fetches as root: _apt cannot enter this folder
+  apt-get -qq -oDir::State="$PWD/state" -oDir::State::status=/var/lib/dpkg/status \\
+    -oDir::Cache="$PWD/cache" -oAPT::Sandbox::User= "$@"
+}
+apt update; apt download dataset-fashion-mnist
+dpkg-deb -x *.deb .; gunzip usr/share/datasets/*/*.gz
+"""
 WAYS = (
     "use another --data-dir, or put the four published files into it, packed (.gz) or not "
     "(Fashion-MNIST: or `apt-get install dataset-fashion-mnist`)"
 )
+
+
+def note(what: str) -> None:
+    print(f"note: {what}", file=sys.stderr)
 
 
 @dataclass
@@ -61,16 +73,15 @@ class ImageData:
     def __post_init__(self):
         """Names what a data set of one's own may have wrong."""
         for part in ("train", "test"):
-            images, labels = (getattr(self, f"{part}_{what}") for what in ("images", "labels"))
-            found = [(getattr(value, "dtype", type(value)), *getattr(value, "shape", ()))
-                     for value in (images, labels)]  # fmt: skip
-            (kind, *shape), n_classes = found[0], len(self.classes)
+            found = [getattr(self, f"{part}_{what}") for what in ("images", "labels")]
+            kinds = [(getattr(x, "dtype", type(x)), *getattr(x, "shape", ())) for x in found]
+            (kind, *shape), labels, n_classes = kinds[0], found[1], len(self.classes)
             if kind != torch.uint8 or len(shape) != 4 or shape[1] > 4 >= shape[3]:
-                wrong = f"images must be a uint8 tensor (N, C, H, W), not {found[0]}"
+                wrong = f"images must be a uint8 tensor (N, C, H, W), not {kinds[0]}"
             elif shape[1:] != list(self.train_images.shape[1:]):
-                wrong = f"images must be as large as training images, not {found[0]}"
-            elif found[1] != (torch.int64, shape[0]):
-                wrong = f"labels must be an int64 tensor ({shape[0]},), not {found[1]}"
+                wrong = f"images must be as large as training images, not {kinds[0]}"
+            elif kinds[1] != (torch.int64, shape[0]):
+                wrong = f"labels must be an int64 tensor ({shape[0]},), not {kinds[1]}"
             elif not shape[0] or labels.min() < 0 or labels.max() >= n_classes:
                 odd = sorted(set(labels.tolist()) - set(range(n_classes)))[:5]
                 wrong = f"labels must be from 0 to {n_classes - 1}, not {odd}"
@@ -91,27 +102,13 @@ class ImageData:
 
     @cached_property
     def hashes(self) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) of the training images and of the test images: that of a copy is the same."""
+        """(N,) of the training images and of the test images. Copies have the same hash."""
         parts = self.train_images.numpy(), self.test_images.numpy()
         return tuple(np.array([hash(image.tobytes()) for image in part]) for part in parts)
 
-    @property
-    def n_copies(self) -> int:
-        """Test images that are, pixel by pixel, among the training images, too."""
-        return int(np.isin(self.hashes[1], self.hashes[0]).sum())
-
-    @property
-    def n_two_labels(self) -> int:
-        """Images that have copies in another class."""
-        labels = [*self.train_labels.tolist(), *self.test_labels.tolist()]
-        images = np.concatenate(self.hashes).tolist()
-        last = dict(zip(images, labels, strict=True))
-        two = {image for image, label in zip(images, labels, strict=True) if last[image] != label}
-        return sum(image in two for image in images)
-
     def mean_and_std(self, normalize: str | None, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """By which images are normalised. "data": those of the data, (C, 1, 1) each; else 0.5 and
-        0.5, as published, which scale pixels to [-1, 1] whatever the data."""
+        """For normalisation. "data": the training images' own, (C, 1, 1) each; else 0.5 and 0.5,
+        as published: pixels in [-1, 1]."""
         if normalize != "data":
             return torch.full((), 0.5, device=device), torch.full((), 0.5, device=device)
         std = [max(value, 1 / 255) for value in self.std]  # images of a single value have none
@@ -119,10 +116,7 @@ class ImageData:
 
 
 def mean_and_std_of(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, standard deviation) of each channel of uint8 (N, C, H, W), pixels in [0, 1].
-
-    From the counts of the 256 values: exact, and in little memory.
-    """
+    """Of each channel of uint8 (N, C, H, W), pixels in [0, 1]: exact, from the 256 counts."""
     counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)])
     share = counts.double() / counts.sum(1, keepdim=True)
     values = torch.arange(256, dtype=torch.float64) / 255
@@ -132,7 +126,7 @@ def mean_and_std_of(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[floa
 
 
 def load_cifar(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
-    """CIFAR10 or CIFAR100, by torchvision's class of that name. Raises UserError."""
+    """CIFAR10 or CIFAR100, by torchvision's class of that name, which verifies the MD5."""
     import torchvision  # here, for it takes a second to import
 
     load, parts = getattr(torchvision.datasets, name), []
@@ -155,39 +149,38 @@ def load_cifar(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
 
 def load_npz(path: Path, _: Path) -> ImageData:
     """A file in MedMNIST's form (Yang et al. 2023): arrays train_images (N, H, W) or (N, H, W, 3),
-    train_labels (N,) or (N, 1), and the same of val and test. Raises UserError in one line."""
+    train_labels (N,) or (N, 1), and the same of val and test."""
     try:
         with np.load(path) as file:
-            parts = [[file[f"{part}_{what}"] for what in ("images", "labels")]
-                     for part in ("train", "val", "test")]  # fmt: skip
-        (train, _), (val, _), _ = parts
-        train_and_val = [np.concatenate(arrays) for arrays in zip(*parts[:2], strict=True)]
+            train, val, test = ((file[f"{part}_images"], file[f"{part}_labels"])
+                                for part in ("train", "val", "test"))  # fmt: skip
+        train_and_val = [np.concatenate(arrays) for arrays in zip(train, val, strict=True)]
     except Exception as error:  # a damaged file raises what it likes
         raise UserError(
             f"{path} is no file in MedMNIST's form, with train_images, train_labels, val_* and "
             f"test_*: {in_one_line(error)}"
         ) from None
-    tensors, values = [], np.unique(np.concatenate([labels.ravel() for _, labels in parts]))
-    for images, labels in (train_and_val, parts[2]):
+    parts, values = [], np.unique(np.append(train_and_val[1], test[1]))
+    for images, labels in (train_and_val, test):
         if images.dtype != np.uint8 or images.shape[3:] not in ((), (1,), (3,)) or images.ndim < 3:
             what = f"images (N, H, W) or (N, H, W, 3) of uint8, not {images.dtype} {images.shape}"
             raise UserError(f"{path}: needs {what}: volumes are not read")
         if labels.dtype.kind not in "iu" or labels.size != len(images):
             what = f"not {labels.dtype} {labels.shape}: several labels per image are not read"
             raise UserError(f"{path}: needs one whole number as the label of each image, {what}")
-        colour = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
-        tensors.append(torch.from_numpy(np.ascontiguousarray(colour)))
-        tensors.append(torch.from_numpy(np.searchsorted(values, labels.ravel())))
-    how = f"its {len(val):,} val images join the {len(train):,} training images"
-    print(f"note: {path}: {how}, from which the seed's split is drawn", file=sys.stderr)
-    return ImageData(*tensors, [str(value) for value in values], f"read from {path}")
+        images = images.reshape(*images.shape[:3], -1).transpose(0, 3, 1, 2)
+        parts.append(torch.from_numpy(np.ascontiguousarray(images)))
+        parts.append(torch.from_numpy(np.searchsorted(values, labels.ravel())))
+    how = f"its {len(val[0]):,} val images join the {len(train[0]):,} training images"
+    note(f"{path}: {how}, from which the seed's split is drawn")
+    return ImageData(*parts, [str(value) for value in values], f"read from {path}")
 
 
 # --- Fashion-MNIST, MNIST, KMNIST: four idx files each --------------------------------------------
 
 
 def load_idx(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
-    """60,000 + 10,000 grey images of 28x28 in ten classes. Raises UserError in one line."""
+    """60,000 + 10,000 grey images of 28x28 in ten classes."""
     raw, fashion = data_dir / name / "raw", name == "FashionMNIST"
     found, others = find_idx(name, [data_dir, raw] + [DEBIAN_FOLDER] * fashion)
     missing = [file for file in IDX_FILES if file not in found]
@@ -198,13 +191,13 @@ def load_idx(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
     if missing:
         what = wrong[0] if wrong else f"{missing[0]} of {name} is not in {data_dir} or below it"
         raise UserError(f"{what}: {WAYS}")
-    if paths := ", ".join(map(str, others)):
-        print(f"note: passed over, not the published files of {name}: {paths}", file=sys.stderr)
-    parts = [tensor for _, tensor in found.values()]
+    if others:
+        note(f"passed over, not the published files of {name}: {', '.join(map(str, others))}")
+    (_, train), (_, train_labels), (_, test), (_, test_labels) = found.values()
     source = ", ".join(dict.fromkeys(str(path.parent) for path, _ in found.values()))
     verified = ", sha256 verified" * (name != "KMNIST")  # which is not always
     return ImageData(
-        parts[0].unsqueeze(1), parts[1].long(), parts[2].unsqueeze(1), parts[3].long(),
+        train.unsqueeze(1), train_labels.long(), test.unsqueeze(1), test_labels.long(),
         CLASSES[name].split(","), f"read from {source}{verified}",
         mean=(0.2860,) * fashion, std=(0.3530,) * fashion,
     )  # fmt: skip
@@ -223,16 +216,14 @@ def find_idx(name: str, folders: list[Path]) -> tuple[dict, dict[Path, str]]:
                 content = gzip.decompress(body) if body[:2] == b"\x1f\x8b" else body
                 known = body if expected == PACKED else content
                 sha256 = hashlib.sha256(known).hexdigest()[:16]
-                if sha256 == expected:
-                    found[file] = path, parse_idx(content)
-                elif expected == PACKED and body is content and sha256 not in str(SHA256):
-                    found[file] = path, parse_idx(content)
-                    print(f"note: {path} cannot be verified, only {file}.gz can", file=sys.stderr)
-                else:
-                    why = f"{path} is not the published {file} of {name}"
-                    others[path] = f"{why}: its sha256 is {sha256}..., expected {expected}..."
+                unknown = expected == PACKED and body is content and sha256 not in str(SHA256)
+                if sha256 != expected and not unknown:
+                    raise ValueError(f"its sha256 is {sha256}..., expected {expected}...")
+                found[file] = path, parse_idx(content)
+                if unknown:
+                    note(f"{path} cannot be verified, only {file}.gz can")
             except (OSError, EOFError, zlib.error, ValueError, IndexError) as error:
-                others[path] = f"{path} is truncated or damaged ({in_one_line(error)})"
+                others[path] = f"{path} is not the published {file} of {name}: {in_one_line(error)}"
     return found, others
 
 
@@ -244,7 +235,7 @@ def parse_idx(body: bytes) -> torch.Tensor:
 
 
 def fetch_idx(name: str, raw: Path) -> None:
-    """Brings the files into `raw`."""
+    """Brings the files into `raw`, from the first of the sources that has them."""
     sources, failures = {"torchvision's mirror": from_mirror}, []
     if name == "FashionMNIST":
         sources["the Debian package dataset-fashion-mnist"] = from_debian
@@ -277,19 +268,12 @@ def from_mirror(name: str, folder: Path) -> Path:
 
 
 def from_debian(_: str, folder: Path) -> Path:
-    """The Debian package unpacked, but not installed.
+    """The Debian package, unpacked but not installed.
 
     With package lists of its own: it works without root, and where `apt-get update` never ran.
     """
-    for needed in ("state/lists/partial", "cache/archives/partial"):
-        (folder / needed).mkdir(parents=True)
-    apt_get = ["apt-get", "-qq", f"-oDir::State={folder}/state", f"-oDir::Cache={folder}/cache"]
-    apt_get += ["-oDir::State::status=/var/lib/dpkg/status"]
-    apt_get += ["-oAPT::Sandbox::User="]  # root fetches as root: _apt cannot enter this folder
-    unpack = ["sh", "-c", "dpkg-deb -x *.deb . && gunzip usr/share/datasets/*/*.gz"]
-    download = [*apt_get, "download", "dataset-fashion-mnist"]
-    for command in ([*apt_get, "update"], download, unpack):
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
-        if done.returncode != 0:
-            raise ValueError(done.stderr or f"{command[0]} exited with {done.returncode}")
+    command, how = ["sh", "-ec", FROM_DEBIAN], {"capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=folder, timeout=600, **how)
+    if done.returncode != 0:
+        raise ValueError(done.stderr or f"apt-get exited with {done.returncode}")
     return next(folder.glob("usr/share/datasets/*"))
