@@ -14,7 +14,6 @@ To add a data set: write a function `data_dir -> ImageData`, add one line to DAT
 
 import os
 import sys
-import unicodedata
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -22,6 +21,7 @@ from pathlib import Path
 from kit.augment import Augmentation
 from kit.command_line import NAMES, UserError, exit_code, is_name, make_parser
 from kit.datasets import ImageData, load_cifar, load_idx, load_npz, note
+from kit.decoding import shows
 from kit.image_folder import load_folder, load_tiny_imagenet
 
 import numpy as np
@@ -51,7 +51,7 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
         known = ", ".join(DATASETS)
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, a folder or an .npz")
     name = folder.name or "/"
-    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in str(folder)):
+    if not shows(str(folder)):
         raise ValueError("--dataset: a path with characters that cannot be printed: rename it")
     if name in DATASETS:
         raise ValueError(f"{dataset}: {name} is the name of another data set: rename it")

@@ -6,24 +6,29 @@ that are grey, all of them, whatever their files say, have one channel. Of damag
 found, and in PNG files any: other formats have no checksums.
 """
 
-import functools
 import hashlib
 import io
 import math
 import os
 import re
 import sys
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import cache
+from itertools import compress
 from pathlib import Path
 
-from kit.command_line import UserError
+from kit.command_line import UserError, in_one_line
+from kit.datasets import note
 from kit.files import locked, write_atomically
 
 import numpy as np
+import PIL
+from PIL import ExifTags, Image, ImageOps
 
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # of this decoder
 DEFAULT_SIZE = 64
@@ -33,11 +38,9 @@ KEPT = ".decoded"  # the folder in --data-dir; hidden, should that be in the dat
 NOT_DECODED = {"PDF", "PALM", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
-@functools.cache
+@cache
 def endings() -> set[str]:
     """Of the names of all files that Pillow reads."""
-    from PIL import Image  # here, for only folders need it
-
     return {end for end, name in Image.registered_extensions().items() if name not in NOT_DECODED}
 
 
@@ -45,8 +48,6 @@ def is_image(path: Path) -> bool:
     """By its ending; without one, by its content."""
     if path.suffix not in ("", "."):
         return path.suffix.lower() in endings()
-    from PIL import Image
-
     with suppress(Exception), Image.open(path):  # a file that is no image raises what it likes
         return True
     return False
@@ -55,36 +56,32 @@ def is_image(path: Path) -> bool:
 def decoded(
     folder: Path, paths: list[Path], image_size: int | None, data_dir: Path, keep: bool
 ) -> tuple[np.ndarray, str]:
-    """(uint8 (N, C, H, W), what is to be said of them), from the cache in `data_dir`, if there.
+    """(uint8 (N, C, H, W), what is to be said of them), from the cache in `data_dir` if there.
 
-    The cache's name says all that its content depends on. keep: it may be written. Raises UserError
-    that names the images that cannot be read.
+    The cache's name says all that its content depends on. keep: it may be written.
     """
-    from PIL import __version__
-
     key, size = key_of(folder, paths), image_size or "own"
-    kept = data_dir / KEPT / f"{folder.name}.{key}.{size}.pillow{__version__}-{VERSION}.npz"
+    kept = data_dir / KEPT / f"{folder.name}.{key}.{size}.pillow{PIL.__version__}-{VERSION}.npz"
     if os.path.isfile(kept):  # nor is one whose name is too long
         raise_if_large(kept, kept.stat().st_size)
         try:
             with np.load(kept) as file:
-                return file["images"], str(file["note"])
+                return file["images"], str(file["said"])
         except Exception as error:  # a damaged file raises what it likes
-            print(f"note: {kept} is damaged ({error}): decoding again", file=sys.stderr)
-    images, note = decode(folder, paths, image_size)
-    try:
-        if not keep:
-            raise PermissionError("--data-dir says where they may be")
-        buffer = io.BytesIO()
-        np.savez(buffer, images=images, note=note)
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with locked(kept.parent, f"{folder.name}.*"):
-            for outdated in kept.parent.glob(f"{folder.name}.{'[0-9a-f]' * len(key)}.{size}.*.npz"):
-                outdated.unlink(missing_ok=True)
-            write_atomically(kept, buffer.getbuffer())
-    except OSError as error:
-        print(f"note: decoded images cannot be kept ({error}): next time again", file=sys.stderr)
-    return images, note
+            note(f"{kept} is damaged ({in_one_line(error)}): decoding again")
+    images, said = decode(folder, paths, image_size)
+    if keep:
+        try:
+            buffer = io.BytesIO()
+            np.savez(buffer, images=images, said=said)
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with locked(kept.parent, f"{folder.name}.*"):
+                for outdated in kept.parent.glob(f"{folder.name}.{'?' * len(key)}.{size}.*.npz"):
+                    outdated.unlink(missing_ok=True)
+                write_atomically(kept, buffer.getbuffer())
+        except OSError as error:
+            note(f"decoded images cannot be kept ({error}): next time again")
+    return images, said
 
 
 def key_of(folder: Path, paths: list[Path]) -> str:
@@ -95,20 +92,14 @@ def key_of(folder: Path, paths: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- Decoding -------------------------------------------------------------------------------------
-
-
 def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.ndarray, str]:
     """(uint8 (N, C, H, W), what is to be said of them); see `decoded`."""
-    from PIL import Image, ImageOps
-
     print(f"decoding {len(paths):,} images below {folder}", file=sys.stderr, flush=True)
-    headers, n = in_threads(header, paths), len(paths)
-    sizes = Counter(size for size, *_ in headers)
-    (size, most), resized = sizes.most_common(1)[0], []
+    sizes, modes, frames, deep = zip(*in_threads(header, paths), strict=True)
+    (size, most), n = Counter(sizes).most_common(1)[0], len(paths)
     if image_size or most < MOST * n:
         size = (image_size or DEFAULT_SIZE,) * 2
-    grey = all(mode[0] in "1LI" and mode != "LAB" for _, mode, *_ in headers)
+    grey = all(mode[0] in "1LI" and mode != "LAB" for mode in modes)
     shape = (n, 1 if grey else 3, size[1], size[0])
     raise_if_large(folder, 2 * math.prod(shape))  # twice while they are written, too
     images = np.empty(shape, np.uint8)
@@ -116,25 +107,20 @@ def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.
     def fill(path, image):
         shown = pixels(path, grey)
         if shown.size != size:
-            resized.append(path)
             shown = ImageOps.fit(shown, size, Image.Resampling.BILINEAR)  # cropped in the middle
         image[:] = np.asarray(shown) if grey else np.asarray(shown).transpose(2, 0, 1)
 
     in_threads(fill, paths, images)
     if not grey and all((image == image[:1]).all() for image in images):
         images = images[:, :1].copy()
-    read = list(zip(paths, headers, strict=True))
-    said = [
-        ([path for path, (*_, frames, _) in read if frames > 1], "first frame only"),
-        ([path for path, (*_, deep) in read if deep], "upper 8 of 16 bits"),
-    ]
+    said = {"first frame only": [n > 1 for n in frames], "upper 8 of 16 bits": deep}
     if image_size:
-        odd = [path for path, ((width, height), *_) in read if width != height]
-        said.append((odd, "not square, cropped in the middle"))
+        said["not square, cropped in the middle"] = [width != height for width, height in sizes]
     else:
-        other = "another size" if most >= MOST * n else f"one of {len(sizes):,} sizes"
-        said.append((resized, f"{other}, scaled and cropped to {size[0]} x {size[1]}"))
-    return images, "; ".join(counted(found, what, folder) for found, what in said if found)
+        other = f"another size, scaled and cropped to {size[0]} x {size[1]}"
+        said[other] = [each != size for each in sizes]
+    found = {what: [*compress(paths, which)] for what, which in said.items()}
+    return images, counted(found, folder)
 
 
 def in_threads(function: Callable, paths: list[Path], *more) -> list:
@@ -144,22 +130,20 @@ def in_threads(function: Callable, paths: list[Path], *more) -> list:
         try:
             return function(path, *rest)
         except Exception as error:  # a damaged file raises what it likes
-            bad[path] = str(error).split("\n")[0] or type(error).__name__
+            bad[path] = in_one_line(error)
 
     bad = {}
     with ThreadPoolExecutor(os.cpu_count()) as pool, warnings.catch_warnings(action="ignore"):
         found = list(pool.map(tried, paths, *more))
     if bad:
         some = "; ".join(f"{printable(path)} ({bad[path]})" for path in sorted(bad)[:5])
-        more = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
-        raise UserError(f"{len(bad):,} images cannot be read: mend or delete them: {some}{more}")
+        rest = f"; and {len(bad) - 5:,} more" if len(bad) > 5 else ""
+        raise UserError(f"{len(bad):,} images cannot be read: mend or delete them: {some}{rest}")
     return found
 
 
 def header(path: Path):
     """((width, height), mode, number of frames, whether it has more than 8 bits), not decoded."""
-    from PIL import ExifTags, Image
-
     with Image.open(path) as image:
         if image.mode == "F" or (image.mode == "I" and image.format != "PPM"):
             raise ValueError(f"mode {image.mode}, more than 16 bits a pixel")
@@ -175,10 +159,8 @@ def header(path: Path):
         return size, mode, frames, mode[0] == "I" or ";16" in raw
 
 
-def pixels(path: Path, grey: bool):
-    """The Pillow image that a viewer shows, of mode L or RGB."""
-    from PIL import Image, ImageOps
-
+def pixels(path: Path, grey: bool) -> Image.Image:
+    """What a viewer shows, of mode L or RGB."""
     # From an open file: by its name Pillow maps a TIFF into memory, wrongly if it is to be turned.
     with open(path, "rb") as file, Image.open(file) as image:
         image.load()
@@ -188,7 +170,7 @@ def pixels(path: Path, grey: bool):
         if image.mode[0] == "I":
             deep = np.asarray(image)
             deep = np.where(deep == image.info.get("transparency"), 65_535, deep)
-            if image.format == "TIFF":  # of more than 8 bits Pillow does neither
+            if of == "TIFF":  # of more than 8 bits Pillow does neither
                 deep = deep << 4 if image.tag_v2.get(258) == (12,) else deep
                 deep = 65_535 - deep if image.tag_v2.get(262) == 0 else deep  # 0 is white
             image = Image.fromarray((deep >> 8).astype(np.uint8))
@@ -215,15 +197,20 @@ def available_memory() -> int:
     return 1024 * int(re.search(r"MemAvailable:\s*(\d+)", meminfo)[1])
 
 
-# --- Words ----------------------------------------------------------------------------------------
-
-
-def counted(paths: list[Path], what: str, folder: Path) -> str:
-    """'hidden: 2 (cat/.git, dog/.git)': the first three are named."""
-    names = [printable(path.relative_to(folder)) for path in sorted(paths)[:3]]
-    more = ", ..." if len(paths) > 3 else ""
-    return f"{what}: {len(paths):,} ({', '.join(names)}{more})"
+def counted(found: dict, folder: Path) -> str:
+    """'hidden: 2 (cat/.git, dog/.git); ...': the first three of each are named."""
+    words = []
+    for what, paths in sorted(found.items()):
+        names = [printable(path.relative_to(folder)) for path in sorted(paths)[:3]]
+        more = ", ..." if len(paths) > 3 else ""
+        words += [f"{what}: {len(paths):,} ({', '.join(names)}{more})"] if paths else []
+    return "; ".join(words)
 
 
 def printable(path: Path) -> str:
     return str(path) if str(path).isprintable() else ascii(str(path))
+
+
+def shows(text: str) -> bool:
+    """Whether it has no control characters, and no bytes that are not UTF-8."""
+    return not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text)

@@ -5,8 +5,7 @@
 
 The parts may be called Training and Testing, train_set and valid, seg_train/seg_train and so on.
 Images may lie deeper below their class, links are followed, and whatever Pillow reads is an image.
-Hidden files and folders are never read. All that is left out is counted and named in one line.
-Images come in the order of their file names, classes in that of theirs.
+All that is left out is counted and named in one line. Images come in the order of their file names.
 
 Images of one size keep it, and so do three of four: the others are scaled until they cover it and
 cropped in the middle. Where sizes vary more, and with an --image-size, all become squares of 64 or
@@ -16,120 +15,122 @@ that many pixels, cropped likewise. How files are decoded, and where that is kep
 import mimetypes
 import os
 import re
-import sys
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from kit.command_line import UserError
-from kit.datasets import ImageData
-from kit.decoding import KEPT, counted, decoded, is_image, printable
+from kit.datasets import ImageData, note
+from kit.decoding import KEPT, counted, decoded, is_image, printable, shows
 
 import numpy as np
 import torch
 
 TEST_SHARE = 1 / 6  # as MNIST and Fashion-MNIST are divided
+ANNOTATIONS = "val/val_annotations.txt"  # Tiny ImageNet's
 PART = re.compile(
     "(?:(?P<train>train|training|trainval)|(?P<test>test|testing)|"
     "(?P<val>val|valid|validation|dev|eval|evaluation))(?:s|set|data|images)?"
 )
-UNREAD = "ending not read"
+UNREAD, BESIDE = "ending not read", "file beside the folders"
 HIDDEN = {  # besides all that begins with a dot: what systems leave in folders
     "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir",
     "$recycle.bin", "system volume information", "lost+found", "#recycle", "@recycle", "#snapshot",
 }  # fmt: skip
 
 Labelled = list[tuple[Path, str]]  # images and their classes
-LeftOut = dict[str, list[Path]]  # {why: what}
+LeftOut = defaultdict[str, set[Path]]  # {why: what}
+
+
+def load_tiny_imagenet(data_dir: Path, fetch: bool = True) -> ImageData:
+    """100,000 + 10,000 colour images of 64x64 in 200 classes (Le and Yang 2015)."""
+    folder = data_dir / "tiny-imagenet-200"
+    if not (folder / ANNOTATIONS).is_file():
+        raise UserError(
+            f"{folder / ANNOTATIONS} is not there: get tiny-imagenet-200.zip (250 MB, from the "
+            f"pages of Stanford's course CS231n) and unpack it in {data_dir}"
+        )
+    return load_folder(folder, data_dir, fetch=fetch)
 
 
 def load_folder(
     folder: Path, data_dir: Path, image_size: int | None = None, fetch: bool = True
 ) -> ImageData:
-    """The images below `folder`. Raises UserError in one line."""
+    """The images below `folder`. Says what was left out. Raises UserError in one line."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name one with a folder of images for each class")
-    left_out = defaultdict(list)
-    root = unwrapped(folder, left_out)
-    if parts := find_parts(root, left_out):
-        train, test = (in_class_folders(unwrapped(part, left_out), left_out) for part in parts)
-        names = [str(part.relative_to(folder)) for part in parts]
-        how = f"training set {names[0]}, test set {names[1]}"
-    else:
-        for path in entries(root)[0]:
-            inside = {part_of(each) for each in entries(path)[0]}
-            if "train" in inside and inside & {"test", "val"}:
-                raise UserError(f"{path} has parts of its own: move the classes into the parts")
-        train, test = divided(in_class_folders(root, left_out))
-        how = "a sixth of each class is the test set"
-    read = partial(decoded, image_size=image_size, data_dir=data_dir, keep=fetch)
-    return load(folder, train, test, left_out, how, read)
-
-
-def load_tiny_imagenet(data_dir: Path, fetch: bool = True) -> ImageData:
-    """100,000 + 10,000 colour images of 64x64 in 200 classes (Le and Yang 2015).
-
-    Its test images have no labels: the validation images are the test set. They lie in one flat
-    folder, which a reader of class folders would take for a single class. Raises UserError.
-    """
-    folder, left_out = data_dir / "tiny-imagenet-200", defaultdict(list)
-    annotations = folder / "val" / "val_annotations.txt"
-    if not annotations.is_file():
-        raise UserError(
-            f"{annotations} is not there: get tiny-imagenet-200.zip (250 MB, from the pages of "
-            f"Stanford's course CS231n) and unpack it in {data_dir}"
-        )
-    rows = [line.split("\t") for line in annotations.read_text(errors="replace").splitlines()]
-    test = sorted((folder / "val" / "images" / row[0], row[1]) for row in rows if len(row) > 1)
-    train = in_class_folders(folder / "train", left_out)
-    for part, images in (("train", train), ("val", test)):
-        if (n := len({name for _, name in images})) != 200:
-            raise UserError(f"{folder}: {n} classes in {part} instead of 200: unpack it again")
-    read = partial(decoded, image_size=None, data_dir=data_dir, keep=fetch)
-    return load(folder, train, test, left_out, "training set train, test set val", read)
+    left_out = defaultdict(set)
+    train, test, how = train_and_test(folder, left_out)
+    paths = [path for path, _ in train + test]
+    images, said = decoded(folder, paths, image_size, data_dir, keep=fetch)
+    if masks := masks_among(train + test, images):
+        left_out["mask of the image beside it"] = masks
+        images = images[[path not in masks for path in paths]]
+        train, test = ([each for each in part if each[0] not in masks] for part in (train, test))
+    classes = sorted({name for _, name in train})
+    if odd := sorted(set(classes) ^ {name for _, name in test}):
+        raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
+    if left := counted(left_out, folder):
+        said = f"left out: {left}" + f"; {said}" * bool(said)
+    if said:
+        note(f"in {folder}: {said}")
+    train_images, test_images = torch.from_numpy(images).split([len(train), len(test)])
+    train_labels, test_labels = (
+        torch.tensor([classes.index(name) for _, name in part]) for part in (train, test)
+    )
+    n_train, n_test = (Counter(name for _, name in part) for part in (train, test))
+    shown = ", ".join(f"{name} {n_train[name]:,} + {n_test[name]:,}" for name in classes[:10])
+    more = f", and {len(classes) - 10:,} more" if len(classes) > 10 else ""
+    source = f"read from {folder}: {how}; training + test images: {shown}{more}"
+    return ImageData(train_images, train_labels, test_images, test_labels, classes, source)
 
 
 # --- Parts, classes, images -----------------------------------------------------------------------
 
 
-def entries(folder: Path, left_out: LeftOut | None = None) -> tuple[list[Path], list[Path]]:
-    """(folders, files) in `folder`, in the order of their names; links are followed.
+def train_and_test(folder: Path, left_out: LeftOut) -> tuple[Labelled, Labelled, str]:
+    """The images of both parts, and how they were found."""
+    if (folder / ANNOTATIONS).is_file():  # Tiny ImageNet: its test images have no labels
+        lines = (folder / ANNOTATIONS).read_text(errors="replace").splitlines()
+        rows = [line.split("\t") for line in lines if "\t" in line]
+        test = sorted((folder / "val/images" / name, of) for name, of, *_ in rows)
+        train = in_class_folders(folder / "train", left_out)
+        return train, test, "training set train, test set val"
+    root = unwrapped(folder, left_out)
+    if parts := find_parts(root, left_out):
+        names = [part.relative_to(folder) for part in parts]
+        train, test = (in_class_folders(unwrapped(part, left_out), left_out) for part in parts)
+        return train, test, f"training set {names[0]}, test set {names[1]}"
+    return *divided(in_class_folders(root, left_out)), "a sixth of each class is the test set"
 
-    Raises OSError for a folder that cannot be read: nothing is left out in silence.
-    """
-    folders, files, left_out = [], [], defaultdict(list) if left_out is None else left_out
+
+def entries(folder: Path, left_out: LeftOut) -> tuple[list[Path], list[Path]]:
+    """(folders, files) in `folder`, in the order of their names. Raises OSError."""
+    folders, files = [], []
     for path in (folder / name for name in sorted(os.listdir(folder))):
         if path.name[0] == "." or path.name.casefold() in HIDDEN:
-            left_out["hidden"].append(path)
+            left_out["hidden"].add(path)
         elif os.path.isfile(path):
             files.append(path)
         elif not os.path.isdir(path):
-            left_out["link to nothing, or no file"].append(path)
+            left_out["link to nothing, or no file"].add(path)
         elif path.is_symlink() and any(os.path.samefile(path, above) for above in path.parents):
-            left_out["circular link"].append(path)
+            left_out["circular link"].add(path)
+        elif os.path.isdir(path / KEPT):
+            left_out["data folder"].add(path)
         else:
-            (left_out["data folder"] if os.path.isdir(path / KEPT) else folders).append(path)
+            folders.append(path)
     return folders, files
-
-
-def class_folders(folder: Path) -> list[Path]:
-    """The folders in `folder`, or in the only one in it; none if they are too few for classes."""
-    folders, _ = entries(unwrapped(folder, defaultdict(list)))
-    return folders if len(folders) > 1 else []
 
 
 def unwrapped(folder: Path, left_out: LeftOut) -> Path:
     """`folder`, or what it is wrapped around: seg_train/seg_train, flowers/flowers."""
-    found = defaultdict(list)
-    folders, files = entries(folder, found)
-    if len(folders) != 1 or any(map(is_image, files)) or not entries(folders[0])[0]:
+    folders, files = entries(folder, left_out)
+    if len(folders) != 1 or any(map(is_image, files)) or not entries(folders[0], left_out)[0]:
         return folder
     if part_of(folders[0]) not in (None, part_of(folder)):
         return folder
-    for why, paths in (*found.items(), ("file beside the folders", files)):
-        left_out[why] += paths
+    left_out[BESIDE].update(files)
     return unwrapped(folders[0], left_out)
 
 
@@ -142,31 +143,35 @@ def part_of(folder: Path) -> str | None:
 
 def find_parts(folder: Path, left_out: LeftOut) -> tuple[Path, Path] | None:
     """(to train, to test), or None where the folders are classes, though one be called train."""
-    folders, files = entries(folder)
-    named = [path for path in folders if part_of(path)]
-    found = {part: [path for path in named if part_of(path) == part and class_folders(path)]
+    folders, files = entries(folder, left_out)
+    parts = [path for path in folders if part_of(path)]
+    found = {part: [path for path in parts if part_of(path) == part and len(names_in(path)) > 1]
              for part in ("train", "test", "val")}  # fmt: skip
     train, test = the_one(found["train"]), the_one(found["test"] or found["val"])
     if train and test:
-        left_out["folder beside the parts"] += [p for p in folders if p not in (train, test)]
-        entries(folder, left_out)
-        left_out["file beside the folders"] += files
+        left_out["folder beside the parts"].update(set(folders) - {train, test})
+        left_out[BESIDE].update(files)
         return train, test
     if part := train or test:
-        inner = {path.name for path in class_folders(part)}
         beside = [path for path in folders if path != part]
-        around = {each.name for path in beside for each in (path, *entries(path)[0])}
-        alone = len(named) > 1 or not beside or inner & around
+        around = {name for path in beside for name in (path.name, *names_in(path))}
+        alone = len(parts) > 1 or not beside or around & names_in(part)
     else:
-        kinds = {part_of(path) for path in named}
-        exact = all(PART.fullmatch(path.name.casefold()) for path in named)
-        alone = "train" in kinds and len(kinds) > 1 and (exact or named == folders)
+        exact = all(PART.fullmatch(path.name.casefold()) for path in parts)
+        kinds = set(map(part_of, parts))
+        alone = "train" in kinds and len(kinds) > 1 and (exact or parts == folders)
     if alone:
         raise UserError(
             f"{folder}: among {names_of(folders)} there must be one folder to train (train) and "
             "one to test (test or val), each with a folder of images for each class: rename or add"
         )
     return None
+
+
+def names_in(folder: Path) -> set[str]:
+    """Of the folders in `folder`, or in what it is wrapped around."""
+    ignored = defaultdict(set)
+    return {path.name for path in entries(unwrapped(folder, ignored), ignored)[0]}
 
 
 def the_one(parts: list[Path]) -> Path | None:
@@ -184,35 +189,37 @@ def names_of(paths: list[Path]) -> str:
 def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
     """The images below each folder in `folder`, in the order of their names."""
     folders, files = entries(folder, left_out)
-    left_out["file beside the folders"] += files
-    images, inside = [], []
+    left_out[BESIDE].update(files)
+    images, inside, names = [], [], {path.name for path in folders}
     for path in folders:
         name = unicodedata.normalize("NFC", path.name)  # a Mac may have written it as NFD
-        if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
+        if not shows(name):
             raise UserError(
                 f"{str(path)!a}: a control character, or bytes that are not UTF-8, in the "
                 "name of a class cannot be shown: rename it"
             )
-        n_unread = len(left_out[UNREAD])
         found = images_below(path, left_out)
         inner = {above.relative_to(path).parts for above in {image.parent for image in found}}
-        if len({part for parts in inner for part in parts} & {each.name for each in folders}) > 1:
-            left_out["copy of the folder around it"].append(path)
+        if len({part for parts in inner for part in parts} & names) > 1:
+            left_out["copy of the folder around it"].add(path)
             continue
         inside.append({parts[:1] for parts in inner})
+        kinds = {part_of(Path(*parts)) for parts in inside[-1]}
+        if "train" in kinds and kinds & {"test", "val"}:
+            raise UserError(f"{path} has parts of its own: move the classes into the parts")
         images += [(image, name) for image in found]
         if not found:
-            unread = left_out[UNREAD][n_unread:]
+            unread = [file for file in left_out[UNREAD] if path in file.parents]
             kinds = [str(mimetypes.guess_type(file.name)[0]) for file in unread]
             if not unread or any(kind.startswith("image/") for kind in kinds):
                 raise UserError(
                     f"{printable(path)} has no images that Pillow reads: add some, or delete it"
                 )
-            left_out["folder without images"].append(path)
+            left_out["folder without images"].add(path)
     if len(inside) > 1 and len(inside[0]) > 1 and all(each == inside[0] - {()} for each in inside):
         same = ", ".join(sorted(name for (name,) in inside[0])[:5])
-        print(f"note: {names_of(folders)} all hold {same}: if those are the classes, put them into "
-              "folders called train and test", file=sys.stderr)  # fmt: skip
+        note(f"{names_of(folders)} all hold {same}: if those are the classes, put them into "
+             "folders called train and test")  # fmt: skip
     if len({name for _, name in images}) < 2:
         raise UserError(f"{folder} needs a folder of images for each of two classes or more")
     return sorted(images, key=lambda i: (unicodedata.normalize("NFC", i[0].name), i[1], i[0]))
@@ -220,9 +227,8 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
 
 def images_below(folder: Path, left_out: LeftOut) -> list[Path]:
     folders, files = entries(folder, left_out)
-    images = []
-    for path in files:
-        (images if is_image(path) else left_out[UNREAD]).append(path)
+    images = [path for path in files if is_image(path)]
+    left_out[UNREAD].update(set(files).difference(images))
     for path in folders:
         images += images_below(path, left_out)
     return images
@@ -251,45 +257,16 @@ def masks_among(labelled: Labelled, images: np.ndarray) -> set[Path]:
         tones = np.sort(np.bincount(images[i].ravel() >> 3, minlength=32))
         return tones[-2:].sum() > 0.9 * images[i].size
 
-    names = [(os.path.dirname(os.path.dirname(path)), of, path.stem) for path, of in labelled]
-    named, pairs = defaultdict(list), defaultdict(list)
-    for i, name in enumerate(names):
-        named[name].append(i)
-    for i, (around, of, stem) in enumerate(names):
+    named, series = defaultdict(list), defaultdict(list)
+    for i, (path, of) in enumerate(labelled):
+        named[path.parents[1], of, path.stem].append(i)
+    for (around, of, stem), alike in named.items():
         words = re.findall(r"[ _.-]+[a-zA-Z]+[ _.-]*\d*$", stem)
         for word in [*words, *re.findall("^[a-zA-Z]+[ _.-]+", stem), ""]:
-            for j in set(named.get((around, of, stem.replace(word, "")), ())) - {i}:
-                path, kind = labelled[i][0], re.sub(r"\d", "", word)
-                pairs[path.parent, path.suffix, kind].append((i, j))
-    series = (each for each in pairs.values()
-              if np.mean([two_tones(i) and not two_tones(j) for i, j in each]) > 0.9)  # fmt: skip
-    return {labelled[i][0] for each in series for i, _ in each}
-
-
-# --- The data set ---------------------------------------------------------------------------------
-
-
-def load(
-    folder: Path, train: Labelled, test: Labelled, left_out: LeftOut, how: str, read: Callable
-) -> ImageData:
-    """Reads the images, and says what was left out."""
-    images, note = read(folder, [path for path, _ in train + test])
-    if masks := masks_among(train + test, images):
-        left_out["mask of the image beside it"] = sorted(masks)
-        images = images[[path not in masks for path, _ in train + test]]
-        train, test = ([each for each in part if each[0] not in masks] for part in (train, test))
-    classes = sorted({name for _, name in train})
-    if odd := sorted(set(classes) ^ {name for _, name in test}):
-        raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
-    found = [counted(paths, why, folder) for why, paths in sorted(left_out.items()) if paths]
-    if said := "; ".join(filter(None, [found and f"left out: {'; '.join(found)}", note])):
-        print(f"note: in {folder}: {said}", file=sys.stderr)
-    train_images, test_images = torch.from_numpy(images).split([len(train), len(test)])
-    train_labels, test_labels = (
-        torch.tensor([classes.index(name) for _, name in part]) for part in (train, test)
-    )
-    n_train, n_test = (Counter(name for _, name in part) for part in (train, test))
-    shown = ", ".join(f"{name} {n_train[name]:,} + {n_test[name]:,}" for name in classes[:10])
-    more = f", and {len(classes) - 10:,} more" if len(classes) > 10 else ""
-    source = f"read from {folder}: {how}; training + test images: {shown}{more}"
-    return ImageData(train_images, train_labels, test_images, test_labels, classes, source)
+            for j in named.get((around, of, stem.replace(word, "")), ()):
+                for i in set(alike) - {j}:
+                    path, kind = labelled[i][0], re.sub(r"\d", "", word)
+                    is_mask = two_tones(i) and not two_tones(j)
+                    series[path.parent, path.suffix, kind].append((path, is_mask))
+    masks = (each for each in series.values() if np.mean([is_mask for _, is_mask in each]) > 0.9)
+    return {path for each in masks for path, _ in each}

@@ -243,7 +243,7 @@ def test_few_of_another_size_are_counted_and_named(tmp_path, capsys):
     assert "another size, scaled and cropped to 12 x 8: 2 (a/a003.png, b/b001.png)" in said
     make(folder, {"a": 8}, size=(9, 9))  # less than three of four
     assert data.load_dataset(str(folder)).train_images.shape[2:] == (64, 64)
-    assert "one of 3 sizes, scaled and cropped to 64 x 64: 30 (" in capsys.readouterr().err
+    assert "another size, scaled and cropped to 64 x 64: 30 (" in capsys.readouterr().err
     assert data.load_dataset(str(folder), image_size=10).train_images.shape[2:] == (10, 10)
     assert "scaled" not in capsys.readouterr().err
 
