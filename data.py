@@ -6,8 +6,8 @@
     python data.py --dataset path/to/folder       # any folder of images: see kit/image_folder.py
     python data.py --dataset path/to/NAME.npz     # MedMNIST, and files in its form
 
-Loads in a second at most; the first time it downloads 30 MB. There is no DataLoader: a data set
-this size stays on the device as uint8, and a batch is an index into it.
+The first time it downloads 30 MB. There is no DataLoader: the images stay on the device as uint8,
+and a batch is an index into them.
 
 To add a data set: write a function `data_dir -> ImageData`, add one line to DATASETS.
 """
@@ -26,6 +26,7 @@ from kit.image_folder import load_folder, load_tiny_imagenet
 
 import numpy as np
 import torch
+from torch import Tensor
 
 DATASETS = {
     "fashion_mnist": partial(load_idx, "FashionMNIST"),
@@ -50,25 +51,23 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
     if not (dataset and ("/" in dataset or folder.is_dir() or folder.suffix == ".npz")):
         known = ", ".join(DATASETS)
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, a folder or an .npz")
-    name = folder.name or "/"
     if not shows(str(folder)):
         raise ValueError("--dataset: a path with characters that cannot be printed: rename it")
-    if name in DATASETS:
-        raise ValueError(f"{dataset}: {name} is the name of another data set: rename it")
-    if not is_name(name):
+    if folder.name in DATASETS:
+        raise ValueError(f"{dataset}: {folder.name} is the name of another data set: rename it")
+    if not is_name(folder.name):
         raise ValueError(f"{dataset}: rename it: {NAMES}")
     if image_size is not None and not 1 <= image_size <= 4096:
         raise ValueError(f"--image-size {image_size} is not from 1 to 4096")
-    return str(folder), name
+    return str(folder), folder.name
 
 
 def load_dataset(
     name: str, data_dir: Path | str = "data", image_size: int | None = None, fetch: bool = True
 ) -> ImageData:
-    """The data set `name` of DATASETS, fetched into `data_dir` where it is missing; or the folder.
+    """A data set of DATASETS, fetched into `data_dir` where it is missing; a folder or an .npz.
 
-    image_size: pixels that the images of a folder are resized to. Without `fetch` nothing is
-    written. Raises UserError.
+    image_size: of the images of a folder, in pixels. Without `fetch` nothing is written.
     """
     try:
         name, _ = resolve(name, image_size)
@@ -95,16 +94,14 @@ def note_copies(part: str, hashes: np.ndarray, train_hashes: np.ndarray) -> None
 # --- Split, order, normalisation: the same for every model of one seed ----------------------------
 
 
-def split_indices(
-    n: int, seed: int, val_fraction: float = 0.1
-) -> tuple[torch.Tensor, torch.Tensor]:
+def split_indices(n: int, seed: int, val_fraction: float = 0.1) -> tuple[Tensor, Tensor]:
     """A random split of range(n) into int64 (train_idx, val_idx), fixed by `seed` alone."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     n_val = max(1, round(n * val_fraction))
     return order[n_val:], order[:n_val]
 
 
-def sampling_order(labels: torch.Tensor) -> torch.Tensor:
+def sampling_order(labels: Tensor) -> Tensor:
     """All indices into `labels` (N,), so that the first n are a sample with every class as often as
     in all. Drawn once, from the labels alone: the same for every model and seed."""
     order = np.random.default_rng(0).permutation(len(labels))
@@ -114,27 +111,25 @@ def sampling_order(labels: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(order[np.argsort(share, kind="stable")])
 
 
-def stratified(labels: torch.Tensor, n: int) -> torch.Tensor:
+def stratified(labels: Tensor, n: int) -> Tensor:
     """A sample of n images, sorted indices into `labels` (N,); it holds every smaller one."""
     return sampling_order(labels)[:n].sort().values
 
 
-def shuffled(indices: torch.Tensor, seed: int, epoch: int) -> torch.Tensor:
+def shuffled(indices: Tensor, seed: int, epoch: int) -> Tensor:
     """`indices` in the order of one epoch, fixed by (seed, epoch) alone: there is no state to save.
 
-    Epochs count from 1, for numpy makes the same stream of `seed` and of `(seed, 0)`, and the split
-    has used that one.
+    Epochs count from 1: numpy draws the same of `seed`, which the split has used, and `(seed, 0)`.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(indices))
     return indices[torch.from_numpy(order)]
 
 
-def normalize(images: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """uint8 (N, C, H, W) -> float32: (images / 255 - mean) / std, on the device of `images`.
+def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (N, C, H, W) -> float32: (images / 255 - mean) / std.
 
-    `mean` and `std`: float32, broadcastable to (C, 1, 1), on the same device. In eager mode bit for
-    bit what torchvision's ToTensor and Normalize give. The 255 is a tensor because CUDA turns a
-    division by a Python number into a multiplication by its rounded reciprocal.
+    In eager mode bit for bit what torchvision's ToTensor and Normalize give. The 255 is a tensor
+    because CUDA turns a division by a number into a multiplication by its rounded reciprocal.
     """
     scale = torch.full((), 255.0, device=images.device)
     return (images / scale).sub_(mean).div_(std)
@@ -154,12 +149,10 @@ class Loader:
         self.steps = -(-self.n_train // self.batch_size)  # per epoch, the last partial batch too
         if self.n_train < 2 or 1 in (self.batch_size, self.n_train % self.batch_size):
             raise UserError(
-                f"{self.n_train:,} training images in batches of {self.batch_size} leave a batch "
-                "of one image or none, and BatchNorm needs two: use another --batch-size, or more "
-                "images"
+                f"{self.n_train:,} training images leave a batch of one image or none, and "
+                "BatchNorm needs two: use another --batch-size, or more images"
             )
-        train_hashes, val_hashes = (dataset.hashes[0][idx] for idx in split)
-        note_copies("validation", val_hashes, train_hashes)
+        note_copies("validation", dataset.hashes[0][split[1]], dataset.hashes[0][split[0]])
         for part, idx in (("training", split[0]), ("validation", split[1])):
             counts = dataset.train_labels[idx].bincount(minlength=len(self.classes))
             if absent := [name for name, n in zip(self.classes, counts, strict=True) if not n]:
@@ -168,10 +161,9 @@ class Loader:
         self.channels = self.images.shape[1]
         self.validation = self.images[val_idx], self.labels[val_idx]
         test_idx = stratified(dataset.test_labels, settings.limit_test or len(dataset.test_labels))
-        self.test = tuple(
-            part[test_idx].to(device) for part in (dataset.test_images, dataset.test_labels)
-        )
-        self.test_order = sampling_order(dataset.test_labels[test_idx]).to(device)
+        test_images, test_labels = dataset.test_images[test_idx], dataset.test_labels[test_idx]
+        self.test = test_images.to(device), test_labels.to(device)
+        self.test_order = sampling_order(test_labels).to(device)
         self.mean, self.std = dataset.mean_and_std(settings.normalize, device)
         self.augmentation = Augmentation.of(settings)
 
@@ -182,25 +174,24 @@ class Loader:
             f"{len(self.test[1]):,} test images of {size}, {self.dataset.source}"
         )
 
-    def epoch(self, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def epoch(self, epoch: int) -> list[tuple[Tensor, Tensor]]:
         """(idx, aug_params) of each batch, on the device; the last batch may be smaller."""
         device = self.images.device
         idx = shuffled(self.train_idx, self.seed, epoch).to(device)
         aug_params = self.augmentation.make_params(self.n_train, self.seed, epoch).to(device)
         return list(zip(idx.split(self.batch_size), aug_params.split(self.batch_size), strict=True))
 
-    def batch(self, idx: torch.Tensor, aug_params: torch.Tensor):
-        """Part of a training step: (images[idx], augmented and normalised, float32 (N, C, H, W);
-        their labels (N,); with CutMix the weight (N,) of an image's own label, else None).
-        """
+    def batch(self, idx: Tensor, aug_params: Tensor):
+        """(images augmented and normalised, float32 (N, C, H, W); their labels (N,); with CutMix
+        the weight (N,) of an image's own label, else None)."""
         images = self.augmentation.of_pixels(self.images[idx], aug_params)
         images, weight = self.augmentation.of_normalized(self.normalize(images), aug_params)
         return images, self.labels[idx], weight
 
-    def normalize(self, images: torch.Tensor) -> torch.Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         return normalize(images, self.mean, self.std)
 
-    def mean_over_images(self, losses: torch.Tensor) -> float:
+    def mean_over_images(self, losses: Tensor) -> float:
         """Of an epoch, from the mean losses of its batches: float64 (batches,)."""
         sizes = torch.full_like(losses, self.batch_size)
         sizes[-1] = self.n_train - (len(losses) - 1) * self.batch_size
@@ -212,11 +203,8 @@ def main(argv: list[str] | None = None) -> None:
     """The script, with `argv` in place of the command line."""
     parser = make_parser(__doc__)
     add, default = parser.add_argument, "default: %(default)s"
-    add(
-        "--dataset",
-        default="fashion_mnist",
-        help=f"{', '.join(DATASETS)}, a folder or .npz; {default}",
-    )
+    known = f"{', '.join(DATASETS)}, a folder or .npz; {default}"
+    add("--dataset", default="fashion_mnist", help=known)
     add("--data-dir", type=Path, default=Path("data"), help=default)
     add("--image-size", type=int, help="pixels; for folders of images")
     args = parser.parse_args(argv)

@@ -1,9 +1,8 @@
 """Data augmentation, a batch at a time on the device, each image with parameters of its own.
 
-torchvision.transforms.v2 draws one set of parameters per batch, from a generator of its own. Here
-all random parameters of an epoch are drawn beforehand, from (seed, epoch), one row per image. An
-augmentation is then a function of images and parameters: the same in every mode, capturable in a
-CUDA graph, and nothing about it has to be saved.
+torchvision.transforms.v2 draws one set of parameters per batch. Here those of an epoch are drawn
+beforehand, from (seed, epoch), one row per image. An augmentation is then a function of images and
+parameters: the same in every mode, capturable in a CUDA graph, with no state to save.
 
     augmentation = Augmentation(crop=4, flip=True, cutmix=1.0)
     params = augmentation.make_params(54_000, seed, epoch)   # (54000, columns)
@@ -17,6 +16,7 @@ from dataclasses import dataclass, fields
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -31,62 +31,48 @@ class Augmentation:
 
     @classmethod
     def of(cls, settings) -> "Augmentation":
-        """From the settings of a run."""
         return cls(**{field.name: getattr(settings, field.name) for field in fields(cls)})
 
     @property
-    def columns(self) -> dict[str, int]:
-        """How many columns of the random parameters each part of it reads."""
-        return {
-            "crop": 2 if self.crop else 0,
-            "flip": 1 if self.flip else 0,
-            "randaugment": 2 * self.randaugment,
-            "erase": 5 if self.erase else 0,
-            "cutmix": 3 if self.cutmix else 0,
-        }
+    def columns(self) -> list[int]:
+        """How many columns of the random parameters each part reads, in the order of the fields."""
+        used = [bool(self.crop), self.flip, self.randaugment, bool(self.erase), bool(self.cutmix)]
+        return [n * columns for n, columns in zip(used, (2, 1, 2, 5, 3), strict=True)]
 
-    def split(self, params: torch.Tensor) -> dict[str, torch.Tensor]:
-        return dict(zip(self.columns, params.split(list(self.columns.values()), 1), strict=True))
-
-    def make_params(self, n: int, seed: int, epoch: int) -> torch.Tensor:
+    def make_params(self, n: int, seed: int, epoch: int) -> Tensor:
         """float32 (n, columns) in [0, 1), fixed by (seed, epoch): uniform, label weights Beta."""
         generator = np.random.default_rng((seed, epoch, 1))  # data.shuffled has (seed, epoch)
-        params = generator.random((n, sum(self.columns.values())), dtype=np.float32)
+        params = generator.random((n, sum(self.columns)), dtype=np.float32)
         if self.cutmix:  # its first column
             params[:, -3] = generator.beta(self.cutmix, self.cutmix, n)
         return torch.from_numpy(params)
 
-    def of_pixels(self, images: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
+    def of_pixels(self, images: Tensor, params: Tensor) -> Tensor:
         """Crop, flip, RandAugment: uint8 (N, C, H, W) -> the same; params (N, columns)."""
-        part = self.split(params)
+        crop, flip, operations, _, _ = params.split(self.columns, 1)
         if self.crop or self.flip:
-            images = crop_and_flip(images, self.crop, part["crop"], part["flip"])
+            images = crop_and_flip(images, self.crop, crop, flip)
         for i in range(self.randaugment):
-            images = randaugment(images, *part["randaugment"][:, 2 * i : 2 * i + 2].unbind(1))
+            images = randaugment(images, operations[:, 2 * i], operations[:, 2 * i + 1])
         return images
 
-    def of_normalized(
-        self, images: torch.Tensor, params: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def of_normalized(self, images: Tensor, params: Tensor) -> tuple[Tensor, Tensor | None]:
         """Erasing, CutMix: float (N, C, H, W) -> (the same, label weight (N,) or None).
 
         Erased pixels become 0: the mean with `--normalize data`, else mid-grey. Every image i is
         mixed with image i - 1 by a weight of its own; the paper uses one for the whole batch.
-        The label weight is that of the image's own label in the loss.
         """
-        part = self.split(params)
+        *_, erased, mixed = params.split(self.columns, 1)
         if self.erase:
-            images = erase(images, self.erase, part["erase"])
+            images = erase(images, self.erase, erased)
         if not self.cutmix:
             return images, None
-        # Of each pixel of image i, (N, H, W); the rest is of image i - 1.
-        weight = (~cut(*images.shape[2:], part["cutmix"])).float()
-        label_weight = weight.mean((1, 2))
-        weight = weight[:, None]
-        return images * weight + images.roll(1, 0) * (1 - weight), label_weight
+        own = (~cut(*images.shape[2:], mixed)).float()  # (N, H, W): 1 where image i stays
+        label_weight, own = own.mean((1, 2)), own[:, None]
+        return images * own + images.roll(1, 0) * (1 - own), label_weight
 
 
-def crop_and_flip(images, padding: int, offsets: torch.Tensor, flips: torch.Tensor):
+def crop_and_flip(images, padding: int, offsets: Tensor, flips: Tensor):
     """A crop of the image's own size out of the padded image, mirrored with probability 1/2."""
     n, _, height, width = images.shape
     device = images.device
@@ -99,12 +85,11 @@ def crop_and_flip(images, padding: int, offsets: torch.Tensor, flips: torch.Tens
     if flips.shape[1]:
         columns = torch.where(flips < 0.5, columns.flip(1), columns)
     which = torch.arange(n, device=device)[:, None, None]
-    # (N, H, W, C): what is indexed comes first
-    cropped = images[which, :, rows[:, :, None], columns[:, None, :]]
+    cropped = images[which, :, rows[:, :, None], columns[:, None, :]]  # (N, H, W, C)
     return cropped.permute(0, 3, 1, 2).contiguous()
 
 
-def rectangles(height: int, width: int, top, left, bottom, right) -> torch.Tensor:
+def rectangles(height: int, width: int, top, left, bottom, right) -> Tensor:
     """bool (N, H, W): top <= row < bottom and left <= column < right, each bound (N,)."""
     rows = torch.arange(height, device=top.device)[None, :, None]
     columns = torch.arange(width, device=top.device)[None, None, :]
@@ -112,11 +97,9 @@ def rectangles(height: int, width: int, top, left, bottom, right) -> torch.Tenso
     return (rows >= top) & (rows < bottom) & (columns >= left) & (columns < right)
 
 
-def erase(images: torch.Tensor, probability: float, u: torch.Tensor) -> torch.Tensor:
-    """Random erasing (Zhong et al., AAAI 2020, arXiv 1708.04896), with torchvision's ranges.
-
-    A rectangle of 2 to 33 % of the area and a height of 0.3 to 3.3 times its width, made to fit.
-    """
+def erase(images: Tensor, probability: float, u: Tensor) -> Tensor:
+    """Random erasing (Zhong et al., AAAI 2020, arXiv 1708.04896): a rectangle of 2 to 33% of the
+    area and a height of 0.3 to 3.3 times its width, as in torchvision, made to fit."""
     height, width = images.shape[2:]
     area = height * width * (0.02 + 0.31 * u[:, 1])
     ratio = 0.3 * (3.3 / 0.3) ** u[:, 2]
@@ -129,11 +112,9 @@ def erase(images: torch.Tensor, probability: float, u: torch.Tensor) -> torch.Te
     return images.masked_fill(erased[:, None], 0)
 
 
-def cut(height: int, width: int, u: torch.Tensor) -> torch.Tensor:
-    """CutMix's rectangles (Yun et al., ICCV 2019, arXiv 1905.04899): bool (N, H, W).
-
-    Of the share 1 - u[:, 0] of the area, around a point anywhere, and cut off at the border.
-    """
+def cut(height: int, width: int, u: Tensor) -> Tensor:
+    """CutMix (Yun et al., ICCV 2019, arXiv 1905.04899): bool (N, H, W), a rectangle of the share
+    1 - u[:, 0] of the area, around a point anywhere, and cut off at the border."""
     side = (1 - u[:, 0]).sqrt()
     tall, wide = (side * height).floor(), (side * width).floor()
     row, column = (u[:, 1] * height).floor(), (u[:, 2] * width).floor()
@@ -144,8 +125,8 @@ def cut(height: int, width: int, u: torch.Tensor) -> torch.Tensor:
 # --- RandAugment ----------------------------------------------------------------------------------
 
 # The operations of RandAugment (Cubuk et al., NeurIPS 2020, arXiv 1909.13719) at torchvision's
-# default, magnitude 9 of 30: shears by 0.09, shifts by 14 % of the side, turns by 9 degrees,
-# factors of 1 - 0.27 or 1 + 0.27, 7 bits left, values from 70 % on inverted.
+# default, magnitude 9 of 30: shears by 0.09, shifts by 14% of the side, turns by 9 degrees,
+# factors of 1 - 0.27 or 1 + 0.27, 7 bits left, values from 70% on inverted.
 OPERATIONS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color",
     "contrast", "sharpness", "posterize", "solarize", "autocontrast", "equalize",
@@ -153,11 +134,8 @@ OPERATIONS = (
 MAGNITUDE = 9 / 30
 
 
-def randaugment(images: torch.Tensor, which: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    """One operation per image: uint8 (N, C, H, W) -> the same. which, sign: (N,) in [0, 1).
-
-    Each operation is computed for all images, and each image takes its own.
-    """
+def randaugment(images: Tensor, which: Tensor, sign: Tensor) -> Tensor:
+    """One operation per image: uint8 (N, C, H, W) -> the same. which, sign: (N,) in [0, 1)."""
     chosen = (which * len(OPERATIONS)).long()
     sign = torch.where(sign < 0.5, -1.0, 1.0)
     factor = (1 + sign * 0.9 * MAGNITUDE)[:, None, None, None]
@@ -173,18 +151,15 @@ def randaugment(images: torch.Tensor, which: torch.Tensor, sign: torch.Tensor) -
         "autocontrast": autocontrast(x),
         "equalize": equalize(images).float(),
     }
-    out = moved(x, chosen, sign)
+    out = moved(x, chosen, sign)  # all are computed for all images; each image takes its own
     for name, result in results.items():
         takes_it = (chosen == OPERATIONS.index(name))[:, None, None, None]
         out = torch.where(takes_it, result, out)
     return out.clamp(0, 255).byte()
 
 
-def moved(x: torch.Tensor, chosen: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    """Sheared (seen from the corner), shifted, or turned (around the middle); or as it is.
-
-    Nearest pixels, black outside.
-    """
+def moved(x: Tensor, chosen: Tensor, sign: Tensor) -> Tensor:
+    """Sheared (from the corner), shifted or turned (around the middle): nearest pixels."""
     height, width = x.shape[2:]
     m = sign * MAGNITUDE
     amount = {
@@ -213,11 +188,11 @@ def moved(x: torch.Tensor, chosen: torch.Tensor, sign: torch.Tensor) -> torch.Te
     return taken.permute(0, 3, 1, 2) * inside[:, None]
 
 
-def blend(x: torch.Tensor, other: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+def blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:
     return factor * x + (1 - factor) * other
 
 
-def luminance(x: torch.Tensor) -> torch.Tensor:
+def luminance(x: Tensor) -> Tensor:
     """(N, 1, H, W)."""
     if x.shape[1] != 3:
         return x.mean(1, keepdim=True)
@@ -225,7 +200,7 @@ def luminance(x: torch.Tensor) -> torch.Tensor:
     return 0.2989 * red + 0.587 * green + 0.114 * blue
 
 
-def smoothed(x: torch.Tensor) -> torch.Tensor:
+def smoothed(x: Tensor) -> Tensor:
     """Each pixel averaged with weight 5, its eight neighbours with 1; the border as it is."""
     if min(x.shape[2:]) < 3:
         return x
@@ -235,13 +210,13 @@ def smoothed(x: torch.Tensor) -> torch.Tensor:
     return torch.where(border, x, F.pad(inner.round(), (1, 1, 1, 1)))
 
 
-def autocontrast(x: torch.Tensor) -> torch.Tensor:
+def autocontrast(x: Tensor) -> Tensor:
     """Each channel from its darkest and brightest value to 0 and 255."""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     return torch.where(high > low, (x - low) * (255 / (high - low).clamp(min=1)), x)
 
 
-def equalize(images: torch.Tensor) -> torch.Tensor:
+def equalize(images: Tensor) -> Tensor:
     """Histogram equalisation of each channel, as PIL does it: uint8 -> int64.
 
     The histogram by sorting: on CUDA, counting with scatter_add_ cannot be captured in a graph.
