@@ -1,9 +1,8 @@
 """Image files as a viewer shows them, as bytes; decoded once and kept below --data-dir.
 
 Orientation (EXIF), palettes and transparency (on white) are applied, and colours of any kind become
-RGB. Of 16 bits the upper 8 count, of several frames the first. Colour profiles are ignored. Images
-that are grey, all of them, whatever their files say, have one channel. Of damage, truncation is
-found, and in PNG files any: other formats have no checksums.
+RGB, or grey if all images are. Of 16 bits the upper 8 count, of several frames the first. Colour
+profiles are ignored. Truncation is found, and in PNG files, which have checksums, any damage.
 """
 
 import hashlib
@@ -60,7 +59,11 @@ def decoded(
 
     The cache's name says all that its content depends on. keep: it may be written.
     """
-    key, size = key_of(folder, paths), image_size or "own"
+    digest, above, size = hashlib.sha256(), len(str(folder)), image_size or "own"
+    for path in paths:  # path.relative_to would take a third of the time
+        digest.update(f"\0{str(path)[above:]}\0".encode(errors="surrogateescape"))
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    key = digest.hexdigest()[:16]
     kept = data_dir / KEPT / f"{folder.name}.{key}.{size}.pillow{PIL.__version__}-{VERSION}.npz"
     if os.path.isfile(kept):  # nor is one whose name is too long
         raise_if_large(kept, kept.stat().st_size)
@@ -82,14 +85,6 @@ def decoded(
         except OSError as error:
             note(f"decoded images cannot be kept ({error}): next time again")
     return images, said
-
-
-def key_of(folder: Path, paths: list[Path]) -> str:
-    digest, above = hashlib.sha256(), len(str(folder))
-    for path in paths:  # path.relative_to would take a third of the time
-        digest.update(f"\0{str(path)[above:]}\0".encode(errors="surrogateescape"))
-        digest.update(hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
 
 
 def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.ndarray, str]:
@@ -185,10 +180,8 @@ def pixels(path: Path, grey: bool) -> Image.Image:
 def raise_if_large(where: Path, needed: int) -> None:
     """Before so many bytes of images are there."""
     if needed > (free := available_memory()):
-        raise UserError(
-            f"{where}: the images take {needed / 1e6:,.1f} MB of {free / 1e6:,.1f} MB free: "
-            "use a smaller --image-size, or fewer images"
-        )
+        sizes = f"the images take {needed / 1e6:,.1f} MB of {free / 1e6:,.1f} MB free"
+        raise UserError(f"{where}: {sizes}: use a smaller --image-size, or fewer images")
 
 
 def available_memory() -> int:

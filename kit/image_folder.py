@@ -4,12 +4,8 @@
     folder/<class>/*.png        a sixth of each class, drawn once for all, becomes the test set
 
 The parts may be called Training and Testing, train_set and valid, seg_train/seg_train and so on.
-Images may lie deeper below their class, links are followed, and whatever Pillow reads is an image.
-All that is left out is counted and named in one line. Images come in the order of their file names.
-
-Images of one size keep it, and so do three of four: the others are scaled until they cover it and
-cropped in the middle. Where sizes vary more, and with an --image-size, all become squares of 64 or
-that many pixels, cropped likewise. How files are decoded, and where that is kept: kit/decoding.py.
+Images may lie deeper below their class, and links are followed. All that is left out is counted and
+named in one line. Images come in the order of their file names.
 """
 
 import mimetypes
@@ -67,22 +63,20 @@ def load_folder(
         left_out["mask of the image beside it"] = masks
         images = images[[path not in masks for path in paths]]
         train, test = ([each for each in part if each[0] not in masks] for part in (train, test))
-    classes = sorted({name for _, name in train})
-    if odd := sorted(set(classes) ^ {name for _, name in test}):
+    n_train, n_test = (Counter(name for _, name in part) for part in (train, test))
+    classes = sorted(n_train)
+    if odd := sorted(n_train.keys() ^ n_test.keys()):
         raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
     if left := counted(left_out, folder):
         said = f"left out: {left}" + f"; {said}" * bool(said)
     if said:
         note(f"in {folder}: {said}")
-    train_images, test_images = torch.from_numpy(images).split([len(train), len(test)])
-    train_labels, test_labels = (
-        torch.tensor([classes.index(name) for _, name in part]) for part in (train, test)
-    )
-    n_train, n_test = (Counter(name for _, name in part) for part in (train, test))
     shown = ", ".join(f"{name} {n_train[name]:,} + {n_test[name]:,}" for name in classes[:10])
     more = f", and {len(classes) - 10:,} more" if len(classes) > 10 else ""
     source = f"read from {folder}: {how}; training + test images: {shown}{more}"
-    return ImageData(train_images, train_labels, test_images, test_labels, classes, source)
+    images, n = torch.from_numpy(images), len(train)
+    labels = torch.tensor([classes.index(name) for _, name in train + test])
+    return ImageData(images[:n], labels[:n], images[n:], labels[n:], classes, source)
 
 
 # --- Parts, classes, images -----------------------------------------------------------------------
@@ -152,14 +146,12 @@ def find_parts(folder: Path, left_out: LeftOut) -> tuple[Path, Path] | None:
         left_out["folder beside the parts"].update(set(folders) - {train, test})
         left_out[BESIDE].update(files)
         return train, test
+    kinds, beside = set(map(part_of, parts)), set(folders) - {train, test}
     if part := train or test:
-        beside = [path for path in folders if path != part]
         around = {name for path in beside for name in (path.name, *names_in(path))}
         alone = len(parts) > 1 or not beside or around & names_in(part)
     else:
-        exact = all(PART.fullmatch(path.name.casefold()) for path in parts)
-        kinds = set(map(part_of, parts))
-        alone = "train" in kinds and len(kinds) > 1 and (exact or parts == folders)
+        alone = {"train"} < kinds and (parts == folders or all(map(is_exact, parts)))
     if alone:
         raise UserError(
             f"{folder}: among {names_of(folders)} there must be one folder to train (train) and "
@@ -176,10 +168,14 @@ def names_in(folder: Path) -> set[str]:
 
 def the_one(parts: list[Path]) -> Path | None:
     """Of folders that are the same part by name; the one that is called so alone comes first."""
-    exact = [path for path in parts if PART.fullmatch(path.name.casefold())]
-    if len(exact or parts) > 1:
-        raise UserError(f"{parts[0].parent}: {names_of(exact or parts)}: which one? Rename others")
-    return (exact or parts or [None])[0]
+    found = list(filter(is_exact, parts)) or parts
+    if len(found) > 1:
+        raise UserError(f"{found[0].parent}: {names_of(found)}: which one? Rename the others")
+    return found[0] if found else None
+
+
+def is_exact(part: Path) -> bool:
+    return bool(PART.fullmatch(part.name.casefold()))
 
 
 def names_of(paths: list[Path]) -> str:
@@ -194,10 +190,8 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
     for path in folders:
         name = unicodedata.normalize("NFC", path.name)  # a Mac may have written it as NFD
         if not shows(name):
-            raise UserError(
-                f"{str(path)!a}: a control character, or bytes that are not UTF-8, in the "
-                "name of a class cannot be shown: rename it"
-            )
+            what = "a control character, or bytes that are not UTF-8"
+            raise UserError(f"{str(path)!a}: {what}: rename it")
         found = images_below(path, left_out)
         inner = {above.relative_to(path).parts for above in {image.parent for image in found}}
         if len({part for parts in inner for part in parts} & names) > 1:

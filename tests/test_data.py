@@ -166,9 +166,9 @@ def test_labels_of_medmnist_s_form_are_the_classes(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"shape": (28, 28, 28)}, "volumes are not read"),
-        ({"shape": (28, 28, 28, 3)}, "volumes are not read"),
-        ({"shape": (28, 28, 4)}, "volumes are not read"),
+        ({"shape": (28, 28, 28)}, "volumes and several labels per image are not read"),
+        ({"shape": (28, 28, 28, 3)}, "volumes and several labels per image are not read"),
+        ({"shape": (28, 28, 4)}, "volumes and several labels per image are not read"),
         ({"train_images": np.zeros((60, 28, 28)), "val_images": np.zeros((9, 28, 28))}, "float64"),
         ({"labels": lambda n: np.eye(14, dtype=np.uint8)[np.arange(n) % 14]}, "several labels"),
         ({"labels": lambda n: np.arange(n) / 2}, "one whole number"),
