@@ -1,15 +1,13 @@
 """last.pt: everything needed to resume bit for bit, in one file that is whole or not there.
 
-It holds the states of model, optimizer, scheduler, EMA and random generators, the settings, and
-how far the run is. The one before it is kept as prev.pt until the run is complete. Everything in it
-is a plain type or a tensor, loaded with `weights_only=True`, which cannot run code, and on the CPU,
-from where each state is copied into place.
+The one before it is kept as prev.pt until the run is complete. Everything in it is a plain type or
+a tensor, loaded on the CPU with `weights_only=True`, and copied into place from there.
 """
 
 import hashlib
 import io
+import pickle
 import random
-import re
 import sys
 import warnings
 from dataclasses import dataclass, field
@@ -53,8 +51,7 @@ class Progress:
         self.losses, self.correct = self.losses.to(device), self.correct.to(device)
 
     def end_epoch(self, row: dict, model: torch.nn.Module, tested: str) -> None:
-        """Appends the epoch's row. Copies the weights if they are the best so far, or if the last
-        are to be tested."""
+        """Appends the epoch's row, and copies the weights if they are those to be tested so far."""
         self.history.append(row)
         self.step = 0
         if tested == "last" or self.best_epoch == self.epochs:
@@ -62,7 +59,7 @@ class Progress:
 
 
 def get_state(parts: dict, device: torch.device) -> dict:
-    """The states of parts (model, optimizer, scheduler, ema; None is left out) and generators."""
+    """The states of parts (None is left out) and random generators."""
     state = {name: part.state_dict() for name, part in parts.items() if part}
     cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "python_rng": random.getstate()}
@@ -92,10 +89,8 @@ def load_state(state: dict, parts: dict, device: torch.device) -> None:
 
 
 def starts_at_zero(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the state that the optimizer makes in its first step is all 0 before it.
-
-    (The first step of SGD is not dampened, the others are.)
-    """
+    """Whether the state that the optimizer makes in its first step is all 0 before it."""
+    # SGD dampens every step but its first.
     dampened = any(group.get("dampening") for group in optimizer.param_groups)
     return isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD)) and not dampened
 
@@ -105,15 +100,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
     What depends on the device stays as it is, so that a run may resume on another one.
     """
+    groups = []
+    for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        group = group | {key: own[key] for key in ("fused", "capturable") if key in own}
+        for key, value in group.items():  # a GPU's learning rate is a tensor, a CPU's a number
+            if isinstance(own.get(key), torch.Tensor):
+                group[key] = own[key].fill_(float(value))
+            elif isinstance(value, torch.Tensor):
+                group[key] = float(value)
+        groups.append(group)
     if not saved["state"] and not starts_at_zero(optimizer):
         optimizer.state.clear()
-    own_groups = [dict(group) for group in optimizer.param_groups]
     if not optimizer.state:
-        groups = [
-            group | {key: own[key] for key in ("fused", "capturable") if key in own}
-            for group, own in zip(saved["param_groups"], own_groups, strict=True)
-        ]
         optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for own, group in zip(optimizer.param_groups, groups, strict=True):
+        own.update(group | {"params": own["params"]})
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     for i, parameter in enumerate(parameters):
         for key, value in optimizer.state.get(parameter, {}).items():
@@ -122,22 +123,12 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
                 value.copy_(before) if before is not None else value.zero_()
             else:
                 optimizer.state[parameter][key] = before
-    for group, own, before in zip(
-        optimizer.param_groups, own_groups, saved["param_groups"], strict=True
-    ):
-        for key in before.keys() - {"params", "fused", "capturable"}:
-            if isinstance(own.get(key), torch.Tensor):  # the learning rate on a GPU
-                group[key] = own[key].fill_(float(before[key]))
-            else:
-                is_tensor = isinstance(before[key], torch.Tensor)
-                group[key] = float(before[key]) if is_tensor else before[key]
 
 
 def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Progress:
     """Loads the folder's last.pt, or else prev.pt, into the parts; how far that is.
 
-    A file that is damaged, or another run's, is renamed to .corrupt and named on stderr. Without a
-    good one the run starts from scratch.
+    A damaged file, or another run's, is renamed. Without a good one the run starts from scratch.
     """
     as_built = copied(get_state(parts, device))
     for path in (folder / "last.pt", folder / "prev.pt"):
@@ -185,42 +176,36 @@ def copied(state):
     return state
 
 
-def load(path: Path) -> dict:
-    """What was saved in `path`, on the CPU. Raises some exception if it is damaged."""
-    body = path.read_bytes() if ends_with_digest(path) else b""
+def load(path: Path, unsigned: bool = False) -> dict:
+    """What was saved in `path`, on the CPU. Raises some exception if it is damaged.
+
+    unsigned: without a sha256 at its end, too, as torch.save leaves it.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError("it is no file")
+    with open(path, "rb") as file:
+        file.seek(max(0, file.seek(0, io.SEEK_END) - 66))
+        is_signed = file.read(2) == LENGTH
+        file.seek(0)
+        if unsigned and not is_signed:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        body = file.read() if is_signed else b""  # a sparse file would fill the memory
     if body[-64:] != digest_of(body[:-64]):
         raise ValueError("it is damaged or incomplete: its sha256 is not the one at its end")
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
 
 
-def ends_with_digest(path: Path) -> bool:
-    """Whether it may be a file of ours. Looked at first: a pipe would be waited for, and a sparse
-    file would fill the memory."""
-    if path.exists() and not path.is_file():
-        raise ValueError("it is no file")
-    with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, io.SEEK_END) - 66))
-        return file.read(2) == LENGTH
-
-
 def load_weights(path: Path) -> dict:
-    """A best.pt, or any state_dict that torch.save wrote, which does not end with its sha256.
-
-    Raises UserError for a pickled model, which could run code.
-    """
+    """A best.pt, or any state_dict that torch.save wrote. Raises UserError for anything else."""
     warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # of TorchScript
     try:
-        if ends_with_digest(path):
-            return load(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # damaged files raise what they like
+        return load(path, unsigned=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
         if "weights_only" not in str(error):
             raise
         # PyTorch would advise to switch safety off.
-        if not re.search("global|TorchScript", str(error), re.IGNORECASE):
-            raise ValueError("torch.save did not write it") from None
         raise UserError(
-            f"{path} holds a pickled model or other objects, which could run code: save its "
+            f"{path} holds a pickled model or no model, and code could run as it loads: save "
             "weights alone, torch.save(model.state_dict(), FILE)"
         ) from None
 
@@ -228,8 +213,7 @@ def load_weights(path: Path) -> dict:
 def serialized(state: dict) -> memoryview:
     """The bytes of a .pt file, which is a zip archive, with their sha256 as its comment.
 
-    torch.load looks at no checksum, and those of the archive leave out its directory, where a
-    single bit makes PyTorch mistake a tensor's record for a folder and not read it.
+    torch.load looks at no checksum, and those of the archive leave out its directory.
     """
     buffer = io.BytesIO()
     torch.save(state, buffer)
