@@ -15,7 +15,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 LOCK = Path("/opt/requirements.lock")  # the Dockerfile puts it there, and sets IMAGE_REVISION
-# Of the shell: how many threads, and which instructions (others round differently); how fast.
+# They set how many threads, which instructions (others round differently), and how fast.
 VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
     "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "CUDA_LAUNCH_BLOCKING",
@@ -37,17 +37,17 @@ AT_START = {
 
 def driver_version() -> str | None:
     found = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or ""
-    return found.split("\n")[0] if re.match(r"[0-9]+[0-9.]*$", found, re.MULTILINE) else None
+    version = re.match(r"[0-9][0-9.]*$", found, re.MULTILINE)
+    return version and version[0]
 
 
 def shared_gpu(device: torch.device) -> bool | None:
-    """Whether other processes compute on the same GPU now; None where that cannot be known, as in
-    containers whose nvidia-smi does not even list this process."""
+    """Whether other processes compute on the same GPU now; None where that cannot be known."""
     if device.type != "cuda":
         return None
     found = output_of("nvidia-smi", "--query-compute-apps=gpu_uuid", "--format=csv,noheader") or ""
     n_processes = found.count(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    return n_processes > 1 if n_processes else None  # this one is among them
+    return n_processes > 1 if n_processes else None  # in containers not even this one is listed
 
 
 def device_name(device: torch.device) -> str:
@@ -61,10 +61,8 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory that this process has held so far, in MB (10^6 bytes).
-
-    On a GPU what PyTorch's allocator gave out; on a CPU all that was resident, PyTorch included.
-    """
+    """The most memory held so far, in MB (10^6 bytes): on a GPU what PyTorch's allocator gave out,
+    on a CPU all that was resident, PyTorch included."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
@@ -72,6 +70,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def describe_environment(device: torch.device) -> dict:
     """Everything outside the settings that a result may depend on; None where it cannot be had."""
+    diff = code_diff()
     return {
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
         "python": platform.python_version(),
@@ -87,28 +86,26 @@ def describe_environment(device: torch.device) -> dict:
         "threads": torch.get_num_threads(),
         "variables": {name: os.environ.get(name) for name in VARIABLES},
         "git_commit": git_commit(),
-        "git_dirty": is_dirty(),
+        "git_dirty": None if diff is None else bool(diff),
         "image": image(),
         "sha256": source_hashes(),
     }
 
 
 def image() -> dict | None:
-    """The container image that this runs in: commit and sha256 of the requirements; else None.
-
-    The commit is None where one's own checkout is mounted over the scripts of the image.
-    """
+    """The container image that this runs in: commit and sha256 of the requirements."""
     if "IMAGE_REVISION" not in os.environ or not LOCK.exists():
         return None
     return {
+        # None: a checkout is mounted over the scripts of the image.
         "revision": None if HERE.is_mount() else os.environ["IMAGE_REVISION"],
         "requirements_sha256": hashlib.sha256(LOCK.read_bytes()).hexdigest(),
     }
 
 
 def source_hashes(names=SOURCES) -> dict[str, str]:
-    """sha256 of these scripts as they were when this process began, and of what each of them
-    defines at its top: functions, classes, constants, entries of tables."""
+    """sha256 of these scripts when this process began, and of each definition at their tops:
+    functions, classes, constants, entries of tables."""
     found = {}
     for name in names:
         found[name] = hashlib.sha256(AT_START[name]).hexdigest()
@@ -129,11 +126,6 @@ def source_hashes(names=SOURCES) -> dict[str, str]:
     return found
 
 
-def code_diff() -> str:
-    """What the scripts have that their commit has not, so that edited code can be recovered."""
-    return output_of("git", "-C", HERE, "diff", "HEAD", "--", "*.py") or "" if is_dirty() else ""
-
-
 def output_of(*command) -> str | None:
     """What a command prints, or None if it is missing, fails or prints nothing."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # of another repository
@@ -150,9 +142,9 @@ def git_commit() -> str | None:
     return output_of("git", "-C", HERE, "rev-parse", "HEAD") if tracked else None
 
 
-def is_dirty() -> bool | None:
-    """Whether scripts or requirements differ from the commit; None without one."""
+def code_diff() -> str | None:
+    """What scripts and requirements have that their commit has not; None without a commit."""
     if git_commit() is None:
         return None
-    command = ("git", "-C", HERE, "status", "--porcelain", "--untracked-files=no", "--")
-    return output_of(*command, "*.py", "*.sh", "requirements.*") is not None
+    files = "*.py", "*.sh", "requirements.*"
+    return output_of("git", "-C", HERE, "diff", "HEAD", "--", *files) or ""

@@ -11,8 +11,7 @@
     bf16            autocast: convolutions and matrix multiplications in bfloat16, a mantissa of 7;
                     weights, BatchNorm's statistics, the loss and Adam stay in float32
 
-At batch 64 a large GPU is done with a small CNN sooner than Python has launched all its kernels.
-That is what a graph is for. tests/test_fast.py compares every mode with eager float32.
+tests/test_fast.py compares every mode with eager float32.
 """
 
 import gc
@@ -44,8 +43,8 @@ MODES = ("eager", "compile", "graph", "compile+graph")
 PRECISIONS = ("fp32", "tf32", "bf16")  # of a run
 DEFAULT = "default"  # to be compared with: of benchmark.py, on CUDA; on a CPU it is fp32
 FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}
-# `auto` compiles runs of at least so many steps. On two CPU cores compiling took 50 s, and saved
-# nothing to 11 ms a step (results/cpu_2_cores); on an H100 it took 20 to 36 s. Guesses so far.
+# `auto` compiles runs of at least so many steps, a guess: compiling took 50 s on two CPU cores and
+# saved up to 11 ms a step (results/cpu_2_cores); on an H100 it took 20 to 36 s.
 COMPILE_PAYS_FROM = 8_000
 # Relative error of gradients that is no rounding: of all together, in fp32 of each tensor.
 WRONG = {"fp32": 0.05, "tf32": 0.05, "bf16": 0.4}
@@ -57,7 +56,7 @@ warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 on GPUs that are made for it. Of CPUs only the latest gain by it: ask for it."""
+    """`auto`: bf16 on GPUs that are made for it."""
     if name != "auto":
         return name
     fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -68,8 +67,7 @@ def choose_mode(name: str, device: torch.device, steps: int) -> str:
     """`auto`: the mode in which a run of `steps` steps should take the least time in all."""
     if name != "auto":
         return name
-    parts = ["compile"] * (steps >= COMPILE_PAYS_FROM)
-    parts += ["graph"] * (device.type == "cuda")
+    parts = ["compile"] * (steps >= COMPILE_PAYS_FROM) + ["graph"] * (device.type == "cuda")
     return "+".join(parts) or "eager"
 
 
@@ -94,16 +92,14 @@ def why_switched_off() -> str | None:
 
 
 def why_no_compiler(device: torch.device) -> str | None:
-    """What torch.compile lacks here, and what to do; None if nothing. It compiles C++ for a CPU and
-    C for a GPU, both with Python's own headers."""
+    """What torch.compile lacks here, and what to do. It compiles C++ for a CPU, C for a GPU."""
     if reason := why_switched_off():
         return reason
     variable, usual = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++"])
     names = os.environ.get(variable, "").split()[:1] or usual
     if not any(map(shutil.which, names)):
-        return (
-            f"torch.compile finds no {' or '.join(names)}: apt-get install g++, or set {variable}"
-        )
+        what = " or ".join(names)
+        return f"torch.compile finds no {what}: apt-get install g++, or set {variable}"
     headers = Path(sysconfig.get_path("include"), "Python.h")
     if not headers.exists():
         return f"torch.compile finds no {headers}: apt-get install python3-dev"
@@ -131,55 +127,43 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 def channels_last(model: torch.nn.Module) -> torch.nn.Module:
     """The model in the layout that convolutions are fastest in, in place.
 
-    A narrow model on a CPU stays in the default layout: in channels_last oneDNN's gradient of the
-    weights of a strided 1x1 convolution with fewer than 16 input channels writes beyond its memory
-    (uxlfoundation/oneDNN issue 6035). Convolutions with one output channel stay as they are too:
-    for them the two layouts are the same to cuDNN, but not to the compiler.
+    Not a narrow one on a CPU: oneDNN's gradient of a strided 1x1 convolution with fewer than 16
+    input channels writes beyond its memory (uxlfoundation/oneDNN issue 6035).
     """
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     strided = [m for m in convolutions if m.kernel_size == (1, 1) and m.stride != (1, 1)]
     if any(m.in_channels < 16 and m.weight.is_cpu for m in strided):
         return model
     model.to(memory_format=torch.channels_last)
-    for parameter in model.parameters():
+    for parameter in model.parameters():  # cuDNN and the compiler disagree on one output channel
         if parameter.dim() == 4 and len(parameter) == 1:
             parameter.data = parameter.data.contiguous()
     return model
 
 
 def compiled(function: Callable, **options) -> Callable:
-    """torch.compile for tensors of one shape, or an exception, but never silently eager mode.
-
-    All functions that are made by one piece of code share a cache of compiled variants. By default
-    it holds eight, and a ninth would be run as it stands.
-    """
+    """torch.compile for tensors of one shape, or an exception, but never silently eager mode."""
     if reason := why_switched_off():
         raise RuntimeError(reason)
+    # By default the ninth variant of a function is run as it stands.
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.accumulated_recompile_limit = 1000
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.suppress_errors = False  # TORCHDYNAMO_SUPPRESS_ERRORS
-    # Round to bf16 wherever eager mode does. Otherwise the gradient of a maximum looks for the
-    # rounded maximum among values that are not rounded, finds none, and divides 0 by 0.
+    # Otherwise the gradient of a maximum in bf16 looks for a rounded value among values that are
+    # not rounded, finds none, and divides 0 by 0.
     torch._inductor.config.emulate_precision_casts = True
-    # Dropout draws what it draws in eager mode: the two are the same run, and can be compared.
+    # Dropout draws what it draws in eager mode.
     torch._inductor.config.fallback_random = True
-    # A number of threads is compiled in, but only one that is set here is part of the key by which
-    # PyTorch finds its compiled code again: else a run could get that of another number of threads.
+    # Otherwise PyTorch's cache gives a run code that was compiled for another number of threads.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
     return torch.compile(function, dynamic=False, **options)
 
 
 def first_line(error: Exception) -> str:
-    """The first line of what a compiler or a driver raised, and of what had led to that."""
-    cause = error
-    while cause.__context__ is not None:
-        cause = cause.__context__
-    lines = []
-    for e in (error, cause) if cause is not error else (error,):
-        line = (str(e).strip().splitlines() or [""])[0]
-        lines.append("out of memory, " * is_out_of_memory(e) + f"{type(e).__name__}: {line[:200]}")
-    return ", after ".join(lines)
+    """The first line of what a compiler or a driver raised."""
+    line = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {line[:200]}" + ", out of memory" * is_out_of_memory(error)
 
 
 class CaptureFailed(RuntimeError):
@@ -189,14 +173,13 @@ class CaptureFailed(RuntimeError):
 class Graphed:
     """`function` of some tensors, captured as one CUDA graph: called like the function, one launch.
 
-    Capturing: CUDA libraries, the allocator and optimizers set themselves up when they first run,
-    which a graph cannot capture. So the function is run a few times to warm up, on the stream that
-    then captures one more run without executing it. Whoever captures a training step restores the
-    weights and all else that the warm-up changed, in place: a graph knows addresses, not variables.
+    Capturing: libraries, the allocator and optimizers set themselves up when they first run, so the
+    function is first run a few times. Whoever captures a training step restores what that changed,
+    in place: a graph knows addresses, not variables.
 
-    Replaying: the same kernels on the same addresses. Hence the arguments are copied to where the
-    graph reads them, and the results are valid until the next call. Whatever Python decided while
-    capturing is fixed: shapes, branches, every number that is not a tensor on the device.
+    Replaying: the same kernels on the same addresses. So arguments are copied to where the graph
+    reads them, and results are valid until the next call. Whatever Python decided while capturing
+    is fixed: shapes, branches, every number that is not a tensor on the device.
     """
 
     def __init__(self, function: Callable, *examples: torch.Tensor):
@@ -214,7 +197,7 @@ class Graphed:
                 with torch.cuda.graph(self.graph, stream=stream):
                     self.results = function(*self.arguments)
             except Exception as error:
-                raise CaptureFailed from error
+                raise CaptureFailed(str(error.__context__ or error)) from error
             finally:
                 gc.enable()
         torch.cuda.synchronize()  # the warm-up ran on a stream of its own
@@ -227,9 +210,8 @@ class Graphed:
 
 
 def telling_weights(model: torch.nn.Module, gradients: Callable) -> list:
-    """Weights from which every gradient tells something: few values lie where rounding switches a
-    ReLU, and none behind a weight of 0, such as CBAM's convolution, or a unit that is never active.
-    """
+    """Weights for comparing gradients: few values lie where rounding switches a ReLU, and none
+    behind a weight of 0, such as CBAM's convolution, or a unit that is never active."""
     weights = [p.detach().clone() for p in model.parameters()]
     own = {p: weight for p, weight in zip(model.parameters(), weights, strict=True)}
     for module in model.modules():
@@ -244,15 +226,12 @@ def telling_weights(model: torch.nn.Module, gradients: Callable) -> list:
 
 
 def gradient_error(found: list, expected: list, each: bool) -> float:
-    """The relative error of all gradients together, or the largest of `each` tensor's.
-
-    NaN and infinity must be in the same places. A tensor with less than 5e-6 of all gradients is
-    nothing but rounding, as of a bias before a BatchNorm.
-    """
+    """The relative error of all gradients together, or the largest of `each` tensor's. NaN and
+    infinity must be in the same places."""
     if not all(map(torch.equal, map(torch.isfinite, found), map(torch.isfinite, expected))):
         return math.inf
     a, b = ([x.nan_to_num(0, 0, 0).double().flatten() for x in g] for g in (found, expected))
-    least = 5e-6 * torch.cat(b).norm()
+    least = 5e-6 * torch.cat(b).norm()  # below is rounding, as of a bias before a BatchNorm
     if not each:
         a, b = [torch.cat(a)], [torch.cat(b)]
     errors = [(x - y).norm() / torch.maximum(y.norm(), least) for x, y in zip(a, b, strict=True)]
@@ -264,11 +243,8 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
     relative error of its gradients compared with eager mode).
 
     step(*batch, forward=forward) is a whole training step, forward(*batch) the part of it that can
-    be compiled. Only batches of the example's shape take the fast way, for compiled code and graphs
-    are of one shape; the last, partial batch of an epoch runs in eager mode. restore() undoes, in
-    place, what steps have changed. A mode works if it gives the gradients of eager mode. When this
-    returns, everything is compiled and captured, and weights, buffers, optimizer and random
-    generators are as they were.
+    be compiled, restore() undoes in place what steps have changed. A mode works if it gives the
+    gradients of eager mode. Batches of another shape than the example's run in eager mode.
     """
 
     def gradients(step, weights):  # of one step from these weights
