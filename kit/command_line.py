@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager, suppress
 # Ctrl-C, kill, a closed terminal; schedulers before a time limit; `ulimit -t`.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
             signal.SIGXCPU)  # fmt: skip
-# What takes less memory, of the flags that a script has.
+# These take less memory, where a script has them.
 SMALLER = ("--batch-size", "--batch-sizes", "--width", "--limit-test")
 parsers: list[argparse.ArgumentParser] = []  # the last is that of the script that runs
 
@@ -43,15 +43,15 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def handle_signals(handler: Callable, stack: ExitStack) -> None:
-    """Until `stack` is closed, STOPPING call handler(signum, frame).
-
-    nohup's SIGHUP stays ignored. In threads, where no handlers can be set, nothing is done.
-    """
+    """Until `stack` is closed, STOPPING call handler(signum, frame); but nohup ignores SIGHUP."""
     if threading.current_thread() is not threading.main_thread():
-        return
+        return  # no handlers can be set
 
     def handle(signum, frame):
-        drop_full_pipes()
+        for descriptor in (1, 2):
+            with suppress(OSError, ValueError):  # it is closed
+                if not select.select([], [descriptor], [], 0)[1]:  # a print waits for a full pipe
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         handler(signum, frame)
 
     for signum in STOPPING:
@@ -59,20 +59,11 @@ def handle_signals(handler: Callable, stack: ExitStack) -> None:
             stack.callback(signal.signal, signum, signal.signal(signum, handle))
 
 
-def drop_full_pipes() -> None:
-    """Output and errors that nobody reads go nowhere, from the write on that is waiting now."""
-    for descriptor in (1, 2):
-        with suppress(OSError, ValueError):  # it is closed
-            if not select.select([], [descriptor], [], 0)[1]:
-                os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-
-
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether there was no memory, on a GPU or on the CPU. Libraries and drivers have their own
-    words for it, and not all of them raise OutOfMemoryError."""
+    """Whether memory was short, on GPU or CPU: not every library has an exception for it."""
     text = str(error).lower().replace("_", " ")
-    words = "out of memory", "allocate memory", "alloc failed", "allocation failed"
-    words += ("storage size calculation overflowed",)
+    words = ("out of memory", "allocate memory", "alloc failed", "allocation failed",
+             "storage size calculation overflowed")  # fmt: skip
     return isinstance(error, MemoryError) or any(each in text for each in words)
 
 
@@ -81,10 +72,9 @@ NAMES = "names have letters, digits and . _ + -, and begin with none of . -"
 
 def is_name(text) -> bool:
     """Whether models, recipes and data sets may be called that: they name folders and figures."""
-    is_known = type(text) is str and all(
-        c in "._+-" or unicodedata.category(c)[0] in "LMN" for c in text
-    )
-    return is_known and text[:1] not in ("", ".", "-")
+    if type(text) is not str or text[:1] in ("", ".", "-"):
+        return False
+    return all(c in "._+-" or unicodedata.category(c)[0] in "LMN" for c in text)
 
 
 def in_one_line(error: Exception) -> str:
@@ -125,9 +115,8 @@ def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., i
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            has = parsers[-1]._option_string_actions if parsers else SMALLER
-            smaller = " or ".join([flag for flag in SMALLER if flag in has][:2])
-            message = f"out of memory: try a smaller {smaller}" if smaller else "out of memory"
+            flags = [f for f in SMALLER if parsers and f in parsers[-1]._option_string_actions]
+            message = f"out of memory: try a smaller {' or '.join(flags[:2]) or 'model'}"
         print(f"error: {' '.join(message.split())}", file=sys.stderr)  # a line, whatever is in it
         return 1
 

@@ -14,7 +14,7 @@ from kit.plots import matplotlib, plt, shortened
 import numpy as np
 import torch
 
-# Inches: a page between its margins, names at its left, a line of text, the gap between tiles.
+# Inches: the page, names at its left, a line of text, the gap between tiles.
 WIDTH, LABEL, LINE, GAP = 6.5, 0.9, 0.12, 0.04
 FONT_SIZE = 7  # points
 COLUMNS = 10  # images side by side
@@ -49,8 +49,8 @@ class Explained:
 
 
 def draw_model(e: Explained, first: Explained, path: Path) -> None:
-    """Every image, its Grad-CAM and gate maps, and the channels' gates of each class; in columns
-    that the first model, by which the images are chosen, gets right or wrong."""
+    """Every image, its Grad-CAM and gate maps, and the channels' gates of each class. The first
+    model chose the images."""
     rows = [("image", e.pixels.expand(-1, 3, -1, -1) / 255, predicted(e))]
     rows += [(f"Grad-CAM\n{k}", over_image(e.pixels, maps), None) for k, maps in e.cams.items()]
     low, high = scale = gate_scale([*e.gate_maps.values(), *e.gates_by_class.values()])
@@ -61,7 +61,7 @@ def draw_model(e: Explained, first: Explained, path: Path) -> None:
 
 
 def draw_comparison(models: list[Explained], path: Path) -> None:
-    """Every image, and where each model finds evidence for the class that it predicts."""
+    """Every image, and where each model finds evidence for its prediction."""
     rows = [("image", models[0].pixels.expand(-1, 3, -1, -1) / 255, None)]
     for e in models:
         heat = over_image(e.pixels, e.cams["layer4"])
@@ -70,8 +70,7 @@ def draw_comparison(models: list[Explained], path: Path) -> None:
 
 
 def gate_scale(gates: list[torch.Tensor]) -> tuple[int, int]:
-    """From 0 to 1, however little gates vary; wider where they go beyond, for they need not be
-    sigmoids."""
+    """From 0 to 1, however little gates vary; wider where they are no sigmoids."""
     every = np.concatenate([[0, 1], *(g.flatten() for g in gates)])
     return math.floor(np.nanmin(every) + 1e-3), math.ceil(np.nanmax(every) - 1e-3)
 
@@ -86,27 +85,20 @@ def coloured(maps: torch.Tensor) -> torch.Tensor:
 
 
 def over_image(pixels: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
-    """Maps (N, H, W) from 0 to 1 over uint8 images (N, C, H, W): float (N, 3, H, W).
-
-    Over an empty map the image is pale, without colours.
-    """
-    empty = (heat.amax((1, 2)) <= 0)[:, None, None, None]
+    """Maps (N, H, W) from 0 to 1 over uint8 images (N, C, H, W): float (N, 3, H, W)."""
+    empty = (heat.amax((1, 2)) <= 0)[:, None, None, None]  # the image is pale, without colours
     grey = pixels.float().mean(1, keepdim=True) / 255
     return 0.35 * grey + 0.65 * torch.where(empty, 0.83, coloured(heat))
 
 
-def wrapped(name: str) -> str:
-    """Lines as long as fit to the left of the tiles; a long model's name breaks after a "_"."""
-    lines = name.replace("_", "_ ").split("\n")
-    return "\n".join(textwrap.fill(line, 15) for line in lines).replace("_ ", "_")
-
-
 def predicted(e: Explained) -> list[tuple[str, str]]:
     """For each image the predicted class and its probability, and the text's colour."""
-    shown = zip(e.predictions, e.probabilities, e.labels, strict=True)
     marks = {True: ("", "black"), False: ("✗ ", "firebrick")}
-    found = [(e.classes[k], p, *marks[k == label]) for k, p, label in shown]
-    return [(f"{name}\n{mark}{p:.0%}", colour) for name, p, mark, colour in found]
+    captions = []
+    for k, p, label in zip(e.predictions, e.probabilities, e.labels, strict=True):
+        mark, colour = marks[k == label]
+        captions.append((f"{e.classes[k]}\n{mark}{p:.0%}", colour))
+    return captions
 
 
 def columns_of(e: Explained) -> list[tuple[int, int | None, int | None]]:
@@ -121,11 +113,10 @@ def columns_of(e: Explained) -> list[tuple[int, int | None, int | None]]:
 
 
 def draw(title: str, e: Explained, rows: list[tuple], path: Path, gates: dict, scale=None) -> None:
-    """Bands of up to COLUMNS images that `e` gets right, or wrong, each with all rows; below, a
-    strip of `gates` (classes, C) for each stage.
+    """Bands of images that `e` gets right or wrong, each with all rows; below, strips of `gates`.
 
-    rows: (name, tiles (n, 3, H, W), what predicted() gives or None). scale: of the gates. All is
-    drawn in one axes, with coordinates in inches from the upper left corner.
+    rows: (name, tiles (n, 3, H, W), what predicted() gives or None). All is drawn in one axes, with
+    coordinates in inches from the upper left corner.
     """
     figure, axes = plt.subplots()
     axes.set_position((0, 0, 1, 1))
@@ -149,7 +140,8 @@ def draw(title: str, e: Explained, rows: list[tuple], path: Path, gates: dict, s
         for x, (label, _) in cells.items():
             text(x + TILE / 2, y - 0.03, e.classes[label], va="bottom")
         for name, tiles, captions in rows:
-            label = wrapped(name)
+            lines = name.replace("_", "_ ").split("\n")  # a long model's name breaks after a "_"
+            label = "\n".join(textwrap.fill(line, 15) for line in lines).replace("_ ", "_")
             least = LINE * (label.count("\n") + 1)
             text(LABEL - 0.08, y + max(tile_height, least) / 2, label, ha="right", va="center")
             for x, (_, i) in cells.items():
@@ -167,7 +159,7 @@ def draw(title: str, e: Explained, rows: list[tuple], path: Path, gates: dict, s
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
     plt.close(figure)
-    write_atomically(path, buffer.getbuffer())
+    write_atomically(path, buffer.getvalue())
 
 
 def draw_scale(axes, text, y: float, low: int, high: int) -> float:
@@ -193,6 +185,5 @@ def draw_strips(axes, text, y: float, gates: dict, classes: list[str], low, high
         left, right = LABEL + k * step, LABEL + (k + 1) * step - GAP
         text((left + right) / 2, y - 0.03, f"{stage}: {span(of_stage)}", va="bottom")
         ordered = of_stage[:, of_stage.nanmean(0).argsort()].numpy()
-        options = {"vmin": low, "vmax": high, "extent": (left, right, y + height, y)}
-        axes.imshow(ordered, COLOURS, **options)
+        axes.imshow(ordered, COLOURS, vmin=low, vmax=high, extent=(left, right, y + height, y))
     return y + height

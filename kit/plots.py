@@ -1,10 +1,6 @@
-"""matplotlib as our figures need it, whatever the surroundings ask for.
+"""matplotlib as our figures need it: without window, LaTeX and the user's matplotlibrc, and with
+fonts for the class names."""
 
-No window (MPLBACKEND), no LaTeX, none of the user's own settings (matplotlibrc); and fonts for the
-class names, where the machine has any.
-"""
-
-import bisect
 import logging
 import os
 import sys
@@ -17,8 +13,6 @@ import matplotlib.pyplot as plt
 from matplotlib import font_manager
 from matplotlib.backends.backend_agg import RendererAgg
 from matplotlib.ft2font import FT2Font
-
-__all__ = ["legible", "matplotlib", "plt", "shortened"]
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 matplotlib.rcdefaults()
@@ -35,32 +29,28 @@ def legible(names: list[str]) -> list[str]:
     missing = {ord(c) for c in "".join(names) if not c.isspace()}
     families = list(plt.rcParams["font.family"])
     own = [font_manager.findfont(font_manager.FontProperties(family=[f])) for f in families]
+    # Last Resort has a box for every character.
     others = {font.fname for font in font_manager.fontManager.ttflist if "Last" not in font.name}
-    for path in [*own, *sorted(others)]:  # Last Resort has a box for every character
+    for path in [*own, *sorted(others)]:
         with suppress(RuntimeError, OSError):  # coloured pictures; a font that is no longer there
             font = FT2Font(path)
-            found = missing & font.get_charmap().keys() if missing else set()
-            missing -= found
-            families += [font.family_name] if found and path not in own else []
+            if missing and (found := missing & font.get_charmap().keys()):
+                missing -= found
+                families += [font.family_name] * (path not in own)
     plt.rcParams["font.family"] = families
     if not missing:
         return names
-    example = chr(min(missing))
-    print(f"note: no font here has {example!r}: figures show class numbers", file=sys.stderr)
+    lacking = repr(chr(min(missing)))
+    print(f"note: no font here has {lacking}: figures show class numbers", file=sys.stderr)
     return list(map(str, range(len(names))))
 
 
 def shortened(name: str, width: float, size: float) -> str:
     """The name in one line, its middle left out if it is wider than `width` inches; size: pt."""
     name, font = " ".join(name.split()), font_manager.FontProperties(size=size)
-
-    def text(kept):
+    for kept in range(len(name), -1, -1):
         left_out = "…" if kept < len(name) else ""
-        return name[: kept - kept // 2] + left_out + name[len(name) - kept // 2 :]
-
-    def inches(kept):
-        return MEASURE.get_text_width_height_descent(text(kept), font, ismath=False)[0] / 200
-
-    if inches(len(name)) <= width:
-        return name
-    return text(max(0, bisect.bisect(range(len(name)), width, key=inches) - 1))
+        text = name[: kept - kept // 2] + left_out + name[len(name) - kept // 2 :]
+        if MEASURE.get_text_width_height_descent(text, font, ismath=False)[0] <= 200 * width:
+            break
+    return text

@@ -1,7 +1,4 @@
-"""Before any work: will this machine do, and which of its devices is used?
-
-Every script asks before it starts, and says in a line what is missing and what to do.
-"""
+"""Before any work: will this machine do, and which of its devices is used?"""
 
 import functools
 import os
@@ -18,19 +15,14 @@ from kit.fast import first_line
 import torch
 
 DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> the oldest driver on Linux
-# GB. At full width a run on an H100 took 1.0, besides CUDA itself; last.pt has 0.18, and is kept
-# twice while a third is written.
+# GB. A run of full width took 1.0 on an H100; last.pt has 0.18, and there are up to three.
 LITTLE_MEMORY, LITTLE_SPACE = 2, 0.6
-# Of a GPU that it has no code for PyTorch says so in ten lines: why_unusable does in one.
+# PyTorch says in ten lines what why_unusable says in one.
 warnings.filterwarnings("ignore", r"(?s).*(compute capability \(CC\)|CUDA capability sm_)")
 
 
 def choose_device(name: str) -> torch.device:
-    """`auto`: the first CUDA GPU that PyTorch can use, or the CPU where there is none. A GPU
-    becomes the current one.
-
-    Raises ValueError with one line.
-    """
+    """`auto`: the first CUDA GPU that PyTorch can use, or else the CPU. Raises ValueError."""
     if not (found := re.fullmatch(r"auto|cpu|cuda(?::(\d+))?", name, re.ASCII)):
         raise ValueError(f"unknown device {name!r}: use auto, cpu, cuda or cuda:N")
     n_gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -58,12 +50,12 @@ def note_once(line: str) -> None:
 def why_unusable(index: int) -> str | None:
     """Why PyTorch cannot compute on a GPU: it has no code for it; None if it can."""
     own, names = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
-    known = re.findall(r"\b(sm|compute)_(\d+)(\d)", " ".join(names))
-    for kind, *version in known:
-        major, minor = map(int, version)  # sm: machine code of one major version; else for all
-        if (major, minor) <= own and (kind == "compute" or major == own[0]):
-            return None
-    if not known:  # another make
+    known = re.findall(r"\b(sm|compute)_(\d+)(\d)", " ".join(names))  # none: another make
+    fits = [  # sm: machine code, for one major version
+        (int(major), int(minor)) <= own and (kind == "compute" or int(major) == own[0])
+        for kind, major, minor in known
+    ]
+    if any(fits) or not known:
         return None
     return (
         f"PyTorch {torch.__version__} has no code for GPU {index}, "
@@ -73,8 +65,8 @@ def why_unusable(index: int) -> str | None:
 
 
 def visible_gpus() -> tuple[list[str], str]:
-    """(numbers or UUIDs, for CUDA_VISIBLE_DEVICES, of the GPUs that can be used; the name of the
-    first, or why there is none)."""
+    """(the usable GPUs, as CUDA_VISIBLE_DEVICES names them; the first one's name, or why there is
+    none)."""
     if not torch.cuda.is_available():
         return [], why_no_gpu()
     count = torch.cuda.device_count()
@@ -105,15 +97,12 @@ def why_no_gpu() -> str:
 
 
 def preflight(device: torch.device, folder: Path | None = None) -> None:
-    """Says what may fail later: memory of the GPU, space and rights where `folder` is or will be.
-
-    Raises UserError if it will.
-    """
+    """Notes little memory or disk space. Raises UserError if GPU or folder cannot be used."""
     if device.type == "cuda":
         try:
             free, total = (n / 1e9 for n in torch.cuda.mem_get_info(device))
         except RuntimeError as error:  # in exclusive mode, another process has it
-            advice = "nvidia-smi shows who uses it; choose another --device"
+            advice = "choose another --device (see nvidia-smi)"
             raise UserError(f"{device} cannot be used ({first_line(error)}): {advice}") from None
         if free < LITTLE_MEMORY:
             others = "others use it (see nvidia-smi), a run may end out of memory"
@@ -121,7 +110,7 @@ def preflight(device: torch.device, folder: Path | None = None) -> None:
     if folder:
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         if (free := shutil.disk_usage(existing).free / 1e9) < LITTLE_SPACE:
-            needed = f"a run may need {LITTLE_SPACE:.1f} GB while it trains"
+            needed = f"a run may need {LITTLE_SPACE} GB while it trains"
             note_once(f"{free:.1f} GB are free in {folder}: {needed}")
         if not os.access(existing, os.W_OK):
             raise UserError(f"{folder} cannot be written: choose another folder")

@@ -24,17 +24,10 @@ LINE = 0.13  # inches that a label takes, written in FONT_SIZE
 
 
 def open_writer(folder: Path, stack: ExitStack) -> SummaryWriter:
-    """The run's events file, closed with `stack`. A full disk is an OSError of the next call.
-
-    The library's own thread raises it once more, which Python would print with a traceback.
-    """
+    """The run's events file, closed with `stack`. A full disk is an OSError of the next call."""
     others = threading.excepthook
-
-    def excepthook(raised):
-        if not isinstance(raised.exc_value, OSError):
-            others(raised)
-
-    threading.excepthook = excepthook
+    # The library's own thread raises it once more: no traceback of that.
+    threading.excepthook = lambda raised: isinstance(raised.exc_value, OSError) or others(raised)
     writer = SummaryWriter(folder)
     stack.callback(noted(INCOMPLETE)(writer.close))
     return writer
@@ -52,8 +45,7 @@ def log_epoch(writer: SummaryWriter, row: dict) -> None:
 def log_test(writer: SummaryWriter, config: dict, epoch: int, loader, predictions) -> None:
     """Test accuracy, hyper-parameters, confusion matrix, misclassified images.
 
-    loader: has the test images, `test`, and an order to draw samples in, `test_order`;
-    predictions: int64 (N,), of the test images.
+    predictions: int64 (N,), of the loader's test images.
     """
     (images, labels), classes = loader.test, legible(loader.classes)
     accuracy = 100 * (predictions == labels).double().mean().item()
@@ -63,22 +55,20 @@ def log_test(writer: SummaryWriter, config: dict, epoch: int, loader, prediction
     settings |= {key: "none" for key, value in settings.items() if value is None}
     for summary in hparams(settings, {"accuracy/test": accuracy}):
         writer.file_writer.add_summary(summary)
-    order = loader.test_order
     title = f"{config['model']}, seed {config['seed']}, test set"
     confusion = draw_confusion(labels.cpu(), predictions.cpu(), classes, title)
     writer.add_figure("confusion_matrix", confusion, epoch)
+    order = loader.test_order
     wrong = order[(predictions != labels)[order]][:SHOWN]
-    if not len(wrong):
-        return
-    images, labels, predictions = (part[wrong].cpu() for part in (images, labels, predictions))
-    names = labels.tolist(), predictions.tolist(), classes
-    writer.add_figure("misclassified", draw_misclassified(images, *names), epoch)
+    if len(wrong):
+        found = images[wrong].cpu(), labels[wrong].tolist(), predictions[wrong].tolist()
+        writer.add_figure("misclassified", draw_misclassified(*found, classes), epoch)
 
 
 def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
-    """Counts of true class by predicted class; labels, predictions: int64 (N,) on the CPU.
+    """Counts of true class by predicted class; of many classes colours alone.
 
-    With many classes colours alone, in a larger figure, and a label for every few of them.
+    labels, predictions: int64 (N,) on the CPU.
     """
     k = len(classes)
     matrix = torch.bincount(labels * k + predictions, minlength=k * k).view(k, k).numpy()
@@ -97,9 +87,7 @@ def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
         return figure
     style = {"ha": "center", "va": "center", "fontsize": 11 if k <= 10 else FONT_SIZE}
     for (true, predicted), count in np.ndenumerate(matrix):
-        red, green, blue = shades.cmap(shades.norm(count))[:3]
-        luminance = 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2
-        color = "white" if luminance < 0.18 else "black"  # the one with more contrast
+        color = "white" if shades.norm(count) > 0.715 else "black"  # a contrast of 4.5 or more
         axes.text(predicted, true, count, color=color, **style)
     return figure
 
