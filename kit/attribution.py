@@ -1,12 +1,9 @@
-"""Where a model looks, and what its attention does: Grad-CAM and gates.
+"""Where a model looks, and what its attention does: Grad-CAM (arXiv 1610.02391) and gates.
 
-Grad-CAM: Selvaraju et al., ICCV 2017 (arXiv 1610.02391).
-
-A gate is what an attention module multiplies its input by. It is measured as output / input, so
-that every module has one, and averaged over the positions of each channel (a number per channel) or
-over the channels of each position (a map). GC adds something and has no gate; `sk` and `bot` take
-the place of a convolution and have none. Of a module that does anything else, or both, nothing is
-said: what of it depends on the image cannot be told.
+A gate is what an attention module multiplies its input by: output / input, averaged over the
+positions of each channel (a number per channel) or over the channels of each position (a map). GC
+adds something and has no gate; `sk` and `bot` take the place of a convolution and have none. Of a
+module that does anything else, or both, nothing is said.
 """
 
 import contextlib
@@ -25,49 +22,47 @@ PIXELS = 196_000  # of a batch: 250 images of 28x28
 
 @contextlib.contextmanager
 def captured(model: nn.Module, modules: dict[str, nn.Module]):
-    """Within the block `model` is in evaluation mode; afterwards in the mode it was in.
-
-    Every forward pass leaves (input, output) of each of the modules in the dict that is yielded.
-    """
+    """Within the block `model` is in evaluation mode, and every forward pass leaves (input, output)
+    of each module in the dict that is yielded."""
     seen, was_training = {}, model.training
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
-            before = module.register_forward_pre_hook(  # a copy: a module may work in place
-                lambda _, inputs, name=name: seen.update({name: inputs[0].detach().clone()})
-            )
-            after = module.register_forward_hook(
-                lambda _, inputs, output, name=name: seen.update({name: (seen[name], output)})
-            )
-            stack.callback(before.remove)
-            stack.callback(after.remove)
+
+            def before(module, inputs, name=name):
+                seen[name] = inputs[0].detach().clone()  # a module may work in place
+
+            def after(module, inputs, output, name=name):
+                seen[name] = seen[name], output
+
+            stack.enter_context(module.register_forward_pre_hook(before))
+            stack.enter_context(module.register_forward_hook(after))
         stack.callback(model.train, was_training)
         model.eval()
         yield seen
 
 
-def size_for(images: torch.Tensor) -> int:
-    """Of a batch: fewer of larger images, as in train.evaluate."""
-    return max(1, PIXELS // images[0, 0].numel())
+def batches_of(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Of fewer images where they are larger, as in train.evaluate."""
+    return images.split(max(1, PIXELS // images[0, 0].numel()))
 
 
 @torch.no_grad()
 def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Probabilities (N, num_classes) of normalised images."""
     with captured(model, {}):
-        return torch.cat([model(batch).softmax(1) for batch in images.split(size_for(images))])
+        return torch.cat([model(batch).softmax(1) for batch in batches_of(images)])
 
 
 def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> dict:
     """{layer: maps (N, h, w)} of the evidence for `classes` (N,) in normalised images (N, C, H, W).
 
     relu(sum_k a_k A_k), a_k the mean of d score / d A_k over positions, the score a logit (eq. 1
-    and 2). A map of zeros is empty: no evidence for the class. The model keeps its mode, without
-    hooks and gradients.
+    and 2). A map of zeros is empty: no evidence for the class.
     """
     maps = {layer: [] for layer in LAYERS}
-    size = size_for(images)
-    for batch, of_batch in zip(images.split(size), classes.split(size), strict=True):
-        modules = {layer: getattr(model, layer) for layer in LAYERS}
+    modules = {layer: getattr(model, layer) for layer in LAYERS}
+    batches = batches_of(images)
+    for batch, of_batch in zip(batches, classes.split(len(batches[0])), strict=True):
         with captured(model, modules) as seen, torch.enable_grad():
             # The weights may need no gradient: those of an EMA, for example.
             score = model(batch.clone().requires_grad_()).gather(1, of_batch[:, None]).sum()
@@ -87,11 +82,11 @@ def scaled(maps: torch.Tensor) -> torch.Tensor:
 
 
 def enlarged(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    return F.interpolate(maps[:, None], size, mode="bilinear")[:, 0]
 
 
 def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that gate: {"layer1.0.attention": module, ...}, without nn.Identity."""
+    """{"layer1.0.attention": module, ...}."""
     return {
         name: module
         for name, module in model.named_modules()
@@ -105,7 +100,7 @@ def stage_of(name: str) -> str:
 
 def kind_of(module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> str | None:
     """gate: where an input is 0 the output is 0, whatever the others are. term: one vector is added
-    at all positions. None: neither, or not to be told apart, as a term on a 1x1 map."""
+    at all positions. None: neither, or a 1x1 map, where they look the same."""
     kept = torch.rand(inputs[:1].shape, generator=torch.Generator().manual_seed(0)) < 0.5
     kept = kept.to(inputs.device)
     if not (module.forward(inputs[:1] * kept)[~kept].abs() > 1e-6).any():
@@ -122,9 +117,8 @@ def gate_of(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
 
 
 def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
-    """Raises UserError that names a module whose output has not the shape of its input: where that
-    is a gate, PyTorch would broadcast it and say nothing."""
-
+    """Raises UserError for a module whose output has not its input's shape: PyTorch would broadcast
+    a gate."""
     names = {module: name for name, module in attention_modules(model).items()}
 
     def check(module, inputs, output):
@@ -134,10 +128,10 @@ def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
                 f"{inputs[0].shape}: return the input times the gate, in the input's shape"
             )
 
-    hooks = [module.register_forward_hook(check) for module in names]
-    predict(model, images)
-    for hook in hooks:
-        hook.remove()
+    with contextlib.ExitStack() as stack:
+        for module in names:
+            stack.enter_context(module.register_forward_hook(check))
+        predict(model, images)
 
 
 class MeanGate(nn.Module):
@@ -155,13 +149,13 @@ class MeanGate(nn.Module):
 def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict, dict]:
     """(probabilities (N, num_classes), {module: gates (N, C)}, {module: MeanGate}), in one pass.
 
-    images: normalised (N, C, H, W). A gate is NaN where its channel has no input: it is inactive.
-    Modules that add have no gates; those that are neither (see kind_of) are in none of the three.
+    images: normalised (N, C, H, W). Inactive gates are NaN. Modules that add have no gates; those
+    of no kind (see kind_of) have no MeanGate either.
     """
     modules, probabilities, gates, means, kinds = attention_modules(model), [], {}, {}, {}
     sums, counts = dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
     with captured(model, modules) as seen:
-        for batch in images.split(size_for(images)):
+        for batch in batches_of(images):
             probabilities.append(model(batch).softmax(1))
             kinds = kinds or {name: kind_of(modules[name], *both) for name, both in seen.items()}
             for name, (inputs, outputs) in seen.items():
@@ -196,11 +190,7 @@ def gate_maps_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tens
 
 
 def gate_numbers(gates: dict[str, torch.Tensor]) -> dict[str, dict]:
-    """{stage: numbers} from the gates (N, C) of each module; without stages that are inactive.
-
-    Spread: standard deviations. saturated: share below 0.05 or above 0.95, None for gates that are
-    not between 0 and 1, such as BAM's. hardly_vary: share of near-constant channels.
-    """
+    """{stage: numbers} from the gates (N, C) of each module; without stages that are inactive."""
     numbers = {}
     for stage in dict.fromkeys(map(stage_of, gates)):
         every = torch.cat([g for name, g in gates.items() if stage_of(name) == stage], dim=1)
@@ -209,14 +199,14 @@ def gate_numbers(gates: dict[str, torch.Tensor]) -> dict[str, dict]:
             of_channel = every.nanmean(0)
             over_images = (every - of_channel).square().nanmean(0).sqrt()
             known = every[~every.isnan()]
-            in_0_to_1 = known.min() > -0.001 and known.max() < 1.001
+            in_0_to_1 = known.min() > -0.001 and known.max() < 1.001  # BAM's are not
             saturated = ((known < 0.05) | (known > 0.95)).float().mean().item()
             numbers[stage] = {
                 "mean": known.mean().item(),
-                "spread_over_channels": of_channel.std(correction=0).item(),
+                "spread_over_channels": of_channel.std(correction=0).item(),  # standard deviations
                 "spread_over_images": over_images.mean().item(),
                 "saturated": saturated if in_0_to_1 else None,
-                "hardly_vary": (over_images < 0.01).float().mean().item(),
+                "hardly_vary": (over_images < 0.01).float().mean().item(),  # share of channels
             }
     return numbers
 

@@ -10,6 +10,7 @@ import pickle
 import random
 import sys
 import warnings
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -130,7 +131,7 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
 
     A damaged file, or another run's, is renamed. Without a good one the run starts from scratch.
     """
-    as_built = copied(get_state(parts, device))
+    as_built = deepcopy(get_state(parts, device))
     for path in (folder / "last.pt", folder / "prev.pt"):
         if not path.is_file():
             continue
@@ -163,17 +164,6 @@ def why_no_graph(optimizer: torch.optim.Optimizer) -> str | None:
     if not starts_at_zero(optimizer):
         return f"no CUDA graph: the state of {type(optimizer).__name__} cannot be reset in place"
     return None
-
-
-def copied(state):
-    """A copy, on the CPU, of everything in `state`."""
-    if isinstance(state, torch.Tensor):
-        return state.detach().to("cpu", copy=True)
-    if isinstance(state, dict):
-        return {key: copied(value) for key, value in state.items()}
-    if isinstance(state, (list, tuple)):
-        return type(state)(map(copied, state))
-    return state
 
 
 def load(path: Path, unsigned: bool = False) -> dict:

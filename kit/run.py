@@ -21,12 +21,13 @@ import sys
 import tempfile
 import time
 from contextlib import ExitStack
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 
 from kit import checkpoint, environment, runs
 from kit.attribution import check_shapes
-from kit.checkpoint import Progress, copied, load_state, serialized
+from kit.checkpoint import Progress, load_state, serialized
 from kit.command_line import Stopped, UserError, handle_signals, noted
 from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
 from kit.fast import choose_mode, fast
@@ -151,7 +152,7 @@ class Run:
             self.failures.append(reason)
             mode = "compile" if "compile" in mode else "eager"
         example = self.loader.epoch(1)[0]
-        before = copied(checkpoint.get_state(self.parts, self.device))
+        before = deepcopy(checkpoint.get_state(self.parts, self.device))
         self.model.train()
         restore = partial(load_state, before, self.parts, self.device)
         wanted = mode, self.settings.precision, example, self.model, restore

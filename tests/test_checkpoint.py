@@ -1,6 +1,7 @@
 """Checkpoints are whole, as they were when saved, and load in place into any optimizer."""
 
 import json
+from copy import deepcopy
 from types import SimpleNamespace
 
 import train
@@ -113,7 +114,7 @@ class Descent:
 
     @property
     def states(self):
-        return checkpoint.copied([self.layer.state_dict(), self.optimizer.state_dict()])
+        return deepcopy([self.layer.state_dict(), self.optimizer.state_dict()])
 
     @property
     def addresses(self):
@@ -190,11 +191,11 @@ def test_states_of_all_parts_are_loaded_in_place():
         parts["scheduler"].step()
 
     step()
-    before = checkpoint.copied(checkpoint.get_state(parts, CPU))
+    before = deepcopy(checkpoint.get_state(parts, CPU))
     tensors = [*model.state_dict().values(), *ema.model.state_dict().values(), ema.steps]
     addresses = [tensor.data_ptr() for tensor in tensors]
     step()
-    after = checkpoint.copied(checkpoint.get_state(parts, CPU))
+    after = deepcopy(checkpoint.get_state(parts, CPU))
     assert not torch.equal(before["model"]["conv1.weight"], after["model"]["conv1.weight"])
     assert before["ema"]["steps"] == 1 and after["ema"]["steps"] == 2
     checkpoint.load_state(before, parts, CPU)

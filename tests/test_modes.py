@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import time
+from copy import deepcopy
 from unittest.mock import MagicMock
 
 import benchmark
@@ -172,7 +173,7 @@ class Small:
 
     @property
     def state(self):
-        return checkpoint.copied(checkpoint.get_state(self.parts, CPU))
+        return deepcopy(checkpoint.get_state(self.parts, CPU))
 
     def fast(self, mode, precision="fp32"):
         """What Run.speed_up does."""
