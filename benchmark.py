@@ -116,7 +116,7 @@ def make_forward(model: nn.Module, mode: str, precision: str, images: torch.Tens
             return model(images).float()
 
     if "compile" in mode:
-        forward = fast.compiled(forward, options={"freezing": True})
+        forward = fast.compiled(forward, images.device, options={"freezing": True})
     return fast.Graphed(forward, images) if "graph" in mode else forward
 
 

@@ -42,16 +42,14 @@ import torch
 MODES = ("eager", "compile", "graph", "compile+graph")
 PRECISIONS = ("fp32", "tf32", "bf16")  # of a run
 DEFAULT = "default"  # to be compared with: of benchmark.py, on CUDA; on a CPU it is fp32
-FALLBACK = {"compile+graph": "graph", "graph": "eager", "compile": "eager"}
 # `auto` compiles runs of at least so many steps, a guess: compiling took 50 s on two CPU cores and
 # saved up to 11 ms a step (results/cpu_2_cores); on an H100 it took 20 to 36 s.
 COMPILE_PAYS_FROM = 8_000
 # Relative error of gradients that is no rounding: of all together, in fp32 of each tensor.
 WRONG = {"fp32": 0.05, "tf32": 0.05, "bf16": 0.4}
 
-# On a CPU, torch.compile would print a line about a CUDA runtime that is not there.
+# torch.compile would miss a CUDA runtime on a CPU, and advise TF32 on a GPU in fp32.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-# On a GPU it would advise TF32 where fp32 was asked for.
 warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
@@ -59,8 +57,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     """`auto`: bf16 on GPUs that are made for it."""
     if name != "auto":
         return name
-    fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
-    return "bf16" if fast else "fp32"
+    return "bf16" if device.type == "cuda" and not why_not("eager", "bf16", device) else "fp32"
 
 
 def choose_mode(name: str, device: torch.device, steps: int) -> str:
@@ -73,28 +70,22 @@ def choose_mode(name: str, device: torch.device, steps: int) -> str:
 
 def why_not(mode: str, precision: str, device: torch.device) -> str | None:
     """Why `device` cannot run a mode in a precision; None if it can."""
-    if device.type != "cuda" and "graph" in mode:
+    if device.type == "cpu" and "graph" in mode:
         return f"mode {mode} needs a CUDA GPU"
-    if precision in ("tf32", DEFAULT) and device.type != "cuda":
+    if device.type == "cpu" and precision in ("tf32", DEFAULT):
         return f"precision {precision} needs a CUDA GPU: on a CPU use fp32"
-    fast = device.type == "cpu" or torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision in ("tf32", "bf16") and not fast:  # emulated, if at all
+    if device.type == "cpu" or precision not in ("tf32", "bf16"):
+        return None
+    if torch.cuda.get_device_capability(device) < (8, 0):  # emulated, if at all
         return f"precision {precision} needs a GPU of compute capability 8.0 or more: use fp32"
-    return None
-
-
-def why_switched_off() -> str | None:
-    """Which variable makes torch.compile eager mode, without a word; None if there is none."""
-    for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "TORCH_COMPILE_OVERRIDE_BACKENDS"):
-        if os.environ.get(name, "0") not in ("", "0"):
-            return f"torch.compile is switched off by {name}={os.environ[name]}: unset it"
     return None
 
 
 def why_no_compiler(device: torch.device) -> str | None:
     """What torch.compile lacks here, and what to do. It compiles C++ for a CPU, C for a GPU."""
-    if reason := why_switched_off():
-        return reason
+    for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "TORCH_COMPILE_OVERRIDE_BACKENDS"):
+        if os.environ.get(name, "0") not in ("", "0"):  # it would be eager mode, and say nothing
+            return f"torch.compile is switched off by {name}={os.environ[name]}: unset it"
     variable, usual = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++"])
     names = os.environ.get(variable, "").split()[:1] or usual
     if not any(map(shutil.which, names)):
@@ -110,7 +101,7 @@ def set_up_torch(precision: str) -> None:
     """Deterministic algorithms, and TF32 only where that is asked for; or PyTorch's defaults."""
     default = precision == DEFAULT
     torch.use_deterministic_algorithms(not default, warn_only=True)
-    # Otherwise every new tensor is first filled with NaN: a help in debugging, and a kernel each.
+    # Otherwise every new tensor is first filled with NaN, a kernel each.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = default or precision == "tf32"
@@ -118,8 +109,7 @@ def set_up_torch(precision: str) -> None:
 
 
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    # No cache of cast weights: captured while it is warm, a graph would lack the casts, and its
-    # replays would use stale weights.
+    # A graph captured while the cache of cast weights is warm would lack the casts.
     bf16 = precision == "bf16"
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
@@ -141,9 +131,9 @@ def channels_last(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def compiled(function: Callable, **options) -> Callable:
+def compiled(function: Callable, device: torch.device, **options) -> Callable:
     """torch.compile for tensors of one shape, or an exception, but never silently eager mode."""
-    if reason := why_switched_off():
+    if reason := why_no_compiler(device):
         raise RuntimeError(reason)
     # By default the ninth variant of a function is run as it stands.
     torch._dynamo.config.recompile_limit = 1000
@@ -268,13 +258,8 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
         restore()
     while mode != "eager":
         try:
-            if "compile" in mode and (missing := why_no_compiler(example[0].device)):
-                raise RuntimeError(missing)
-            run = compiled(forward) if "compile" in mode else forward
-
-            def fast_step(*batch, run=run):
-                return step(*batch, forward=run)
-
+            run = compiled(forward, example[0].device) if "compile" in mode else forward
+            fast_step = partial(step, forward=run)
             fast_step = Graphed(fast_step, *example) if "graph" in mode else fast_step
             found = gradients(fast_step, weights)  # it compiles when it is first called
             error = gradient_error(found, expected, each=precision == "fp32")
@@ -287,7 +272,8 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
             return fast_where_it_fits, mode, failures, error
         except Exception as error:  # compilers, drivers and out of memory raise what they like
             failures.append(f"mode {mode} failed ({first_line(error)})")
-            mode = "eager" if isinstance(error, CaptureFailed) else FALLBACK[mode]
+            simpler = "graph" if mode == "compile+graph" else "eager"
+            mode = "eager" if isinstance(error, CaptureFailed) else simpler
         finally:
             restore()
     return step, mode, failures, None

@@ -203,7 +203,7 @@ def test_a_compiler_that_is_switched_off(tmp_path, monkeypatch, capsys, name):
     assert train_small("baseline", tmp_path, "--epochs", "1", "--mode", "compile") == 0
     assert f"{line}); training in mode eager" in capsys.readouterr().err
     with pytest.raises(RuntimeError, match=line):
-        fast.compiled(print)
+        fast.compiled(print, CPU)
     monkeypatch.setenv(name, "0")
     assert fast.why_no_compiler(CPU) is None
 
@@ -214,7 +214,7 @@ def test_errors_of_the_compiler_are_errors():
 import kit.fast, torch
 def backend(graph, inputs):
     raise RuntimeError("failed")
-kit.fast.compiled(lambda x: x + 1, backend=backend)(torch.ones(1))
+kit.fast.compiled(lambda x: x + 1, torch.device("cpu"), backend=backend)(torch.ones(1))
 """
     done = script("-c", code, env=os.environ | {"TORCHDYNAMO_SUPPRESS_ERRORS": "1"})
     assert done.returncode == 1 and "failed" in done.stderr

@@ -121,7 +121,7 @@ def test_more_than_eight_functions_of_one_piece_of_code_are_all_compiled():
         return graph.forward
 
     def times(factor):
-        return fast.compiled(lambda x: x * factor, backend=backend)
+        return fast.compiled(lambda x: x * factor, CPU, backend=backend)
 
     functions = [times(factor) for factor in range(12)]
     assert [f(torch.ones(1)).item() for f in functions] == list(range(12))
@@ -138,7 +138,7 @@ def test_compiled_code_is_found_again_for_its_own_number_of_threads_alone(monkey
         torch._dynamo.reset()
         torch.set_num_threads(threads)
         counters.clear()
-        fast.compiled(lambda x: x + never_seen)(torch.ones(300, 300))
+        fast.compiled(lambda x: x + never_seen, CPU)(torch.ones(300, 300))
         hits.append(counters["inductor"]["fxgraph_cache_hit"])
     torch.set_num_threads(n_threads)
     assert hits == [0, 0, 1]

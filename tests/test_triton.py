@@ -122,7 +122,9 @@ def generate(model: str, precision: str, gpu: str, folder: str) -> None:
     loader, *_, forward, _ = train.prepare(settings_of(*flags), random_images(128))
     backend = partial(compile_fx, inner_compile=compile_graph)
     with suppress(Done):
-        fast.compiled(forward, fullgraph=True, backend=backend)(*loader.epoch(1)[0])
+        fast.compiled(forward, torch.device("cpu"), fullgraph=True, backend=backend)(
+            *loader.epoch(1)[0]
+        )
 
 
 # --- The tests ------------------------------------------------------------------------------------
