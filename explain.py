@@ -118,7 +118,7 @@ def explain(run: FinishedRun, dataset: data.ImageData, idx, images: list[int] | 
     if not probabilities.isfinite().all():
         raise UserError(f"{run.folder}: its outputs are not all finite")
     if unknown := len(attribution.attention_modules(model).keys() - means.keys()):
-        what = f"{unknown} modules neither gate their input nor add one vector to it"
+        what = f"{unknown} modules do not gate their input"
         print(f"note: {run.result['model']}: {what}: nothing is said of them", file=sys.stderr)
     predictions = probabilities.argmax(1)
     check_predictions(run, dataset, idx, predictions)

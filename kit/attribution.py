@@ -1,9 +1,8 @@
 """Where a model looks, and what its attention does: Grad-CAM (arXiv 1610.02391) and gates.
 
 A gate is what an attention module multiplies its input by: output / input, averaged over the
-positions of each channel (a number per channel) or over the channels of each position (a map). GC
-adds something and has no gate; `sk` and `bot` take the place of a convolution and have none. Of a
-module that does anything else, or both, nothing is said.
+positions of each channel (a number per channel) or over the channels of each position (a map). Of
+modules that add something, like GC, or replace a convolution, like `sk`, nothing is said.
 """
 
 import contextlib
@@ -98,17 +97,17 @@ def stage_of(name: str) -> str:
     return name.split(".")[0] if name.startswith("layer") else "classifier"
 
 
-def kind_of(module: nn.Module, inputs: torch.Tensor, outputs: torch.Tensor) -> str | None:
-    """gate: where an input is 0 the output is 0, whatever the others are. term: one vector is added
-    at all positions. None: neither, or a 1x1 map, where they look the same."""
-    kept = torch.rand(inputs[:1].shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    kept = kept.to(inputs.device)
-    if not (module.forward(inputs[:1] * kept)[~kept].abs() > 1e-6).any():
-        return "gate"
-    term = outputs - inputs
-    over_positions = (term - term.mean((2, 3), keepdim=True)).abs().max()
-    rounding = 1e-5 * (inputs.abs().max() + term.abs().max())
-    return "term" if inputs[0, 0].numel() > 1 and over_positions <= rounding else None
+def gating_modules(model: nn.Module, images: torch.Tensor) -> dict[str, nn.Module]:
+    """The attention modules whose output is 0 wherever their input is 0."""
+    modules, gating = attention_modules(model), {}
+    with captured(model, modules) as seen:
+        model(images[:1])
+        for name, (inputs, _) in seen.items():
+            kept = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+            kept = kept.to(inputs.device)
+            if not (modules[name].forward(inputs * kept)[~kept].abs() > 1e-6).any():
+                gating[name] = modules[name]
+    return gating
 
 
 def gate_of(inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
@@ -135,57 +134,49 @@ def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
 
 
 class MeanGate(nn.Module):
-    """Replaces a module by its mean over images: x * gate + term, whatever the image."""
+    """Replaces a module by its mean gate (C, H, W) over images."""
 
-    def __init__(self, gate: torch.Tensor | float, term: torch.Tensor | float):
+    def __init__(self, gate: torch.Tensor):
         super().__init__()
-        self.gate, self.term = gate, term  # (C, H, W) each
+        self.gate = gate
 
     def forward(self, x):
-        return x * self.gate + self.term
+        return x * self.gate
 
 
 @torch.no_grad()
 def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict, dict]:
-    """(probabilities (N, num_classes), {module: gates (N, C)}, {module: MeanGate}), in one pass.
-
-    images: normalised (N, C, H, W). Inactive gates are NaN. Modules that add have no gates; those
-    of no kind (see kind_of) have no MeanGate either.
-    """
-    modules, probabilities, gates, means, kinds = attention_modules(model), [], {}, {}, {}
+    """(probabilities (N, num_classes), {module: gates (N, C)}, {module: MeanGate}) of normalised
+    images (N, C, H, W). Inactive gates are NaN, or 1 in a MeanGate."""
+    modules, probabilities = gating_modules(model, images), []
+    gates = {name: [] for name in modules}
     sums, counts = dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
     with captured(model, modules) as seen:
         for batch in batches_of(images):
             probabilities.append(model(batch).softmax(1))
-            kinds = kinds or {name: kind_of(modules[name], *both) for name, both in seen.items()}
-            for name, (inputs, outputs) in seen.items():
-                is_gate = kinds[name] == "gate"
-                of_batch = gate_of(inputs, outputs) if is_gate else outputs - inputs
-                if is_gate:
-                    gates.setdefault(name, []).append(of_batch.nanmean((2, 3)).cpu())
-                sums[name] += of_batch.nansum(0)
-                counts[name] += (~of_batch.isnan()).sum(0)
-    for name, count in counts.items():
-        mean = sums[name] / count.clamp(min=1)
-        if kinds[name] == "gate":
-            means[name] = MeanGate(torch.where(count > 0, mean, 1.0), 0.0)  # 1 if inactive
-        elif kinds[name] == "term":
-            means[name] = MeanGate(1.0, mean)
+            for name, both in seen.items():
+                gate = gate_of(*both)
+                gates[name].append(gate.nanmean((2, 3)).cpu())
+                sums[name] += gate.nansum(0)
+                counts[name] += (~gate.isnan()).sum(0)
+    means = {
+        name: MeanGate(torch.where(count > 0, sums[name] / count.clamp(min=1), 1.0))
+        for name, count in counts.items()
+    }
     return torch.cat(probabilities), {name: torch.cat(g) for name, g in gates.items()}, means
 
 
 @torch.no_grad()
 def gate_maps_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tensor]:
-    """{stage: maps (N, h, w), on the CPU} of each stage's last module, if it gates positions."""
-    modules = {stage_of(name): module for name, module in attention_modules(model).items()}
+    """{stage: maps (N, h, w), on the CPU} of each stage's last gate, if it varies by position."""
+    modules = {stage_of(name): each for name, each in gating_modules(model, images).items()}
     maps = {}
     with captured(model, modules) as seen:
         model(images)
-        for stage, of_stage in seen.items():
-            if kind_of(modules[stage], *of_stage) == "gate":
-                found = gate_of(*of_stage).nanmean(1)
-                spread = (found - found.nanmean((1, 2), keepdim=True)).abs().nan_to_num().max()
-                maps |= {stage: found.cpu()} if spread > 1e-3 else {}
+    for stage, both in seen.items():
+        found = gate_of(*both).nanmean(1)
+        spread = (found - found.nanmean((1, 2), keepdim=True)).abs().nan_to_num().max()
+        maps |= {stage: found.cpu()} if spread > 1e-3 else {}
     return maps
 
 

@@ -158,15 +158,6 @@ def test_a_module_that_works_in_place_has_gates():
     torch.testing.assert_close(found["attention"], torch.full((3, 4), 0.25))
 
 
-def test_what_adds_has_no_gate_and_is_replaced_by_a_term():
-    gc = ATTENTION["gc"](64).eval()
-    nn.init.normal_(gc.fc2.weight)
-    x = torch.randn(5, 64, 4, 4)
-    _, found, means = gates_of(Gated(gc), x)
-    assert found == {} and gate_maps_of(Gated(gc), x) == {}
-    torch.testing.assert_close(means["attention"](x), x + (gc(x) - x).mean(0))
-
-
 def small(module, weight=0.1):
     torch.manual_seed(0)
     for parameter in module.parameters():
@@ -203,6 +194,7 @@ NO_GATES = {
     "MHSA": lambda: ATTENTION["mhsa"](8),
     "non-local": NonLocal,
     "both": GateAndTerm,
+    "term": lambda: ATTENTION["gc"](8),
 }
 
 
@@ -212,11 +204,6 @@ def test_what_is_no_gate_is_never_credited_with_accuracy(name):
     _, gates, means = gates_of(Gated(small(NO_GATES[name]()).eval()), x)
     assert gates == {} and means == {}
     assert gate_maps_of(Gated(small(NO_GATES[name]()).eval()), x) == {}
-
-
-def test_on_a_1x1_map_a_term_is_not_told_from_a_layer():
-    for module in (small(ATTENTION["gc"](8)), small(nn.Conv2d(8, 8, 1))):
-        assert gates_of(Gated(module.eval()), torch.randn(5, 8, 1, 1))[1:] == ({}, {})
 
 
 def test_mean_gates_of_a_control_change_nothing_and_of_a_module_do():
