@@ -36,7 +36,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from kit import fast, training_speed
-from kit.command_line import UserError, exit_code, is_out_of_memory, make_parser
+from kit.command_line import UserError, exit_code, in_one_line, is_out_of_memory, make_parser
 from kit.environment import device_name, source_hashes
 from kit.files import check_writable, locked, write_atomically
 from kit.preflight import choose_device, preflight
@@ -178,7 +178,7 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
             if case["mode"] == "eager" and not wrong:
                 raise  # eager mode has neither: it would be a bug
             line = f"{case['model']}, mode {case['mode']}, {about} left out: "
-            line = ("error: " if wrong else "note: ") + line + fast.first_line(error)
+            line = ("error: " if wrong else "note: ") + line + in_one_line(error)
             tqdm.write(line, file=sys.stderr)  # above the progress bar
             failed |= wrong
     fast.set_up_torch(precision)  # one that failed may have left other flags

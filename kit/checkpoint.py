@@ -180,7 +180,7 @@ def load(path: Path, unsigned: bool = False) -> dict:
         if unsigned and not is_signed:
             return torch.load(file, map_location="cpu", weights_only=True)
         body = file.read() if is_signed else b""  # a sparse file would fill the memory
-    if body[-64:] != digest_of(body[:-64]):
+    if body[-64:] != hashlib.sha256(body[:-64]).hexdigest().encode():
         raise ValueError("it is damaged or incomplete: its sha256 is not the one at its end")
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
 
@@ -209,11 +209,7 @@ def serialized(state: dict) -> memoryview:
     torch.save(state, buffer)
     with buffer.getbuffer() as body:
         body[-2:] = LENGTH  # an archive ends with the length of its comment
-        digest = digest_of(body)
+        digest = hashlib.sha256(body).hexdigest()
     buffer.seek(0, io.SEEK_END)
-    buffer.write(digest)
+    buffer.write(digest.encode())
     return buffer.getbuffer()
-
-
-def digest_of(body: bytes | memoryview) -> bytes:
-    return hashlib.sha256(body).hexdigest().encode()

@@ -78,7 +78,7 @@ def is_name(text) -> bool:
 
 
 def in_one_line(error: Exception) -> str:
-    words = " ".join(str(error).split())[:200]
+    words = " ".join(str(error).split())[:200] + ", out of memory" * is_out_of_memory(error)
     return words if isinstance(error, ValueError) and words else f"{type(error).__name__}: {words}"
 
 

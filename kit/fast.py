@@ -34,7 +34,7 @@ if ignored := os.environ.keys() & {
     for name in sorted(ignored):  # read as CUDA and oneDNN start
         print(f"note: {name}={os.environ.pop(name)} ignored: --precision decides", file=sys.stderr)
 
-from kit.command_line import is_out_of_memory
+from kit.command_line import in_one_line
 
 import numpy as np
 import torch
@@ -148,12 +148,6 @@ def compiled(function: Callable, device: torch.device, **options) -> Callable:
     # Otherwise PyTorch's cache gives a run code that was compiled for another number of threads.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
     return torch.compile(function, dynamic=False, **options)
-
-
-def first_line(error: Exception) -> str:
-    """The first line of what a compiler or a driver raised."""
-    line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line[:200]}" + ", out of memory" * is_out_of_memory(error)
 
 
 class CaptureFailed(RuntimeError):
@@ -271,7 +265,7 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
 
             return fast_where_it_fits, mode, failures, error
         except Exception as error:  # compilers, drivers and out of memory raise what they like
-            failures.append(f"mode {mode} failed ({first_line(error)})")
+            failures.append(f"mode {mode} failed ({in_one_line(error)})")
             simpler = "graph" if mode == "compile+graph" else "eager"
             mode = "eager" if isinstance(error, CaptureFailed) else simpler
         finally:

@@ -8,9 +8,8 @@ import sys
 import warnings
 from pathlib import Path
 
-from kit.command_line import UserError
+from kit.command_line import UserError, in_one_line
 from kit.environment import device_name, driver_version
-from kit.fast import first_line
 
 import torch
 
@@ -103,7 +102,7 @@ def preflight(device: torch.device, folder: Path | None = None) -> None:
             free, total = (n / 1e9 for n in torch.cuda.mem_get_info(device))
         except RuntimeError as error:  # in exclusive mode, another process has it
             advice = "choose another --device (see nvidia-smi)"
-            raise UserError(f"{device} cannot be used ({first_line(error)}): {advice}") from None
+            raise UserError(f"{device} cannot be used ({in_one_line(error)}): {advice}") from None
         if free < LITTLE_MEMORY:
             others = "others use it (see nvidia-smi), a run may end out of memory"
             note_once(f"{free:.1f} of {total:.1f} GB are free on {device}: {others}")
