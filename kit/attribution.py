@@ -2,7 +2,8 @@
 
 A gate is what an attention module multiplies its input by: output / input, averaged over the
 positions of each channel (a number per channel) or over the channels of each position (a map). Of
-modules that add something, like GC, or replace a convolution, like `sk`, nothing is said.
+modules that add something, like GC, or replace a convolution, like `sk`, nothing is said. Models
+are in evaluation mode.
 """
 
 import contextlib
@@ -20,10 +21,9 @@ PIXELS = 196_000  # of a batch: 250 images of 28x28
 
 
 @contextlib.contextmanager
-def captured(model: nn.Module, modules: dict[str, nn.Module]):
-    """Within the block `model` is in evaluation mode, and every forward pass leaves (input, output)
-    of each module in the dict that is yielded."""
-    seen, was_training = {}, model.training
+def captured(modules: dict[str, nn.Module]):
+    """Within the block every forward pass leaves (input, output) of each module in a dict."""
+    seen = {}
     with contextlib.ExitStack() as stack:
         for name, module in modules.items():
 
@@ -35,8 +35,6 @@ def captured(model: nn.Module, modules: dict[str, nn.Module]):
 
             stack.enter_context(module.register_forward_pre_hook(before))
             stack.enter_context(module.register_forward_hook(after))
-        stack.callback(model.train, was_training)
-        model.eval()
         yield seen
 
 
@@ -48,8 +46,7 @@ def batches_of(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
 @torch.no_grad()
 def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Probabilities (N, num_classes) of normalised images."""
-    with captured(model, {}):
-        return torch.cat([model(batch).softmax(1) for batch in batches_of(images)])
+    return torch.cat([model(batch).softmax(1) for batch in batches_of(images)])
 
 
 def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> dict:
@@ -62,7 +59,7 @@ def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> d
     modules = {layer: getattr(model, layer) for layer in LAYERS}
     batches = batches_of(images)
     for batch, of_batch in zip(batches, classes.split(len(batches[0])), strict=True):
-        with captured(model, modules) as seen, torch.enable_grad():
+        with captured(modules) as seen, torch.enable_grad():
             # The weights may need no gradient: those of an EMA, for example.
             score = model(batch.clone().requires_grad_()).gather(1, of_batch[:, None]).sum()
             activations = [seen[layer][1] for layer in LAYERS]
@@ -100,12 +97,12 @@ def stage_of(name: str) -> str:
 def gating_modules(model: nn.Module, images: torch.Tensor) -> dict[str, nn.Module]:
     """The attention modules whose output is 0 wherever their input is 0."""
     modules, gating = attention_modules(model), {}
-    with captured(model, modules) as seen:
+    with captured(modules) as seen:
         model(images[:1])
         for name, (inputs, _) in seen.items():
-            kept = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(0)) < 0.5
-            kept = kept.to(inputs.device)
-            if not (modules[name].forward(inputs * kept)[~kept].abs() > 1e-6).any():
+            half = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+            half = half.to(inputs.device)
+            if not (modules[name].forward(inputs * half)[~half].abs() > 1e-6).any():
                 gating[name] = modules[name]
     return gating
 
@@ -130,11 +127,11 @@ def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
     with contextlib.ExitStack() as stack:
         for module in names:
             stack.enter_context(module.register_forward_hook(check))
-        predict(model, images)
+        predict(model.eval(), images)
 
 
 class MeanGate(nn.Module):
-    """Replaces a module by its mean gate (C, H, W) over images."""
+    """Replaces a module by its mean gate (C, H, W)."""
 
     def __init__(self, gate: torch.Tensor):
         super().__init__()
@@ -151,7 +148,7 @@ def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict
     modules, probabilities = gating_modules(model, images), []
     gates = {name: [] for name in modules}
     sums, counts = dict.fromkeys(modules, 0), dict.fromkeys(modules, 0)
-    with captured(model, modules) as seen:
+    with captured(modules) as seen:
         for batch in batches_of(images):
             probabilities.append(model(batch).softmax(1))
             for name, both in seen.items():
@@ -171,7 +168,7 @@ def gate_maps_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tens
     """{stage: maps (N, h, w), on the CPU} of each stage's last gate, if it varies by position."""
     modules = {stage_of(name): each for name, each in gating_modules(model, images).items()}
     maps = {}
-    with captured(model, modules) as seen:
+    with captured(modules) as seen:
         model(images)
     for stage, both in seen.items():
         found = gate_of(*both).nanmean(1)
@@ -213,7 +210,7 @@ def gates_by_class(gates: dict[str, torch.Tensor], labels: torch.Tensor, n_class
 
 
 def replaced(model: nn.Module, others: dict[str, nn.Module]) -> nn.Module:
-    """A copy of the model with others in place of the modules of these names."""
+    """A copy of the model with these modules in place of those of the same names."""
     model = copy.deepcopy(model)
     for name, module in others.items():
         model.set_submodule(name, module)

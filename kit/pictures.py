@@ -93,10 +93,9 @@ def over_image(pixels: torch.Tensor, heat: torch.Tensor) -> torch.Tensor:
 
 def predicted(e: Explained) -> list[tuple[str, str]]:
     """For each image the predicted class and its probability, and the text's colour."""
-    marks = {True: ("", "black"), False: ("✗ ", "firebrick")}
     captions = []
     for k, p, label in zip(e.predictions, e.probabilities, e.labels, strict=True):
-        mark, colour = marks[k == label]
+        mark, colour = ("", "black") if k == label else ("✗ ", "firebrick")
         captions.append((f"{e.classes[k]}\n{mark}{p:.0%}", colour))
     return captions
 

@@ -45,7 +45,7 @@ def opened(name, **more):
 def test_the_last_map_has_a_closed_form(name):
     """Global pooling and a linear layer: relu(sum_k W[c, k] A_k) / (HW)."""
     model = opened(name)
-    with attribution.captured(model, {"layer4": model.layer4}) as seen, torch.no_grad():
+    with attribution.captured({"layer4": model.layer4}) as seen, torch.no_grad():
         model(IMAGES)
     activation = seen["layer4"][1]
     weights = model.fc.weight[CLASSES][:, :, None, None]
