@@ -27,12 +27,9 @@ SOURCES = (
     "kit/image_folder.py", "kit/decoding.py", "kit/fast.py", "kit/ema.py", "kit/checkpoint.py",
     "kit/run.py", "kit/settings.py",
 )  # fmt: skip
-# Of the code that runs, whatever is edited while data are read or another process is waited for.
-AT_START = {
-    str(path.relative_to(HERE)): path.read_bytes()
-    for path in (*HERE.glob("*.py"), *HERE.glob("kit/*.py"))
-    if path.is_file() and os.access(path, os.R_OK)  # an editor's lock is a dangling link
-}
+# The code that runs, whatever is edited meanwhile.
+AT_START = {path: (HERE / path).read_bytes() for path in (*SOURCES, "benchmark.py")
+            if (HERE / path).is_file()}  # fmt: skip
 
 
 def driver_version() -> str | None:
@@ -54,15 +51,13 @@ def device_name(device: torch.device) -> str:
     """What the hardware is called, for example "NVIDIA GeForce RTX 4070"."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    info = Path("/proc/cpuinfo").read_text()
-    found = re.search(r"^model name\s*: (.*)", info, re.MULTILINE)
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     cpu = found[1].strip() if found else platform.processor() or platform.machine()
     return f"CPU {cpu}, {torch.get_num_threads()} threads"
 
 
 def peak_memory_mb(device: torch.device) -> float:
-    """The most memory held so far, in MB (10^6 bytes): on a GPU what PyTorch's allocator gave out,
-    on a CPU all that was resident, PyTorch included."""
+    """The most memory held so far, in MB (10^6 bytes); on a CPU with PyTorch itself."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e6
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB

@@ -70,13 +70,13 @@ def choose_mode(name: str, device: torch.device, steps: int) -> str:
 
 def why_not(mode: str, precision: str, device: torch.device) -> str | None:
     """Why `device` cannot run a mode in a precision; None if it can."""
-    if device.type == "cpu" and "graph" in mode:
+    is_cpu = device.type == "cpu"
+    if is_cpu and "graph" in mode:
         return f"mode {mode} needs a CUDA GPU"
-    if device.type == "cpu" and precision in ("tf32", DEFAULT):
+    if is_cpu and precision in ("tf32", DEFAULT):
         return f"precision {precision} needs a CUDA GPU: on a CPU use fp32"
-    if device.type == "cpu" or precision not in ("tf32", "bf16"):
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0):  # emulated, if at all
+    old = not is_cpu and torch.cuda.get_device_capability(device) < (8, 0)
+    if old and precision in ("tf32", "bf16"):  # emulated, if at all
         return f"precision {precision} needs a GPU of compute capability 8.0 or more: use fp32"
     return None
 
@@ -266,8 +266,8 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
             return fast_where_it_fits, mode, failures, error
         except Exception as error:  # compilers, drivers and out of memory raise what they like
             failures.append(f"mode {mode} failed ({in_one_line(error)})")
-            simpler = "graph" if mode == "compile+graph" else "eager"
-            mode = "eager" if isinstance(error, CaptureFailed) else simpler
+            may_capture = mode == "compile+graph" and not isinstance(error, CaptureFailed)
+            mode = "graph" if may_capture else "eager"
         finally:
             restore()
     return step, mode, failures, None
