@@ -42,8 +42,7 @@ import torch
 MODES = ("eager", "compile", "graph", "compile+graph")
 PRECISIONS = ("fp32", "tf32", "bf16")  # of a run
 DEFAULT = "default"  # to be compared with: of benchmark.py, on CUDA; on a CPU it is fp32
-# `auto` compiles runs of at least so many steps, a guess: compiling took 50 s on two CPU cores and
-# saved up to 11 ms a step (results/cpu_2_cores); on an H100 it took 20 to 36 s.
+# `auto` compiles runs of at least so many steps. A guess: compiling takes 20 to 50 s.
 COMPILE_PAYS_FROM = 8_000
 # Relative error of gradients that is no rounding: of all together, in fp32 of each tensor.
 WRONG = {"fp32": 0.05, "tf32": 0.05, "bf16": 0.4}
@@ -151,7 +150,7 @@ def compiled(function: Callable, device: torch.device, **options) -> Callable:
 
 
 class CaptureFailed(RuntimeError):
-    """PyTorch's allocator may be left in the state of a capture: no other should be tried."""
+    """No other should be tried: PyTorch's allocator may still be in the state of a capture."""
 
 
 class Graphed:
@@ -226,9 +225,9 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
     """(step in `mode` or the next simpler one that works, that mode, why no faster one, the
     relative error of its gradients compared with eager mode).
 
-    step(*batch, forward=forward) is a whole training step, forward(*batch) the part of it that can
-    be compiled, restore() undoes in place what steps have changed. A mode works if it gives the
-    gradients of eager mode. Batches of another shape than the example's run in eager mode.
+    step(*batch, forward=forward) is a whole training step, forward(*batch) its part that can be
+    compiled, restore() undoes in place what steps have changed. A mode works if it gives the
+    gradients of eager mode. Batches of another size than the example's run in eager mode.
     """
 
     def gradients(step, weights):  # of one step from these weights
@@ -237,9 +236,7 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
             for p, weight in zip(model.parameters(), weights, strict=True):
                 p.copy_(weight)
         step(*example)
-        return [
-            torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()
-        ]
+        return [p.new_zeros(()) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
     failures, size = [], len(example[0])
     if mode != "eager":

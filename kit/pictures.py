@@ -114,8 +114,7 @@ def columns_of(e: Explained) -> list[tuple[int, int | None, int | None]]:
 def draw(title: str, e: Explained, rows: list[tuple], path: Path, gates: dict, scale=None) -> None:
     """Bands of images that `e` gets right or wrong, each with all rows; below, strips of `gates`.
 
-    rows: (name, tiles (n, 3, H, W), what predicted() gives or None). All is drawn in one axes, with
-    coordinates in inches from the upper left corner.
+    rows: (name, tiles (n, 3, H, W), what predicted() gives or None). Coordinates: inches.
     """
     figure, axes = plt.subplots()
     axes.set_position((0, 0, 1, 1))

@@ -24,9 +24,9 @@ LINE = 0.13  # inches that a label takes, written in FONT_SIZE
 
 
 def open_writer(folder: Path, stack: ExitStack) -> SummaryWriter:
-    """The run's events file, closed with `stack`. A full disk is an OSError of the next call."""
+    """The run's events file, closed with `stack`."""
     others = threading.excepthook
-    # The library's own thread raises it once more: no traceback of that.
+    # A full disk is an OSError of the next call, and of the library's thread: no traceback of that.
     threading.excepthook = lambda raised: isinstance(raised.exc_value, OSError) or others(raised)
     writer = SummaryWriter(folder)
     stack.callback(noted(INCOMPLETE)(writer.close))
@@ -43,10 +43,7 @@ def log_epoch(writer: SummaryWriter, row: dict) -> None:
 
 
 def log_test(writer: SummaryWriter, config: dict, epoch: int, loader, predictions) -> None:
-    """Test accuracy, hyper-parameters, confusion matrix, misclassified images.
-
-    predictions: int64 (N,), of the loader's test images.
-    """
+    """Test accuracy, hyper-parameters, and pictures of the predictions, int64 (N,)."""
     (images, labels), classes = loader.test, legible(loader.classes)
     accuracy = 100 * (predictions == labels).double().mean().item()
     writer.add_scalar("accuracy/test", accuracy, epoch)
@@ -66,10 +63,7 @@ def log_test(writer: SummaryWriter, config: dict, epoch: int, loader, prediction
 
 
 def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
-    """Counts of true class by predicted class; of many classes colours alone.
-
-    labels, predictions: int64 (N,) on the CPU.
-    """
+    """Counts of true class by predicted class, int64 (N,) on the CPU; of many colours alone."""
     k = len(classes)
     matrix = torch.bincount(labels * k + predictions, minlength=k * k).view(k, k).numpy()
     side, margin = min(max(5.5, LINE * k), 100 * LINE), 1.2  # inches
