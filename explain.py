@@ -21,7 +21,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import data
-from kit import attribution, checkpoint
+from kit import attribution
+from kit.checkpoint import load_weights
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
 from kit.fast import channels_last, set_up_torch
 from kit.files import check_writable, write_json
@@ -74,7 +75,7 @@ def load_model(run: FinishedRun, dataset: data.ImageData) -> nn.Module:
     try:
         place = config.get("position"), config.get("reduction")
         model = build_model(config["base_model"], *shape, None, *place)
-        model.load_state_dict(checkpoint.load(path))
+        model.load_state_dict(load_weights(path))
     except UserError:
         raise
     except Exception as error:  # damaged files raise what they like

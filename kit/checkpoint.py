@@ -6,6 +6,7 @@ a tensor, loaded on the CPU with `weights_only=True`, and copied into place from
 
 import hashlib
 import io
+import pickle
 import random
 import sys
 import warnings
@@ -13,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kit.command_line import is_out_of_memory
+from kit.command_line import UserError, is_out_of_memory
 from kit.runs import different, settings_of
 
 import numpy as np
@@ -165,18 +166,38 @@ def why_no_graph(optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
-def load(path: Path) -> dict:
-    """What was saved in `path`, on the CPU. Raises some exception if it is damaged."""
+def load(path: Path, unsigned: bool = False) -> dict:
+    """What was saved in `path`, on the CPU. Raises some exception if it is damaged.
+
+    unsigned: without a sha256 at its end, too, as torch.save leaves it.
+    """
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise ValueError("it is no file")
     with open(path, "rb") as file:
         file.seek(max(0, file.seek(0, io.SEEK_END) - 66))
-        is_ours = file.read(2) == LENGTH
+        is_signed = file.read(2) == LENGTH
         file.seek(0)
-        body = file.read() if is_ours else b""  # a sparse file would fill the memory
+        if unsigned and not is_signed:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        body = file.read() if is_signed else b""  # a sparse file would fill the memory
     if body[-64:] != hashlib.sha256(body[:-64]).hexdigest().encode():
-        raise ValueError("it is damaged, or train.py did not write it: no sha256 of it at its end")
+        raise ValueError("it is damaged or incomplete: its sha256 is not the one at its end")
     return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
+
+
+def load_weights(path: Path) -> dict:
+    """A best.pt, or any state_dict that torch.save wrote. Raises UserError for anything else."""
+    warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # of TorchScript
+    try:
+        return load(path, unsigned=True)
+    except (pickle.UnpicklingError, RuntimeError) as error:
+        if "weights_only" not in str(error):
+            raise
+        # PyTorch would advise to switch safety off.
+        raise UserError(
+            f"{path} holds a pickled model or no model, and code could run as it loads: save "
+            "weights alone, torch.save(model.state_dict(), FILE)"
+        ) from None
 
 
 def serialized(state: dict) -> memoryview:

@@ -6,12 +6,13 @@ from types import SimpleNamespace
 
 import train
 from kit import checkpoint, run
+from kit.command_line import UserError
 from kit.ema import EMA
 from models import build_model
 
 import pytest
 import torch
-from conftest import assert_same, train_small
+from conftest import assert_same, is_one_line, train_small
 
 CPU = torch.device("cpu")
 FOLDER = "fashion_mnist/published/se/seed0"
@@ -24,16 +25,38 @@ def test_what_is_saved_is_what_was_there(tmp_path):
     assert_same(torch.load(tmp_path / "last.pt", weights_only=True), state)
 
 
-@pytest.mark.parametrize("what", ["weights", "model", "no torch.save"])
-def test_what_train_py_did_not_write_is_refused_and_nobody_is_told_to_switch_safety_off(
-    tmp_path, what
-):
+def test_weights_are_loaded_of_whatever_torch_save_wrote(tmp_path):
+    weights = build_model("se", width=4, seed=0).state_dict()
+    (tmp_path / "ours.pt").write_bytes(checkpoint.serialized(weights))
+    torch.save(weights, tmp_path / "theirs.pt")
+    for name in ("ours.pt", "theirs.pt"):
+        assert_same(checkpoint.load_weights(tmp_path / name), dict(weights))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("kind", ["zip", "legacy", "within", "TorchScript", "ours"])
+def test_a_pickled_model_is_refused_and_nobody_is_told_to_switch_safety_off(tmp_path, kind):
     model, path = build_model("se", width=4, seed=0), tmp_path / "best.pt"
-    path.write_bytes(b"version https://git-lfs.github.com/spec/v1")
-    if what != "no torch.save":
-        torch.save(model if what == "model" else model.state_dict(), path)
-    with pytest.raises(ValueError, match=r"train\.py did not write it"):
-        checkpoint.load(path)
+    if kind == "TorchScript":
+        torch.jit.script(torch.nn.Linear(2, 2)).save(path)
+    elif kind == "ours":
+        path.write_bytes(checkpoint.serialized(model))
+    else:
+        what = {"model": model} if kind == "within" else model
+        torch.save(what, path, _use_new_zipfile_serialization=kind != "legacy")
+    with pytest.raises(UserError) as refused:
+        checkpoint.load_weights(path)
+    message = str(refused.value)
+    assert is_one_line(message) and f"{path} holds a pickled model" in message
+    assert "weights_only" not in message and "torch.save(model.state_dict(), FILE)" in message
+
+
+@pytest.mark.parametrize("body", [b"", b"version https://git-lfs.github.com/spec/v1", b"PK\3\4"])
+def test_what_torch_save_did_not_write_never_leads_to_advice_either(tmp_path, body):
+    (tmp_path / "best.pt").write_bytes(body)
+    with pytest.raises(Exception) as refused:
+        checkpoint.load_weights(tmp_path / "best.pt")
+    assert "weights_only" not in str(refused.value)
 
 
 def test_the_best_weights_are_copies_in_their_own_layout(tmp_path):

@@ -10,7 +10,7 @@ import shutil
 import data
 import explain
 import train
-from kit import attribution, checkpoint, pictures
+from kit import attribution, pictures
 from kit.attribution import attention_modules, gate_maps_of, gate_numbers, gates_of, replaced
 from kit.command_line import UserError
 from kit.runs import read_run
@@ -315,8 +315,7 @@ def test_a_run_is_explained_with_its_own_weights_and_images(explainable, capsys,
     """Else refused in one line that says how many predictions differ."""
     run = explainable
     if change == "weights":
-        weights = build_model("cbam_blocks", width=8, seed=7).state_dict()
-        (run / "best.pt").write_bytes(checkpoint.serialized(weights))
+        torch.save(build_model("cbam_blocks", width=8, seed=7).state_dict(), run / "best.pt")
     elif change == "labels":
         config = json.loads((run / "config.json").read_text())
         (run / "config.json").write_text(json.dumps(config | {"data": "0" * 16}))
@@ -566,7 +565,7 @@ def test_one_scale_for_all_gates(gates, scale):
 def test_weights_that_give_nan_are_one_line(explainable, capsys):
     weights = torch.load(explainable / "best.pt", weights_only=True)
     weights["fc.bias"][3] = torch.nan
-    (explainable / "best.pt").write_bytes(checkpoint.serialized(weights))
+    torch.save(weights, explainable / "best.pt")
     assert explain.main(["--run", str(explainable)]) == 1 and "finite" in capsys.readouterr().err
     assert not list(explainable.glob("explain*"))
 
