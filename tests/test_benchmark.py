@@ -1,4 +1,5 @@
 import json
+import re
 import time
 
 import benchmark
@@ -208,6 +209,12 @@ def test_timing_waits_for_the_work():
 # --- Training steps -------------------------------------------------------------------------------
 
 
+def without_classes(error):
+    """Without the lines on classes that a few random images lack."""
+    lines = error.splitlines(keepends=True)
+    return "".join(line for line in lines if not re.match("note: no (training|validation)", line))
+
+
 def test_training_steps_compared_with_a_plain_loops(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
     flags = ["--models", "baseline", "se", "--width", "4", "--batch-sizes", "16", "--repeats", "2"]
@@ -226,7 +233,8 @@ def test_training_steps_compared_with_a_plain_loops(tmp_path, monkeypatch, capsy
         if row["mode"] == "plain loop":
             assert row["ratio_low"] == row["ratio_high"] == 1
     printed = capsys.readouterr()
-    assert printed.err == "" and (tmp_path / "benchmark_train.md").read_text() in printed.out
+    assert without_classes(printed.err) == ""
+    assert (tmp_path / "benchmark_train.md").read_text() in printed.out
     assert printed.out.count("| `se` | 16 |") == 4
     assert {path.name for path in tmp_path.iterdir()} == {
         "benchmark_train.json",
@@ -281,7 +289,8 @@ def test_a_mode_that_falls_back_keeps_its_row_with_the_reason(tmp_path, monkeypa
     assert rows[3]["ran_in"] == "eager" and "no such compiler" in rows[3]["fallback"]
     text = (tmp_path / "benchmark_train.md").read_text()
     assert "| compile (ran in eager) |" in text and "mode compile failed (NotImpl" in text
-    assert is_one_line(error := capsys.readouterr().err) and "no such compiler" in error
+    error = without_classes(capsys.readouterr().err)
+    assert is_one_line(error) and "no such compiler" in error
 
 
 @pytest.mark.parametrize(
