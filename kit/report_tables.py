@@ -18,7 +18,7 @@ from kit.words import (
     p_value,
     text,
     verdict,
-)  # fmt: skip
+)
 
 
 def columns(found: dict[str, list[str | None]]) -> str:

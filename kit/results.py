@@ -26,7 +26,7 @@ from kit.runs import (
     different,
     is_name,
     read_run,
-)  # fmt: skip
+)
 
 import numpy as np
 

@@ -29,7 +29,7 @@ from kit.files import (
     say_no_locks,
     write_atomically,
     write_json,
-)  # fmt: skip
+)
 
 import numpy as np
 from filelock import FileLock, Timeout
