@@ -44,8 +44,11 @@ PRECISIONS = ("fp32", "tf32", "bf16")  # of a run
 DEFAULT = "default"  # to be compared with: of benchmark.py, on CUDA; on a CPU it is fp32
 # `auto` compiles runs of at least so many steps. A guess: compiling takes 20 to 50 s.
 COMPILE_PAYS_FROM = 8_000
-# Relative error of gradients that is no rounding: of all together, in fp32 of each tensor.
+# Relative error of all gradients together that is no rounding.
 WRONG = {"fp32": 0.05, "tf32": 0.05, "bf16": 0.4}
+# Of a single tensor in fp32, where small gradients round to as much as 0.08 (CBAM on noise, width
+# 16): half a gradient has 0.5.
+WRONG_TENSOR = 0.25
 
 # torch.compile would miss a CUDA runtime on a CPU, and advise TF32 on a GPU in fp32.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
@@ -253,9 +256,11 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
             fast_step = partial(step, forward=run)
             fast_step = Graphed(fast_step, *example) if "graph" in mode else fast_step
             found = gradients(fast_step, weights)  # it compiles when it is first called
-            error = gradient_error(found, expected, each=precision == "fp32")
-            if error > WRONG[precision]:
-                raise RuntimeError(f"other gradients than in eager mode, error {error:.2g}")
+            error = gradient_error(found, expected, each=False)
+            worst = gradient_error(found, expected, each=True) if precision == "fp32" else 0.0
+            if error > WRONG[precision] or worst > WRONG_TENSOR:
+                wrong = f"error {error:.2g}, at most {worst:.2g} of one tensor"
+                raise RuntimeError(f"other gradients than in eager mode, {wrong}")
 
             def fast_where_it_fits(*batch, fast_step=fast_step):
                 return (fast_step if len(batch[0]) == size else step)(*batch)
