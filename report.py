@@ -267,6 +267,7 @@ def summary_json(found: list[Findings], costs: list[dict], there: dict | None) -
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The settings. Exits with 2 on wrong usage."""
     parser = make_parser(__doc__)
     add, default = parser.add_argument, "default: %(default)s"
     add("--runs", type=Path, default=Path("runs"), help=f"folder of all runs; {default}")
