@@ -62,6 +62,7 @@ def draw_compared(there: dict, styles: dict) -> plt.Figure:
 
 
 def differences(comparisons: dict, pairs: dict, styles, label: str, margin: float) -> plt.Figure:
+    """pairs: model -> the difference of each seed, in points, as is the margin."""
     figure, axes = frame(7, 1.6 + 0.6 * len(comparisons))
     axes.axvspan(-margin, margin, color="0.93", zorder=0)
     axes.axvline(0, color="0.6", lw=1)

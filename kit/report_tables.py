@@ -13,6 +13,7 @@ from kit.words import (
     how,
     inference,
     interval,
+    mean_and_sd,
     notes,
     one_line,
     p_value,
@@ -29,11 +30,8 @@ def columns(found: dict[str, list[str | None]]) -> str:
 
 
 def accuracy(f: Findings, model: str) -> str:
-    """Mean and standard deviation over the seeds that the comparison has, so that differences add
-    up; over all seeds of the reference."""
-    summary, c = f.models[model], f.against.get(model)
-    mean = c.accuracy if c else summary["test_acc_mean"]
-    return f"{mean:.2f} ± {summary['test_acc_sd']:.2f}" if summary["n"] > 1 else f"{mean:.2f}"
+    middle, sd = mean_and_sd(f, model)
+    return f"{middle:.2f} ± {sd:.2f}" if sd is not None else f"{middle:.2f}"
 
 
 def difference(f: Findings, model: str) -> str | None:

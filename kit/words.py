@@ -3,6 +3,7 @@
 import re
 from collections import Counter
 from pathlib import Path
+from statistics import mean, stdev
 from urllib.parse import unquote
 
 from kit.findings import Findings
@@ -101,6 +102,14 @@ def names_of(f: Findings, verdict: str) -> str:
     return ", ".join(f"`{m}` ({c.difference:+.2f}){flag(c.unlike)}" for m, c in found.items())
 
 
+def mean_and_sd(f: Findings, model: str) -> tuple[float, float | None]:
+    """Over the seeds that the comparison has, so that differences add up; over all seeds of the
+    reference. sd: None for one run."""
+    found, c = f.study.accuracies(model), f.against.get(model)
+    own = [found[seed] for seed in (c.seeds if c else found)]
+    return mean(own), stdev(own) if len(own) > 1 else None
+
+
 def pairs_of(f: Findings) -> str:
     counts = sorted({len(c.seeds) for c in f.against.values()})
     span = f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else f"{counts[0]}"
@@ -150,6 +159,7 @@ def inference(f: Findings, model: str) -> str:
 
 
 def control_sentence(f: Findings, model: str) -> str:
+    """A module against its control: do gates that depend on the input help?"""
     c = f.controlled[model]
     says = {
         "better": "input-dependent gates help",
@@ -267,7 +277,7 @@ TEMPLATES = jinja2.Environment(
 FILTERS = (
     text, tex, flag, names, who, one_line, fmt, interval, caption, answer, sentence, how, verdict,
     balance_sentence, control_sentence, spread_sentences, plan_sentence, front_sentence, notes,
-    environments, devices,
+    environments, devices, mean_and_sd,
 )  # fmt: skip
 TEMPLATES.filters |= {function.__name__: function for function in FILTERS}
 

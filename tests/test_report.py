@@ -438,7 +438,7 @@ def test_seeds_missing_for_one_model_are_named_and_the_rest_is_paired(study):
     text = (out / "report.md").read_text()
     section = text[text.index("### How sure") :]
     assert row_of(section, "se")[1] == "-0.20" and row_of(section, "se")[5] == "2"  # seeds 0, 2
-    assert row_of(text, "se")[2].startswith("92.95")  # the mean of these two, not of three
+    assert row_of(text, "se")[2] == "92.95 ± 0.07"  # the mean of these two, not of three
     assert "`cbam_blocks`: no verdict, fewer than two seeds" in text
 
 
