@@ -22,7 +22,6 @@ first one has verdicts and most runs. One shorter than its recipe is marked as a
 """
 
 import argparse
-import base64
 import csv
 import io
 import json
@@ -32,17 +31,17 @@ import sys
 from pathlib import Path
 from urllib.parse import quote
 
-from kit import words
+from kit import pages
 from kit.command_line import UserError, exit_code, make_parser
 from kit.figures import FIGURES, FORMATS, draw_figures
 from kit.files import check_writable, locked, write_atomically
 from kit.findings import Findings
-from kit.report_tables import compared_table, for_terminal
+from kit.report_tables import compared_table, gate_table
 from kit.results import PUBLISHED, Problem, Study, read_rows, read_studies
-from kit.runs import different, seeds_of
+from kit.runs import different, seeds_of, who
 from kit.verdicts import MARGIN, Comparison, seeds_in_words
+from kit.words import one_line
 
-import markdown
 import numpy as np
 
 CSV_COLUMNS = (
@@ -60,7 +59,7 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
         reasons = "; ".join(problem.words for problem in problems)
         where = f"{args.runs}" + ", which is no folder" * (not args.runs.is_dir())
         reasons = reasons or "run `python train.py --model baseline` first"
-        raise UserError(f"no finished run below {where}: {words.one_line(reasons)}")
+        raise UserError(f"no finished run below {where}: {one_line(reasons)}")
     costs, damaged = read_rows(first_of(out, args.runs, "benchmark.json"))
     problems += damaged
     found = [Findings(study, costs, args.reference, args.margin) for study in studies]
@@ -70,19 +69,15 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
     figures = draw_figures(found[0], there, args.formats)
     explained = explained_pictures(found[0].study, out)
     pictures = {name: body for name, body in figures.items() if name in FIGURES} | explained
-    report = words.fill(
-        "report.md", found=found, sections=sections, figures=list(pictures), other=there,
-        explained=list(explained), runs=[run for f in found for run in f.study.all_runs],
-        limits=limits_of(found),
-        missing=[problem.words for problem in problems] + missing_of(sections),
-    )  # fmt: skip
+    missing = [problem.words for problem in problems] + missing_of(sections)
+    report = pages.report_md(found, sections, list(figures), list(explained), there, missing)
     files = {
         **{out / name: body for name, body in figures.items()},
-        out / "results.tex": words.fill("results.tex", f=found[0]),
+        out / "results.tex": pages.results_tex(found[0]),
         out / "results.csv": results_csv(studies),
         out / "summary.json": summary_json(found, costs, there),
         out / "report.md": report,
-        out / "report.html": as_page(report, pictures),
+        out / "report.html": pages.page_html(report, pictures),
     }
     readmes = [path.resolve() for path in args.readme]
     for path in readmes:
@@ -118,17 +113,6 @@ def missing_of(sections: list[Findings]) -> list[str]:
             command = f"python benchmark.py {size} {classes} --out with the folder of this report"
             found.append(f"{f.study.title}: no FLOPs and no inference time: run {command}")
     return found
-
-
-def limits_of(found: list[Findings]) -> list[str]:
-    """Of the models that are in the report."""
-    models = {model for f in found for model in f.models}
-    limits = []
-    if models & {"se", "cbam_blocks"}:
-        limits.append("At the start CBAM's gates scale a branch to a quarter, SE's gate to a half.")
-    if "cbam_classifier" in models:
-        limits.append("cbam_classifier, as published, gates a 1x1 map: its mean is its maximum.")
-    return limits
 
 
 def compare_runs(here: Findings, folder: Path, problems: list[Problem]) -> dict | None:
@@ -175,29 +159,13 @@ def explained_pictures(study: Study, out: Path) -> dict[str, bytes]:
     return {link: body for link, body in found.items() if body.startswith(b"\x89PNG")}
 
 
-def as_page(report: str, pictures: dict[str, bytes]) -> str:
-    """report.md as one self-contained HTML page. pictures: {file name: PNG}, all that it shows."""
-    converter = markdown.Markdown(extensions=["tables", "fenced_code"])
-    converter.preprocessors.deregister("html_block")  # raw HTML stays text
-    converter.inlinePatterns.deregister("html")
-    title = report.partition("\n")[0].removeprefix("# ")
-    images = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
-    body = re.sub(
-        r'(<img alt="[^"]*" src=")([^"]+)',
-        lambda match: f"{match[1]}data:image/png;base64,{images[match[2]]}",
-        converter.convert(report),
-    )
-    return words.fill("page.html", title=title, body=body)
-
-
 def with_blocks(readme: Path, out: Path, found: Findings) -> str:
     """The text of `readme` with the blocks of this report replaced."""
     folder = Path(os.path.relpath(out.resolve(), readme.parent)).as_posix()
-    made = words.TEMPLATES.get_template("readme_block.md").module
-    gates = f"<!-- explain.py: {folder} -->"
+    gates, brief = f"<!-- explain.py: {folder} -->", pages.readme_block(found, folder)
     blocks = {
-        f"<!-- report.py: {folder} -->": (f"<!-- end of {folder} -->", made.results(found, folder)),
-        gates: ("<!-- end of explain.py -->", made.gates(found)),
+        f"<!-- report.py: {folder} -->": (f"<!-- end of {folder} -->", brief),
+        gates: ("<!-- end of explain.py -->", gate_table(found)),
     }
     try:
         text = readme.read_bytes().decode()
@@ -256,7 +224,7 @@ def summary_json(found: list[Findings], costs: list[dict], there: dict | None) -
             "epochs_and_accuracy": f.stopping,
             "pareto_front": f.front,
             "missing": f.missing,
-            "left_out": {why: words.who(runs) for why, runs in f.study.left_out.items()},
+            "left_out": {why: who(runs) for why, runs in f.study.left_out.items()},
             "explained": f.explained,
         }
         for f in found
@@ -313,7 +281,7 @@ def print_seeds(args: argparse.Namespace) -> None:
         found = Findings(studies[0], [], args.reference) if studies else None
         if not (found and found.spread):
             raise UserError(f"{args.runs} has no three pairs of runs to take --sd from: give --sd")
-        print(f"{words.one_line(found.study.title)}:")
+        print(f"{one_line(found.study.title)}:")
         sd = found.spread.of_difference
     print(seeds_in_words(args.difference, sd, args.comparisons))
 
@@ -325,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.power:
         return print_seeds(args)
     for found in make_report(args):
-        print(for_terminal(found), end="\n\n")
+        print(pages.for_terminal(found))
     print(f"written: {args.out / 'report.md'}, and report.html beside it")
 
 

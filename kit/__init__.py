@@ -20,8 +20,7 @@ A run
 The report and the pictures
     results         studies of comparable runs; rows of benchmark.json
     verdicts        is a difference real?  findings, costs: what a study shows, in numbers
-    report.md, readme_block.md, page.html, results.tex      Jinja templates
-    words           their sentences;  report_tables: their tables
+    words           its sentences;  report_tables: its tables;  pages: laid out, with page.html
     figures         the report's figures;  plots: matplotlib as they need it
     attribution     Grad-CAM and gates, measured;  pictures: drawn
 

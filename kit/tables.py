@@ -2,7 +2,8 @@
 
 
 def table(rows: list[list]) -> str:
-    """One line for each row, the first of them the header."""
-    lines = [f"| {' | '.join(map(str, row))} |\n" for row in rows]
-    lines.insert(1, "|" + "---|" * len(rows[0]) + "\n")
-    return "".join(lines)
+    """One line for each row, the first of them the header; aligned, for the terminal too."""
+    rows = [list(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in rows)

@@ -1,17 +1,14 @@
-"""A study in sentences and tables: what report.md, results.tex, the README and the terminal say."""
+"""A study in sentences: what report.md, results.tex, the README and the terminal say."""
 
 import re
 from collections import Counter
-from pathlib import Path
 from statistics import mean, stdev
 from urllib.parse import unquote
 
 from kit.findings import Findings
 from kit.results import Study
-from kit.runs import FinishedRun, who
+from kit.runs import FinishedRun
 from kit.verdicts import VERDICTS, Comparison
-
-import jinja2
 
 # What Markdown would act upon; an underscore inside a word means nothing to it.
 SPECIAL = re.compile(r"[\\`*\[\]|#<~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
@@ -54,7 +51,7 @@ def interval(bounds: tuple[float, float] | None, form: str = "+.2f") -> str:
 
 
 def p_value(p: float) -> str:
-    return "< 0.001" if p < 0.001 else f"{p:.3f}"
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}"
 
 
 def flag(reasons) -> str:
@@ -135,13 +132,14 @@ def sentence(f: Findings, model: str) -> str:
     few = "only " * (len(c.seeds) < FEW)
     words = [
         f"{says}{f.study.mark}: {c.difference:+.2f} points, {interval(c.corrected)} after "
-        f"correction, over {few}{len(c.seeds)} seeds ({c.accuracy:.2f}% against {c.reference:.2f}%)"
+        f"correction, over {few}{len(c.seeds)} seeds ({c.accuracy:.2f}% against "
+        f"{c.reference:.2f}%, p {p_value(c.p_holm)})"
     ]
     published = [f.published.get(m, {}).get("test_acc") for m in (model, f.reference)]
     if all(published):
         words.append(f"published, from one run each: {published[0] - published[1]:+.2f}")
     if cost.inference_spread and not cost.inference_spread[0] <= 1 <= cost.inference_spread[1]:
-        words.append(f"inference takes {inference(f, model)} as long")
+        words.append(f"inference takes {inference(f, model)} the baseline's time")
     found = "; ".join(words)
     unlike = f" **Not all pairs are alike: {text('; '.join(c.unlike))}.**" if c.unlike else ""
     return f"{found}.{unlike}"
@@ -263,25 +261,3 @@ def device(run: FinishedRun) -> str:
 
 def devices(study: Study) -> str:
     return "; ".join(sorted(set(map(device, study.all_runs))))
-
-
-# --- Templates ------------------------------------------------------------------------------------
-
-TEMPLATES = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(Path(__file__).parent),
-    undefined=jinja2.StrictUndefined,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    keep_trailing_newline=True,
-)
-FILTERS = (
-    text, tex, flag, names, who, one_line, fmt, interval, caption, answer, sentence, how, verdict,
-    balance_sentence, control_sentence, spread_sentences, plan_sentence, front_sentence, notes,
-    environments, devices, mean_and_sd,
-)  # fmt: skip
-TEMPLATES.filters |= {function.__name__: function for function in FILTERS}
-
-
-def fill(template: str, **values) -> str:
-    """A template of this folder, filled in; blank lines never come in pairs."""
-    return re.sub(r"\n{3,}", "\n\n", TEMPLATES.get_template(template).render(values))

@@ -38,9 +38,7 @@ def test_the_answer_and_the_published_figures_beside_ours(study):
     ]  # fmt: skip
     assert row_of(section, "cbam_classifier")[1] == "93.18 / -"
     assert "smoke test" not in text.lower() and "## What is missing" not in text
-    assert text.index("**Compared with `baseline` over only 2 to 3 seeds:") < text.index(
-        "| model |"
-    )
+    assert text.index("**Compared with `baseline` over only 2 to 3 seeds:") < text.index("| model ")
     assert "published, from one run each: -0.57" in text and "python train.py --model" in text
     shown = FIGURES.keys() - {"accuracy_vs_epochs.png", "compared.png"}  # all stop at one epoch
     for figure in shown:
@@ -55,18 +53,16 @@ def test_the_terminal_shows_every_study_with_a_verdict(study, finished_run, caps
     short = {"baseline": [92.0, 92.1], "se": [92.5, 92.61]}
     make_runs(finished_run, runs / "short", short, recipe="short")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
-    first, second, written = capsys.readouterr().out.strip().split("\n\n")
+    title, answer, table, *rest, written = capsys.readouterr().out.strip().split("\n\n")
     assert written == f"written: {out}/report.md, and report.html beside it"
-    title, answer, head, baseline, se, _ = first.splitlines()
     assert title == "fashion_mnist, recipe published"
     assert answer.startswith(
-        "Compared with baseline over only 2 to 3 seeds: worse: cbam_blocks (-0.60); "
+        "Compared with `baseline` over only 2 to 3 seeds: worse: `cbam_blocks` (-0.60); "
     )
-    assert head.split() == ["model", "seeds", "test", "accuracy", "%", "against", "baseline",
-                            "verdict", "inference"]  # fmt: skip
-    assert baseline.split() == ["baseline", "3", "93.20", "±", "0.10", "-", "-", "1.00x"]
-    assert se.split()[:6] == ["se", "3", "93.10", "±", "0.26", "-0.10"] and "undecided" in se
-    assert second.splitlines()[0] == "fashion_mnist, recipe short" and "better: se" in second
+    assert row_of(table, "baseline") == ["`baseline`", "3", "93.20 ± 0.10", "-", "-", "1.00x"]
+    assert row_of(table, "se")[1:3] == ["3", "93.10 ± 0.26"] and "undecided" in table
+    assert len(set(map(len, table.splitlines()))) == 1  # in columns
+    assert rest[0] == "fashion_mnist, recipe short" and "better: `se`" in rest[1]
 
 
 def test_verdicts_against_the_baseline(finished_run, tmp_path):
@@ -85,16 +81,16 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
     (out / "benchmark.json").write_text(json.dumps(rows))
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    section = text[text.index("### How sure") :]
-    assert row_of(section, "se")[1] == "-1.00" and row_of(section, "se")[3:6:2] == ["worse", "5"]
-    assert row_of(section, "cbam_blocks")[3] == "undecided"
-    assert row_of(section, "eca")[3] == "equivalent"
+    _, seeds, _, difference, verdict, _ = row_of(text, "se")
+    assert (seeds, verdict) == ("5", "worse") and difference.startswith("-1.00 (")
+    assert row_of(text, "cbam_blocks")[4] == "undecided"
+    assert row_of(text, "eca")[4] == "equivalent"
     answer = next(line for line in text.splitlines() if line.startswith("**Compared"))
     assert answer.startswith("**Compared with `baseline` over 5 seeds: worse: `se` (-1.00), ")
     assert "; equivalent (within 0.3 points): `eca` (+0.00); undecided: `cbam_blocks`" in answer
     assert "- `se` is worse than `baseline`: -1.00 points, " in text
-    assert "over 5 seeds (92.20% against 93.20%)" in text
-    assert "; inference takes 1.50x as long." in text
+    assert "over 5 seeds (92.20% against 93.20%, p < 0.001)" in text
+    assert "; inference takes 1.50x the baseline's time." in text
     assert "- `cbam_classifier`: no verdict, fewer than two seeds" in text
     assert "- `se` against its control `se_static`" in text
     (summary,) = json.loads((out / "summary.json").read_text())["studies"]
@@ -242,7 +238,7 @@ def test_a_readme_keeps_its_mode_its_line_endings_and_what_was_edited(study, tmp
     flags = ["--runs", str(runs), "--out", str(out), "--readme", str(readme)]
     assert report.main(flags) == 0
     body = readme.read_bytes()
-    assert body.endswith(b"The rest.\r\nAn edit.\r\n") and b"| `se` |" in body
+    assert body.endswith(b"The rest.\r\nAn edit.\r\n") and b"| `se` " in body
     assert body.count(b"\n") == body.count(b"\r\n") and readme.stat().st_mode & 0o777 == 0o640
 
 
@@ -436,9 +432,9 @@ def test_seeds_missing_for_one_model_are_named_and_the_rest_is_paired(study):
     shutil.rmtree(runs / "fashion_mnist/published/baseline/seed1")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    section = text[text.index("### How sure") :]
-    assert row_of(section, "se")[1] == "-0.20" and row_of(section, "se")[5] == "2"  # seeds 0, 2
-    assert row_of(text, "se")[2] == "92.95 ± 0.07"  # the mean of these two, not of three
+    # The mean of seeds 0 and 2, not of three.
+    assert row_of(text, "se")[1:3] == ["2", "92.95 ± 0.07"]
+    assert row_of(text, "se")[3].startswith("-0.20 (")
     assert "`cbam_blocks`: no verdict, fewer than two seeds" in text
 
 
@@ -633,9 +629,13 @@ def test_what_explain_py_found_is_in_the_report(explained):
     text, found = explained_report(explained)
     section = text.partition("### What attention attends to")[2].partition("\n## ")[0]
     fixed = f"{found['test_acc_gates_fixed']:.2f}"
-    assert f"| 0 | 100 | {found['test_acc']:.2f} | {fixed} | -2.00 (" in section
-    assert "| layer4 | 0.250 | 0.010 | 0.002 | - | 100% |" in section
-    assert "`cbam_blocks` (smoke test, width 8) |" in section
+    ablation, stages = section.split("Test accuracy of the same weights")
+    name, *row = row_of(ablation, "cbam_blocks")
+    assert name == "`cbam_blocks` (smoke test, width 8)" and row[-1].startswith("-2.00 (")
+    assert row[:-1] == ["0", "100", f"{found['test_acc']:.2f}", fixed]
+    assert ["layer4", "0.250", "0.010", "0.002", "-", "100%"] in [
+        [cell.strip() for cell in line.split("|")[2:-1]] for line in stages.splitlines()
+    ]
     assert f"![cbam blocks seed0 explain](../{EXPLAINED}/explain.png)" in section
     assert (explained / "out/report.html").read_text().count("<img ") == text.count("![")
     summary = json.loads((explained / "out/summary.json").read_text())

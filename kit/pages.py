@@ -1,0 +1,264 @@
+"""How a report is laid out: report.md, the same as one HTML page, results.tex, a README's blocks.
+
+The sentences are in words.py, the tables in report_tables.py. What is laid out is a list of blocks:
+paragraphs, tables, lists and pictures. Empty ones are left out.
+"""
+
+import base64
+import html
+import re
+from pathlib import Path
+from string import Template
+
+from kit import report_tables, words
+from kit.findings import Findings
+from kit.runs import who
+
+import markdown
+
+SMOKE_TEST = "A smoke test shows that everything works. It says nothing about models that are \
+trained to the end."
+PUBLISHED = "Published: one run per model, 50 epochs, 10,000 test images; inference on an NVIDIA \
+RTX 4070. GFLOPs: 2 x the MACs that thop counts. ms/image: median at batch 64, eager, with \
+PyTorch's own flags."
+COSTS = "The baseline as measured, every other model relative to it. FLOPs (FlopCounterMode) leave \
+out most of the cost of gates: memory traffic and kernel launches. Training times stand here only \
+where every run had a device to itself."
+ABLATION = "Test accuracy of the same weights with every gate (per channel and position) replaced \
+by its mean over these images. The 95% interval is over images, for one seed. Where it contains \
+0, accuracy is not shown to depend on input-dependent gates."
+GATES = "Gates: output / input, averaged over the positions of each channel where the input is not \
+0. Spread: standard deviation. Saturated: below 0.05 or above 0.95 (-: not limited to 0 to 1). \
+Near-constant: a standard deviation below 0.01 across images."
+MEASURED = (
+    "A seed fixes the split, the order of the images and the backbone's initial weights, for all "
+    "models alike.",
+    "The test set is used once, after training, and never to choose anything.",
+)
+LIMITS = (
+    "Seeds measure how much training varies on these images with this recipe. Others may give "
+    "other results.",
+    "Undecided does not mean equal.",
+)
+
+
+def joined(blocks: list[str]) -> str:
+    return "\n\n".join(block.strip("\n") for block in blocks if block) + "\n"
+
+
+def bullets(lines) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def shown(figures: list[str], *wanted: str) -> list[str]:
+    return [f"![{words.caption(name)}]({name})" for name in wanted if name in figures]
+
+
+# --- report.md ------------------------------------------------------------------------------------
+
+
+def report_md(
+    found: list[Findings], sections: list[Findings], figures: list[str], explained: list[str],
+    there: dict | None, missing: list[str],
+) -> str:  # fmt: skip
+    """found: one per study; sections: those with a section of their own, the first with figures.
+
+    explained: links to the pictures of explain.py. there: see report.compare_runs.
+    """
+    runs = [run for f in found for run in f.study.all_runs]
+    blocks = ["# Does attention earn its keep in ResNet-18?"]
+    for f in sections:
+        first = f is sections[0]
+        blocks += study_blocks(f, figures if first else [], explained if first else [])
+    if others := [f for f in found if f not in sections]:
+        blocks += ["## Other runs, without a verdict", bullets(map(without_verdict, others))]
+    if there:
+        blocks += compared_blocks(there, figures)
+    if missing:
+        blocks += ["## What is missing", bullets(map(words.text, missing))]
+    measured = [*map(words.text, words.environments(runs)), *MEASURED]
+    blocks += ["## How it was measured", bullets(measured)]
+    blocks += ["### Limits", bullets([*LIMITS, *limits_of(found)])]
+    commands = filter(None, (run.config.get("command") for run in runs))
+    blocks += ["### Commands", "\n".join(f"    {words.one_line(each)}" for each in commands)]
+    return joined(blocks)
+
+
+def study_blocks(f: Findings, figures: list[str], explained: list[str]) -> list[str]:
+    """A study: the answer first, then what it rests on."""
+    n_images = f"{f.study.result['test_images']:,}"
+    table_says = (
+        "Test accuracy: mean ± sample standard deviation over seeds, in percent of "
+        f"{n_images} images. Difference: in points, paired by seed, with the interval after Holm's "
+        "correction."
+    )
+    table_says += f" {timed(f)}; relative to the baseline." if f.timed else ""
+    lines = [words.sentence(f, model) for model in f.against]
+    lines += [words.control_sentence(f, model) for model in f.controlled]
+    if f.unjudged:
+        few = f"no verdict, fewer than two seeds in common with `{f.reference}`"
+        lines.append(f"{words.names(f.unjudged)}: {few}.")
+    if f.balance:
+        lines.append(words.balance_sentence(f))
+    if f.stopping is not None:
+        over = f"over all {len(f.study.all_runs)} runs"
+        lines.append(f"Epochs trained and test accuracy, {over}: r = {f.stopping:+.2f}.")
+    blocks = [f"## {words.text(f.study.title)}", f"**{words.answer(f)}**"]
+    blocks += [
+        SMOKE_TEST * f.study.result["quick"],
+        report_tables.main_table(f),
+        table_says,
+        bullets(lines + left_out(f)),
+    ]
+    blocks += shown(figures, "differences.png", "test_accuracy.png", "accuracy_vs_epochs.png")
+    if f.published:
+        blocks += ["### Published / ours", report_tables.published_table(f), PUBLISHED]
+    if f.against:
+        spread = words.spread_sentences(f) if f.spread else []
+        verdicts = (
+            "Better, worse: the corrected interval excludes 0. Equivalent: it lies within "
+            f"{f.margin} points of 0. Undecided: neither."
+        )
+        blocks += ["### How sure", "\n".join([words.plan_sentence(f), *spread]), verdicts]
+    if "baseline" in f.relative:
+        blocks += ["### What it costs", report_tables.cost_table(f), COSTS]
+        blocks += [words.front_sentence(f)] if f.front else []
+    costs = "accuracy_vs_latency.png", "inference_time.png", "accuracy_vs_params.png"
+    blocks += shown(figures, *costs)
+    if f.by_class:
+        mean = f"Mean paired difference from `{f.reference}` per class, in points. Bold: "
+        bold = "significant after Holm's correction over all comparisons of this table."
+        blocks += ["### Class by class", report_tables.class_table(f), mean + bold]
+    blocks += shown(figures, "learning_curves.png")
+    if f.explained:
+        blocks += ["### What attention attends to", *shown(explained, *explained)]
+        blocks += [report_tables.gate_table(f), ABLATION, report_tables.stage_table(f), GATES]
+    return blocks
+
+
+def timed(f: Findings) -> str:
+    device = words.text(f.timed["device"])
+    return f"Inference: batch {f.timed['batch_size']}, {device}, {words.how(f.timed)}"
+
+
+def left_out(f: Findings, text=words.text) -> list[str]:
+    """What is not in the table, and what its marks † stand for."""
+    lines = [f"**Left out, {text(who(r))}:** {text(why)}." for why, r in f.study.left_out.items()]
+    return [*lines, *map(text, f.lost), *(f"† {text(line)}" for line in words.notes(f))]
+
+
+def without_verdict(f: Findings) -> str:
+    models = [
+        f"{words.text(model)} {words.fmt(s['test_acc_mean'])}% ({s['n']} seed{'s' * (s['n'] > 1)})"
+        for model, s in f.models.items()
+    ]
+    return f"{words.text(f.study.title)}: {', '.join(models)}"
+
+
+def compared_blocks(there: dict, figures: list[str]) -> list[str]:
+    both = there["here"].study, there["there"].study
+    here, other = (f"{study.title}; {words.devices(study)}" for study in both)
+    says = "Here against there, paired by seed; Holm's correction over this table."
+    if there["different"]:
+        other += f". Settings that differ: there {'; '.join(there['different'])} here"
+    return [
+        f"## Compared with {words.text(there['folder'])}",
+        there["table"],
+        f"{says} Here: {words.text(here)}. There: {words.text(other)}.",
+        bullets(f"† {words.text(line)}" for line in there["notes"]),
+        *shown(figures, "compared.png"),
+    ]
+
+
+def limits_of(found: list[Findings]) -> list[str]:
+    """Of the models that are in the report."""
+    models = {model for f in found for model in f.models}
+    limits = []
+    if models & {"se", "cbam_blocks"}:
+        limits.append("At the start CBAM's gates scale a branch to a quarter, SE's gate to a half.")
+    if "cbam_classifier" in models:
+        limits.append("cbam_classifier, as published, gates a 1x1 map: its mean is its maximum.")
+    return limits
+
+
+# --- In brief, as a page, for a paper -------------------------------------------------------------
+
+
+def for_terminal(f: Findings) -> str:
+    lines = bullets(left_out(f, words.one_line))
+    return joined(
+        [words.one_line(f.study.title), words.answer(f), report_tables.main_table(f), lines]
+    )
+
+
+def readme_block(f: Findings, folder: str) -> str:
+    """A study in brief; its report is in `folder`."""
+    says = "mean ± standard deviation over seeds, in percent; difference with corrected interval."
+    return joined([
+        f"**{words.answer(f)}**",
+        report_tables.main_table(f, seeds=False),
+        bullets(left_out(f)),
+        "\n".join([
+            f"{words.text(f.study.title)}: {says}",
+            *([f"{timed(f)}."] if f.timed else []),
+            f"The whole report: [{folder}/report.md]({folder}/report.md).",
+        ]),
+    ])  # fmt: skip
+
+
+def page_html(report: str, pictures: dict[str, bytes]) -> str:
+    """report.md as one self-contained page. pictures: {link: PNG}, all that it shows."""
+    converter = markdown.Markdown(extensions=["tables", "fenced_code"])
+    converter.preprocessors.deregister("html_block")  # raw HTML stays text
+    converter.inlinePatterns.deregister("html")
+    images = {name: base64.b64encode(png).decode() for name, png in pictures.items()}
+    body = re.sub(
+        r'(<img alt="[^"]*" src=")([^"]+)',
+        lambda match: f"{match[1]}data:image/png;base64,{images[match[2]]}",
+        converter.convert(report),
+    )
+    title = html.escape(report.partition("\n")[0].removeprefix("# "))
+    page = Template(Path(__file__).with_name("page.html").read_text())
+    return page.substitute(title=title, body=body)
+
+
+def results_tex(f: Findings) -> str:
+    """Every model of the study against the reference, with a legend of its own."""
+    rows, mark = [], r"\textsuperscript{*}"
+    for model, s in f.models.items():
+        c, ratios = f.against.get(model), f.relative[model].ratios
+        cells = [words.tex(model + f.study.mark), *map(words.fmt, words.mean_and_sd(f, model))]
+        if c:
+            bounds = words.interval(c.corrected).replace("to", "$ to $")
+            word = words.tex(words.verdict(c).removesuffix(" †")) + mark * bool(c.unlike)
+            cells += [str(len(c.seeds)), f"${c.difference:+.2f}$", f"${bounds}$", word]
+        else:
+            cells += [str(s["n"]), "", "", ""]
+        rows.append([*cells, words.fmt(ratios["params"], ".4f"), words.fmt(ratios["inference"])])
+    legend = [
+        r"Test accuracy in percent over $n$ seeds. $\Delta$: difference from",
+        f"{words.tex(f.reference)} in points, paired by seed, with the interval after Holm's",
+        "correction.",
+        f"Equivalent: within {f.margin} points.",
+    ]
+    if f.spread:
+        points = words.fmt(f.spread.detectable)
+        legend.append(rf"Minimum detectable difference: {points} points (80\% power).")
+    way = f" ({words.tex(words.how(f.timed))}, batch {f.timed['batch_size']})" if f.timed else ""
+    legend.append(f"Size (parameters) and inference time{way}: times the baseline's.")
+    marked = {model: c.unlike for model, c in f.against.items() if c.unlike}
+    for model, why in marked.items():
+        legend.append(f"{mark}{words.tex(model)}: {words.tex('; '.join(why))}.")
+    return "\n".join([
+        f"% {words.tex(f.study.title)}",
+        r"% In a document: \usepackage{booktabs}, then \input{results}",
+        r"{\footnotesize\setlength{\tabcolsep}{3pt}",
+        r"\begin{tabular}{lrrrrllrr}",
+        r"\toprule",
+        r"model & mean & SD & $n$ & $\Delta$ & interval & verdict & size & time \\",
+        r"\midrule",
+        *(rf"{' & '.join(cells)} \\" for cells in rows),
+        r"\bottomrule",
+        r"\multicolumn{9}{p{0.95\linewidth}}{" + "\n".join(legend) + r"} \\",
+        r"\end{tabular}}" + "\n",
+    ])  # fmt: skip
