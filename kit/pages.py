@@ -252,7 +252,7 @@ def results_tex(f: Findings) -> str:
     return "\n".join([
         f"% {words.tex(f.study.title)}",
         r"% In a document: \usepackage{booktabs}, then \input{results}",
-        r"{\footnotesize\setlength{\tabcolsep}{3pt}",
+        r"{\footnotesize\setlength{\tabcolsep}{2.5pt}",
         r"\begin{tabular}{lrrrrllrr}",
         r"\toprule",
         r"model & mean & SD & $n$ & $\Delta$ & interval & verdict & size & time \\",
