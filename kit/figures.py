@@ -74,7 +74,7 @@ def differences(comparisons: dict, pairs: dict, styles, label: str, margin: floa
     axes.set_yticks(range(len(comparisons)), comparisons)
     axes.set_ylim(len(comparisons) - 0.4, -0.6)
     axes.set_xlabel(
-        f"{label} (points of test accuracy):\nmean, corrected interval, pairs of seeds as dots; "
+        f"{label} (points of test accuracy):\nmean, corrected interval, one dot per seed; "
         f"grey: within {margin:g} points"
     )
     return figure
@@ -111,7 +111,8 @@ def draw_latency(found: Findings, styles: dict) -> plt.Figure:
     times = {model: row["ms_per_image"] for model, row in timed.items()}
     xlabel = f"inference time (ms/image), p10 to p90, {one_line(found.timed['device'])}"
     spread = {model: spread_of(row) for model, row in timed.items()}
-    return draw_against(found, styles, times, xlabel, spread=spread, rings=found.front)
+    rings = found.front if len(found.front) < len(timed) else ()
+    return draw_against(found, styles, times, xlabel, spread=spread, rings=rings)
 
 
 def draw_against(found, styles, x, xlabel, spread=None, rings=()) -> plt.Figure:

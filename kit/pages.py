@@ -20,13 +20,14 @@ SMOKE_TEST = "A smoke test shows that everything works. It says nothing about mo
 trained to the end."
 PUBLISHED = "Published: one run per model, 50 epochs, 10,000 test images; inference on an NVIDIA \
 RTX 4070. GFLOPs: 2 x the MACs that thop counts. ms/image: median at batch 64, eager, with \
-PyTorch's own flags."
+PyTorch's own flags; times on different hardware are not comparable."
 COSTS = "The baseline as measured, every other model relative to it. FLOPs (FlopCounterMode) leave \
 out most of the cost of gates: memory traffic and kernel launches. Training times stand here only \
 where every run had a device to itself."
 ABLATION = "Test accuracy of the same weights with every gate (per channel and position) replaced \
-by its mean over these images. The 95% interval is over images, for one seed. Where it contains \
-0, accuracy is not shown to depend on input-dependent gates."
+by its mean over these images. The 95% interval is over images, for one seed. If it contains 0, \
+these weights are not shown to need input-dependent gates. This is what trained weights rely on, \
+not whether attention helped."
 GATES = "Gates: output / input, averaged over the positions of each channel where the input is not \
 0. Spread: standard deviation. Saturated: below 0.05 or above 0.95 (-: not limited to 0 to 1). \
 Near-constant: a standard deviation below 0.01 across images."
@@ -36,9 +37,8 @@ MEASURED = (
     "The test set is used once, after training, and never to choose anything.",
 )
 LIMITS = (
-    "Seeds measure how much training varies on these images with this recipe. Others may give "
-    "other results.",
-    "Undecided does not mean equal.",
+    "Seeds measure how much training varies on these images with this recipe. Other data sets or "
+    "recipes may give other results.",
 )
 
 
@@ -89,8 +89,8 @@ def study_blocks(f: Findings, figures: list[str], explained: list[str]) -> list[
     n_images = f"{f.study.result['test_images']:,}"
     table_says = (
         "Test accuracy: mean ± sample standard deviation over seeds, in percent of "
-        f"{n_images} images. Difference: in points, paired by seed, with the interval after Holm's "
-        "correction."
+        f"{n_images} images. Difference: in points, paired by seed, before rounding, with the "
+        "interval after Holm's correction. Undecided does not mean equal."
     )
     table_says += f" {timed(f)}; relative to the baseline." if f.timed else ""
     lines = [words.sentence(f, model) for model in f.against]
@@ -101,8 +101,7 @@ def study_blocks(f: Findings, figures: list[str], explained: list[str]) -> list[
     if f.balance:
         lines.append(words.balance_sentence(f))
     if f.stopping is not None:
-        over = f"over all {len(f.study.all_runs)} runs"
-        lines.append(f"Epochs trained and test accuracy, {over}: r = {f.stopping:+.2f}.")
+        lines.append(words.stopping_sentence(f))
     blocks = [f"## {words.text(f.study.title)}", f"**{words.answer(f)}**"]
     blocks += [
         SMOKE_TEST * f.study.result["quick"],
@@ -137,8 +136,9 @@ def study_blocks(f: Findings, figures: list[str], explained: list[str]) -> list[
 
 
 def timed(f: Findings) -> str:
-    device = words.text(f.timed["device"])
-    return f"Inference: batch {f.timed['batch_size']}, {device}, {words.how(f.timed)}"
+    device, ways = words.text(f.timed["device"]), [f.timed, *list(f.fastest.values())[:1]]
+    how = " and ".join(map(words.how, ways))
+    return f"Inference: batch {f.timed['batch_size']}, {device}, {how}"
 
 
 def left_out(f: Findings, text=words.text) -> list[str]:
@@ -175,9 +175,11 @@ def limits_of(found: list[Findings]) -> list[str]:
     models = {model for f in found for model in f.models}
     limits = []
     if models & {"se", "cbam_blocks"}:
-        limits.append("At the start CBAM's gates scale a branch to a quarter, SE's gate to a half.")
+        start = "At the start CBAM's gates scale a branch to a quarter, SE's gate to a half"
+        limits.append(f"{start}: initialisation alone may make a difference.")
     if "cbam_classifier" in models:
-        limits.append("cbam_classifier, as published, gates a 1x1 map: its mean is its maximum.")
+        one = "cbam_classifier, as published, comes after global pooling. One position is left"
+        limits.append(f"{one}: its mean is its maximum, and no position can be preferred.")
     return limits
 
 

@@ -90,7 +90,7 @@ def answer(f: Findings) -> str:
     found = f"{smoke_test} with `{f.reference}` over {pairs_of(f)}: {'; '.join(parts)}."
     if f.spread and f.with_verdict("undecided"):
         smallest = f"{f.spread.detectable:.2g} points"
-        found += f" A true difference below {smallest} has less than 80% chance of being detected."
+        found += f" These seeds reliably detect only differences above {smallest} (80% power)."
     return found
 
 
@@ -131,9 +131,9 @@ def sentence(f: Findings, model: str) -> str:
     }[c.verdict]
     few = "only " * (len(c.seeds) < FEW)
     words = [
-        f"{says}{f.study.mark}: {c.difference:+.2f} points, {interval(c.corrected)} after "
-        f"correction, over {few}{len(c.seeds)} seeds ({c.accuracy:.2f}% against "
-        f"{c.reference:.2f}%, p {p_value(c.p_holm)})"
+        f"{says}{f.study.mark}: {c.difference:+.2f} points ({interval(c.corrected)}), "
+        f"over {few}{len(c.seeds)} seeds ({c.accuracy:.2f}% against "
+        f"{c.reference:.2f}%; p {p_value(c.p_holm)} after correction)"
     ]
     published = [f.published.get(m, {}).get("test_acc") for m in (model, f.reference)]
     if all(published):
@@ -163,7 +163,7 @@ def control_sentence(f: Findings, model: str) -> str:
         "better": "input-dependent gates help",
         "worse": "input-dependent gates hurt",
         "equivalent": f"input-dependent gates change less than {f.margin:g} points",
-        "undecided": "no effect of input-dependent gates is shown",
+        "undecided": "undecided whether input-dependent gates matter",
         None: "no verdict yet",
     }[c.verdict]
     return (
@@ -176,20 +176,34 @@ def control_sentence(f: Findings, model: str) -> str:
 def spread_sentences(f: Findings) -> list[str]:
     """Where the spread comes from, and how many seeds it takes."""
     s = f.spread
-    by_images = f" The {f.study.result['test_images']:,} test images alone make"
-    alone = f"{by_images} {s.from_images:.2f} of that." if s.from_images else ""
+    by_images = f"the {f.study.result['test_images']:,} test images alone would give"
+    alone = f"; {by_images} {s.from_images:.2f}" if s.from_images else ""
     pair = f" ({s.difference_from_images:.2f} by the test images)" if s.from_images else ""
-    needed = ", ".join(
-        f"{points:g} points {middle:,} ({low:,} to {high:,})"
+    needed = "; ".join(
+        f"{points:g} points: {middle:,} ({low:,} to {high:,})"
         for points, (middle, low, high) in s.seeds_needed.items()
     )
     return [
-        f"Accuracy has a standard deviation of {s.over_seeds:.2f} points over seeds.{alone}",
+        f"Accuracy has a standard deviation of {s.over_seeds:.2f} points over seeds{alone}.",
         f"A paired difference has {s.of_difference:.2f}{pair}, with a 95% interval of "
-        f"{interval(s.interval, '.2f')}.",
+        f"{interval(s.interval, '.2f')} (probably too narrow: all comparisons share "
+        f"`{f.reference}`).",
         f"Minimum detectable difference (80% power, first of {len(f.against)} comparisons): "
-        f"{s.detectable:.2f} points. Seeds that it takes to detect {needed}.",
+        f"{s.detectable:.2f} points. Seeds needed to detect {needed}.",
     ]
+
+
+def stopping_sentence(f: Findings) -> str:
+    """Where runs stop at different epochs: is that what makes them differ?"""
+    epochs = {model: summary["epochs_run"] for model, summary in f.models.items()}
+    every = [n for of_model in epochs.values() for n in of_model]
+    means = ", ".join(f"`{model}` {mean(of_model):.0f}" for model, of_model in epochs.items())
+    found = (
+        f"Runs trained for {min(every)} to {max(every)} epochs (mean: {means}). Over all "
+        f"{len(every)} runs, epochs and test accuracy correlate with r = {f.stopping:+.2f}"
+    )
+    matters = f.stopping > 2 / len(every) ** 0.5  # about the 5% level
+    return found + (": a difference may come from when training stopped." if matters else ".")
 
 
 def balance_sentence(f: Findings) -> str:
@@ -202,7 +216,8 @@ def plan_sentence(f: Findings) -> str:
     tested = f"Paired t test over seeds, Holm's correction over {names(f.against)}, level "
     tested += f"{100 * f.level:.2g}%"
     if not f.study.plans:
-        return f"{tested}. No plan was recorded: the seeds that are there count as planned."
+        chosen = "if the number of seeds was chosen after seeing results, the level does not hold"
+        return f"{tested}. No plan was recorded: {chosen}."
     dates = ", ".join(dict.fromkeys(plan["date"] for plan in f.study.plans))
     n = f.study.looks(f.reference)
     looks = f" (5% / {n}, for seeds were added)" * (n > 1)
@@ -213,7 +228,9 @@ def front_sentence(f: Findings) -> str:
     dropped = [model for model in f.models if model in f.costs and model not in f.front]
     because = f" {names(dropped)}: another model is shown to be faster, and at least as accurate."
     return f"Pareto front (accuracy against inference time): {names(f.front)}." + (
-        because if dropped else " No model is shown to be dominated."
+        because
+        if dropped
+        else " No model is shown to be faster and at least as accurate as another."
     )
 
 
