@@ -88,8 +88,8 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
     answer = next(line for line in text.splitlines() if line.startswith("**Compared"))
     assert answer.startswith("**Compared with `baseline` over 5 seeds: worse: `se` (-1.00), ")
     assert "; equivalent (within 0.3 points): `eca` (+0.00); undecided: `cbam_blocks`" in answer
-    assert "- `se` is worse than `baseline`: -1.00 points, " in text
-    assert "over 5 seeds (92.20% against 93.20%, p < 0.001)" in text
+    assert "- `se` is worse than `baseline`: -1.00 points (" in text
+    assert "over 5 seeds (92.20% against 93.20%; p < 0.001 after correction)" in text
     assert "; inference takes 1.50x the baseline's time." in text
     assert "- `cbam_classifier`: no verdict, fewer than two seeds" in text
     assert "- `se` against its control `se_static`" in text
