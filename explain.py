@@ -129,19 +129,17 @@ def explain(run: FinishedRun, dataset: data.ImageData, idx, images: list[int] | 
         "gates": attribution.gate_numbers(gates),
         "images": images,
     }
-    shown, size = normalized(images), batch.shape[2:]
+    shown = normalized(images)
     probabilities = attribution.predict(model, shown)
-    predictions = probabilities.argmax(1)
-    cams = attribution.grad_cam(model, shown, predictions)
+    cams = attribution.grad_cam(model, shown, probabilities.argmax(1))
     smoke_test = ", smoke test" * run.result["quick"]
     return numbers, Explained(
         name=f"{run.result['model']}, seed {run.seed}{smoke_test}",
         classes=legible(dataset.classes),
         pixels=dataset.test_images[images],
-        labels=dataset.test_labels[images].tolist(),
-        predictions=predictions.tolist(),
-        probabilities=probabilities.amax(1).tolist(),
-        cams={k: attribution.enlarged(attribution.scaled(m), size).cpu() for k, m in cams.items()},
+        labels=dataset.test_labels[images],
+        probabilities=probabilities.cpu(),
+        cams={layer: attribution.scaled(maps).cpu() for layer, maps in cams.items()},
         gate_maps=attribution.gate_maps_of(model, shown),
         gates_by_class=attribution.gates_by_class(gates, labels.cpu(), len(dataset.classes)),
     )
@@ -158,7 +156,7 @@ def chosen(labels: torch.Tensor, predictions: torch.Tensor) -> list[int]:
     return [i for images in found for i in images.nonzero().flatten()[:1].tolist()]
 
 
-def ablation(model, images, labels, predictions, means: dict[str, nn.Module]) -> dict:
+def ablation(model, images, labels, predictions, means: dict[str, torch.Tensor]) -> dict:
     """Do the gates carry accuracy? Each is replaced by its mean; `lost` and `won` count images."""
     right = still_right = predictions == labels
     if means:
