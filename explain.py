@@ -36,7 +36,6 @@ import torch
 import torch.nn as nn
 from tqdm import tqdm
 
-LIMIT_TEST = 2000
 CLASSES_SHOWN = 10
 TOLERANCE = 0.01  # share of predictions that rounding may change: a run may have been in bfloat16
 
@@ -64,7 +63,7 @@ def load_dataset(runs: list[FinishedRun], args) -> tuple[data.ImageData, torch.T
     for run in runs:
         if run.config["data"] != dataset.digest:
             raise UserError(f"{run.folder} was trained on other images or labels than {name}")
-    n = min(args.limit_test or LIMIT_TEST, *(run.result["test_images"] for run in runs))
+    n = min(args.limit_test, *(run.result["test_images"] for run in runs))
     return dataset, data.stratified(dataset.test_labels, n)
 
 
@@ -175,22 +174,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     add, default = parser.add_argument, "default: %(default)s"
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--run", type=Path, nargs=1, dest="runs", help="a run's folder")
-    which.add_argument("--checkpoint", type=Path, help="the best.pt in it")
+    which.add_argument(
+        "--run", type=Path, nargs=1, dest="runs", metavar="RUN", help="a run's folder"
+    )
+    checkpoint = {"type": lambda path: Path(path).parent, "nargs": 1, "dest": "runs"}
+    which.add_argument("--checkpoint", metavar="PATH", help="the best.pt in it", **checkpoint)
     which.add_argument("--compare", type=Path, nargs="+", dest="runs", metavar="RUN", help="runs")
     add("--images", type=int, nargs="+", metavar="I", help="to show: of the test set, from 0")
-    add("--limit-test", type=int, help=f"test images; default: the run's, up to {LIMIT_TEST:,}")
+    add("--limit-test", type=int, default=2000, help=f"test images, up to the run's; {default}")
     add("--dataset", help="a name or the images' folder; default: the run's")
     add("--data-dir", type=Path, help="default: the run's")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help=f"of the comparison; {default}")
     add("--keep", action="store_true", help="do nothing for runs that are explained already")
     args = parser.parse_args(argv)
-    limit_test = 1 if args.limit_test is None else args.limit_test
-    if min(limit_test, *(i + 1 for i in [0, *(args.images or [])])) < 1:
+    if args.limit_test < 1 or min(args.images or [0]) < 0:
         parser.error("--limit-test must be at least 1, --images at least 0")
-    args.compare = bool(args.runs) and len(args.runs) > 1
-    args.runs = args.runs or [args.checkpoint.parent]
+    args.compare = len(args.runs) > 1
     if len(set(map(Path.resolve, args.runs))) < len(args.runs):
         parser.error("--compare: a run is named twice")
     try:

@@ -66,18 +66,16 @@ def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
     """Counts of true class by predicted class, int64 (N,) on the CPU; of many colours alone."""
     k = len(classes)
     matrix = torch.bincount(labels * k + predictions, minlength=k * k).view(k, k).numpy()
-    side, margin = min(max(5.5, LINE * k), 100 * LINE), 1.2  # inches
-    size = side + 1.5 * margin
-    figure = plt.figure(figsize=(size, size))
-    axes = figure.add_axes([inches / size for inches in (margin, margin, side, side)])
+    side = LINE * min(max(k, 42), 100)
+    figure, axes = plt.subplots(figsize=(side + 1.8, side + 1.8), layout="constrained")
     shades = axes.imshow(matrix, cmap="Blues", vmin=0)
     axes.set(xlabel="predicted", ylabel="true", title=title)
-    ticks = range(0, k, math.ceil(LINE * k / side))
-    names = [shortened(classes[i], margin - 0.45, FONT_SIZE) for i in ticks]
+    ticks = range(0, k, math.ceil(k / 100))
+    names = [shortened(classes[i], 0.75, FONT_SIZE) for i in ticks]
     axes.set_xticks(ticks, names, rotation=90, fontsize=FONT_SIZE)
     axes.set_yticks(ticks, names, fontsize=FONT_SIZE)
     if k > 20:  # numbers would not be legible
-        figure.colorbar(shades, cax=axes.inset_axes((1 + 0.1 / side, 0, 0.1 / side, 1)))
+        figure.colorbar(shades, aspect=100, shrink=0.9)
         return figure
     style = {"ha": "center", "va": "center", "fontsize": 11 if k <= 10 else FONT_SIZE}
     for (true, predicted), count in np.ndenumerate(matrix):
@@ -90,10 +88,8 @@ def draw_misclassified(images, labels, predictions, classes) -> plt.Figure:
     """SHOWN images (N, C, H, W) at most, each with its class and the predicted one."""
     shape = images.shape[2] / images.shape[3]
     columns = 4 if shape > 0.5 else 2
-    text, tile = 0.4, min(7.6 / columns * shape, 3)  # inches
-    height = SHOWN // columns * (text + tile)
-    figure, grid = plt.subplots(SHOWN // columns, columns, figsize=(8, height))
-    figure.subplots_adjust(0.01, 0, 0.99, 1 - text / height, 0.05, text / tile)
+    size = 8, SHOWN // columns * min(0.4 + 8 / columns * shape, 3.4)  # inches
+    figure, grid = plt.subplots(SHOWN // columns, columns, figsize=size, layout="constrained")
     for axes in grid.flat:
         axes.axis("off")
     names = [shortened(name, 1.2, 8) for name in classes]

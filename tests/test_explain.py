@@ -25,7 +25,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from conftest import REPO, is_one_line, train_small
 from matplotlib.text import Text
-from PIL import Image
+from test_image_folder import make
 
 IMAGES = torch.rand(6, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
 CLASSES = torch.arange(6)
@@ -81,9 +81,8 @@ def test_an_empty_map_stays_empty():
     maps = attribution.grad_cam(model, IMAGES, CLASSES)["layer4"]
     assert torch.equal(maps, torch.zeros_like(maps))
     assert torch.equal(attribution.scaled(maps), torch.zeros_like(maps))
-    assert torch.equal(
-        attribution.scaled(maps + 3), torch.ones_like(maps)
-    )  # nothing but everywhere
+    everywhere = attribution.scaled(maps + 3)
+    assert torch.equal(everywhere, torch.ones_like(maps))
 
 
 class Gated(nn.Module):
@@ -202,9 +201,9 @@ NO_GATES = {
 @pytest.mark.parametrize("name", NO_GATES)
 def test_what_is_no_gate_is_never_credited_with_accuracy(name):
     x = torch.randn(5, 8, 6, 6)
-    _, gates, means = gates_of(Gated(small(NO_GATES[name]()).eval()), x)
-    assert gates == {} and means == {}
-    assert gate_maps_of(Gated(small(NO_GATES[name]()).eval()), x) == {}
+    model = Gated(small(NO_GATES[name]()).eval())
+    assert gates_of(model, x)[1:] == ({}, {})
+    assert gate_maps_of(model, x) == {}
 
 
 def test_mean_gates_of_a_control_change_nothing_and_of_a_module_do():
@@ -254,9 +253,18 @@ def test_every_model_and_colour(name):
 @pytest.fixture
 def explainable(finished_run, tmp_path):
     """A copy of a finished run, to be explained."""
-    return shutil.copytree(
-        finished_run, tmp_path / "runs/fashion_mnist/published/cbam_blocks/seed0"
-    )
+    folder = tmp_path / "runs/fashion_mnist/published/cbam_blocks/seed0"
+    return shutil.copytree(finished_run, folder)
+
+
+def train_pets(tmp_path, data_dir, runs):
+    """Trains on tmp_path/pets, made if need be; the run's folder."""
+    if not (tmp_path / "pets").exists():
+        make(tmp_path / "pets", {"cat": 12, "dog": 12}, size=(16, 16), mode="L")
+    flags = ["--model", "se", "--width", "8", "--epochs", "1", "--batch-size", "4", "--device"]
+    flags += ["cpu", "--data-dir", str(data_dir), "--dataset", str(tmp_path / "pets")]
+    assert train.main([*flags, "--runs", str(runs)]) == 0
+    return runs / "pets/published/se/seed0"
 
 
 def test_the_script_on_runs_side_by_side(explainable, tmp_path, capsys):
@@ -272,9 +280,8 @@ def test_the_script_on_runs_side_by_side(explainable, tmp_path, capsys):
     ]
     command = ["--compare", str(explainable), str(other), *flags]
     assert explain.main(command) == 0
-    cbam, baseline = (
-        json.loads((run / "explain.json").read_text()) for run in (explainable, other)
-    )
+    runs = explainable, other
+    cbam, baseline = (json.loads((run / "explain.json").read_text()) for run in runs)
     assert cbam["images"] == baseline["images"] and 10 <= len(cbam["images"]) <= 20
     assert baseline["test_acc_gates_fixed"] is None and cbam["gates"].keys() == {
         "layer1", "layer2", "layer3", "layer4",
@@ -338,26 +345,17 @@ def test_a_run_is_explained_with_its_own_weights_and_images(explainable, capsys,
 
 def test_images_that_moved_are_found(tmp_path, capsys):
     """--dataset says where; the content decides."""
-    generator = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (tmp_path / "here/pets" / name).mkdir(parents=True)
-        for i in range(12):
-            pixels = generator.integers(0, 256, (16, 16), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f"here/pets/{name}/{i}.png")
-    flags = ["--model", "se", "--width", "8", "--epochs", "1", "--batch-size", "4", "--device"]
-    flags += ["cpu", "--data-dir", str(tmp_path / "data"), "--dataset"]
-    places = [str(tmp_path / place / "pets") for place in ("here", "there")]
-    assert train.main([*flags, places[0], "--runs", str(tmp_path / "here/runs")]) == 0
-    shutil.move(tmp_path / "here", tmp_path / "there")
-    runs = tmp_path / "there/runs"
-    assert train.main([*flags, places[1], "--runs", str(runs)]) == 0
+    here, there = tmp_path / "here", tmp_path / "there"
+    train_pets(here, tmp_path / "data", here / "runs")
+    shutil.move(here, there)
+    run = train_pets(there, tmp_path / "data", there / "runs")
     assert "already complete" in capsys.readouterr().out
-    explained = ["--run", str(runs / "pets/published/se/seed0"), "--out", str(tmp_path / "out")]
+    explained, moved = ["--run", str(run)], ["--dataset", str(there / "pets")]
     assert explain.main(explained) == 1
     assert "--dataset" in capsys.readouterr().err
-    assert explain.main([*explained, "--dataset", places[1]]) == 0
-    os.remove(tmp_path / "there/pets/cat/0.png")
-    assert explain.main([*explained, "--dataset", places[1]]) == 1
+    assert explain.main([*explained, *moved]) == 0
+    next((there / "pets/cat").iterdir()).unlink()
+    assert explain.main([*explained, *moved]) == 1
     assert "other images or labels" in capsys.readouterr().err
 
 
@@ -441,17 +439,10 @@ def test_nothing_is_fetched_into_a_folder_that_only_a_config_names(
 
 
 def test_nothing_is_decoded_into_a_folder_that_only_a_config_names(tmp_path):
-    for name, value in (("cat", 50), ("dog", 200)):
-        (tmp_path / "pets" / name).mkdir(parents=True)
-        for i in range(12):
-            pixels = np.full((16, 16), value + i, np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f"pets/{name}/{i}.png")
     decoded = tmp_path / "elsewhere/data"
-    flags = ["--model", "se", "--width", "8", "--epochs", "1", "--batch-size", "4", "--device"]
-    flags += ["cpu", "--data-dir", str(decoded), "--dataset", str(tmp_path / "pets")]
-    assert train.main([*flags, "--runs", str(tmp_path / "runs")]) == 0
+    run = train_pets(tmp_path, decoded, tmp_path / "runs")
     shutil.rmtree(tmp_path / "elsewhere")
-    command = ["--run", str(tmp_path / "runs/pets/published/se/seed0")]
+    command = ["--run", str(run)]
     assert explain.main(command) == 0 and not (tmp_path / "elsewhere").exists()
     assert explain.main([*command, "--data-dir", str(decoded)]) == 0
     assert list((decoded / ".decoded").iterdir())
