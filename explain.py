@@ -121,10 +121,16 @@ def explain(run: FinishedRun, dataset: data.ImageData, idx, images: list[int] | 
         print(f"note: {run.result['model']}: {what}: nothing is said of them", file=sys.stderr)
     predictions = probabilities.argmax(1)
     check_predictions(run, dataset, idx, predictions)
-    images = images or idx[chosen(labels, predictions)].tolist()
+    right = predictions == labels
+    images = images or idx[chosen(labels, right)].tolist()
+    ablated = attribution.replaced(model, means)  # do the gates carry accuracy?
+    fixed = attribution.predict(ablated, batch).argmax(1) == labels if means else right
     numbers = {
         "test_images": len(labels),
-        **ablation(model, batch, labels, predictions, means),
+        "test_acc": 100 * right.double().mean().item(),
+        "test_acc_gates_fixed": 100 * fixed.double().mean().item() if means else None,
+        "lost": (right & ~fixed).sum().item(),
+        "won": (~right & fixed).sum().item(),
         "gates": attribution.gate_numbers(gates),
         "images": images,
     }
@@ -135,7 +141,7 @@ def explain(run: FinishedRun, dataset: data.ImageData, idx, images: list[int] | 
     return numbers, Explained(
         name=f"{run.result['model']}, seed {run.seed}{smoke_test}",
         classes=legible(dataset.classes),
-        pixels=dataset.test_images[images],
+        images=dataset.test_images[images].expand(-1, 3, -1, -1).permute(0, 2, 3, 1),
         labels=dataset.test_labels[images],
         probabilities=probabilities.cpu(),
         cams={layer: attribution.scaled(maps).cpu() for layer, maps in cams.items()},
@@ -144,29 +150,14 @@ def explain(run: FinishedRun, dataset: data.ImageData, idx, images: list[int] | 
     )
 
 
-def chosen(labels: torch.Tensor, predictions: torch.Tensor) -> list[int]:
+def chosen(labels: torch.Tensor, right: torch.Tensor) -> list[int]:
     """For each of the first classes the first image that is right, then the first that is wrong."""
-    right = predictions == labels
-    found = [
-        (labels == label) & (right == wanted)
-        for wanted in (True, False)
+    return [
+        i
+        for group in (right, ~right)
         for label in labels.unique()[:CLASSES_SHOWN]
+        for i in (group & (labels == label)).nonzero().flatten()[:1].tolist()
     ]
-    return [i for images in found for i in images.nonzero().flatten()[:1].tolist()]
-
-
-def ablation(model, images, labels, predictions, means: dict[str, torch.Tensor]) -> dict:
-    """Do the gates carry accuracy? Each is replaced by its mean; `lost` and `won` count images."""
-    right = still_right = predictions == labels
-    if means:
-        replaced = attribution.replaced(model, means)
-        still_right = attribution.predict(replaced, images).argmax(1) == labels
-    return {
-        "test_acc": 100 * right.double().mean().item(),
-        "test_acc_gates_fixed": 100 * still_right.double().mean().item() if means else None,
-        "lost": (right & ~still_right).sum().item(),
-        "won": (~right & still_right).sum().item(),
-    }
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -158,8 +158,8 @@ def gate_maps_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tens
         for stage, of_modules in by_stage(gates).items():
             maps[stage].append(of_modules[-1].nanmean(1).cpu())
     maps = {stage: torch.cat(parts) for stage, parts in maps.items()}
-    spread = {stage: found - found.nanmean((1, 2), keepdim=True) for stage, found in maps.items()}
-    return {stage: maps[stage] for stage in maps if (spread[stage].abs() > 1e-3).any()}
+    means = {stage: found.nanmean((1, 2), keepdim=True) for stage, found in maps.items()}
+    return {k: found for k, found in maps.items() if ((found - means[k]).abs() > 1e-3).any()}
 
 
 def gate_numbers(gates: dict[str, torch.Tensor]) -> dict[str, dict]:

@@ -7,7 +7,6 @@ everything that is laid over them, then the strips of all gates. One unit is an 
 import io
 import math
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 
 from kit.files import write_atomically
@@ -23,10 +22,10 @@ LINE = 0.23  # of text, in columns
 LEGIBLE = 20  # so many classes have their names at the strips
 COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="lightgrey")
 STYLE = {
-    "font.size": FONT_SIZE, "axes.labelsize": FONT_SIZE, "axes.titlesize": FONT_SIZE,
-    "axes.titlelocation": "left", "axes.titleweight": "bold", "figure.titlesize": 10,
-    "axes.spines.left": False, "axes.spines.bottom": False, "xtick.labeltop": True,
-    "xtick.labelbottom": False, "xtick.major.size": 0, "ytick.major.size": 0,
+    "font.size": FONT_SIZE, "figure.titlesize": 10, "axes.titlesize": FONT_SIZE,
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "axes.spines.left": False,
+    "axes.spines.bottom": False, "xtick.labeltop": True, "xtick.labelbottom": False,
+    "xtick.major.size": 0, "ytick.major.size": 0,
     "figure.constrained_layout.h_pad": 0.02, "figure.constrained_layout.hspace": 0,
 }  # fmt: skip
 LEGEND = """\
@@ -44,7 +43,7 @@ class Explained:
 
     name: str  # in words
     classes: list[str]
-    pixels: torch.Tensor  # uint8 (n, C, H, W), the images shown
+    images: torch.Tensor  # uint8 (n, H, W, 3)
     labels: torch.Tensor  # (n,)
     probabilities: torch.Tensor  # (n, classes)
     cams: dict[str, torch.Tensor]  # layer -> maps (n, h, w), each from 0 to 1
@@ -58,8 +57,8 @@ class Explained:
 def draw_model(e: Explained, first: Explained, path: Path) -> None:
     """Every image, its Grad-CAM and gate maps, and the channels' gates of each class. The first
     model chose the images."""
-    rows = [("image", rgb(e.pixels), e)]
-    rows += [(f"Grad-CAM\n{k}", over_image(e.pixels, maps), None) for k, maps in e.cams.items()]
+    rows = [("image", e.images, e)]
+    rows += [(f"Grad-CAM\n{k}", over_image(e.images, maps), None) for k, maps in e.cams.items()]
     rows += [(f"gate, {k}\n{span(maps)}", maps, None) for k, maps in e.gate_maps.items()]
     norm = gate_scale([*e.gate_maps.values(), *e.gates_by_class.values()])
     draw(e.name, first, rows, path, norm, e.gates_by_class)
@@ -67,23 +66,19 @@ def draw_model(e: Explained, first: Explained, path: Path) -> None:
 
 def draw_comparison(models: list[Explained], path: Path) -> None:
     """Every image, and where each model finds evidence for its prediction."""
-    rows = [("image", rgb(models[0].pixels), None)]
+    rows = [("image", models[0].images, None)]
     for e in models:
         name = "\n".join(shortened(part, 1, FONT_SIZE) for part in e.name.split(", "))
-        rows.append((name, over_image(e.pixels, e.cams["layer4"]), e))
+        rows.append((name, over_image(e.images, e.cams["layer4"]), e))
     draw("Grad-CAM at layer4", models[0], rows, path)
 
 
-def rgb(pixels: torch.Tensor) -> torch.Tensor:
-    return pixels.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
-
-
-def over_image(pixels: torch.Tensor, heat: torch.Tensor) -> np.ndarray:
-    """Maps (N, h, w) from 0 to 1 over uint8 images (N, C, H, W): float (N, H, W, 3)."""
+def over_image(images: torch.Tensor, heat: torch.Tensor) -> np.ndarray:
+    """Maps (n, h, w) from 0 to 1 over uint8 images (n, H, W, 3): float (n, H, W, 3)."""
     empty = (heat.amax((1, 2)) <= 0)[:, None, None, None]  # the image is pale, without colours
-    heat = F.interpolate(heat[:, None], pixels.shape[2:], mode="bilinear")[:, 0]
-    grey = pixels.float().mean(1)[..., None] / 255
-    return 0.35 * grey.numpy() + 0.65 * np.where(empty, 0.83, COLOURS(heat.numpy())[..., :3])
+    heat = F.interpolate(heat[:, None], images.shape[1:3], mode="bilinear")[:, 0]
+    grey = images.float().mean(3, keepdim=True).numpy() / 255
+    return 0.35 * grey + 0.65 * np.where(empty, 0.83, COLOURS(heat.numpy())[..., :3])
 
 
 def gate_scale(gates: list[torch.Tensor]) -> plt.Normalize:
@@ -100,21 +95,20 @@ def span(gates: torch.Tensor) -> str:
 def draw(title: str, e: Explained, rows: list, path: Path, norm=None, gates=None) -> None:
     """Bands of images that `e` gets right or wrong, each with all rows; below, strips of `gates`.
 
-    rows: (name, images (n, h, w, 3) or gates (n, h, w), whose predictions are below).
+    rows: (name, images (n, h, w, 3) or gates (n, h, w), whose predictions stand below or None).
     """
-    right = e.probabilities.argmax(1) == e.labels
-    bands = [
-        (f"\n{heading} by {e.name}", images)
-        for heading, chosen in (("Correctly classified", right), ("Misclassified", ~right))
-        for images in chosen.nonzero().flatten().split(COLUMNS)
-        if len(images)
-    ]
-    height = TILE * e.pixels.shape[2] / e.pixels.shape[3]
+    right, panels = e.probabilities.argmax(1) == e.labels, []
+    for heading, chosen in (("Correctly classified", right), ("Misclassified", ~right)):
+        for images in chosen.nonzero().flatten().split(COLUMNS):
+            panels += [(heading, images, *row) for row in rows if len(images)]
+    height = TILE * e.images.shape[1] / e.images.shape[2]
     strip = LINE * (0.5 + (len(e.classes) if len(e.classes) <= LEGIBLE else 12))
-    heights = [height] * len(bands) * len(rows) + [strip, LINE] * bool(gates)
-    figure, grid = plt.subplots(len(heights), height_ratios=heights, layout="compressed")
-    for axes, ((heading, images), row) in zip(grid, product(bands, rows), strict=False):
-        name, tiles, model = row
+    heights = [height] * len(panels) + [strip, LINE] * bool(gates)
+    # Higher than it needs to be: `compressed` and `tight` leave out what is too much.
+    size = WIDTH, 2 + sum(heights) + 0.5 * len(heights)
+    layout = {"figsize": size, "layout": "compressed", "height_ratios": heights}
+    figure, grid = plt.subplots(len(heights), **layout)
+    for axes, (heading, images, name, tiles, model) in zip(grid, panels, strict=False):
         for k, i in enumerate(images):
             axes.imshow(np.asarray(tiles[i]), COLOURS, norm, extent=(k, k + TILE, height, 0))
             if model:
@@ -124,14 +118,12 @@ def draw(title: str, e: Explained, rows: list, path: Path, norm=None, gates=None
                 axes.text(k + TILE / 2, height + 0.05, text, color=colour, va="top", ha="center")
         axes.set(xlim=(0, COLUMNS), ylim=(height, 0), xticks=[])
         axes.set_yticks([height / 2], [name])
-        if row is rows[0]:
-            axes.set_title(heading)
+        if name == "image":
+            axes.set_title(f"\n{heading} by {e.name}")
             classes = [e.classes[label] for label in e.labels[images]]
             axes.set_xticks(TILE / 2 + np.arange(len(images)), classes)
     if gates:
         draw_strips(*grid[-2:], gates, e.classes, strip, norm)
-    # Higher than it needs to be: `compressed` and `tight` leave out what is too much.
-    figure.set_size_inches(WIDTH, 2 + sum(heights) + 0.5 * len(heights))
     figure.suptitle(title)
     grid[-1].set_xlabel(LEGEND + GATES * bool(gates), loc="left", labelpad=5 if gates else 25)
     buffer = io.BytesIO()

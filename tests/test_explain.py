@@ -250,6 +250,10 @@ def test_every_model_and_colour(name):
     assert attribution.predict(replaced(model, means), images).isfinite().all()
 
 
+def change_json(path, **changes):
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
 @pytest.fixture
 def explainable(finished_run, tmp_path):
     """A copy of a finished run, to be explained."""
@@ -270,15 +274,8 @@ def train_pets(tmp_path, data_dir, runs):
 def test_the_script_on_runs_side_by_side(explainable, tmp_path, capsys):
     assert train_small("baseline", tmp_path / "runs", "--epochs", "1") == 0
     other = tmp_path / "runs/fashion_mnist/published/baseline/seed0"
-    flags = [
-        "--limit-test",
-        "300",
-        "--data-dir",
-        str(REPO / "data"),
-        "--out",
-        str(tmp_path / "out"),
-    ]
-    command = ["--compare", str(explainable), str(other), *flags]
+    flags = ["--data-dir", str(REPO / "data"), "--out", str(tmp_path / "out")]
+    command = ["--compare", str(explainable), str(other), "--limit-test", "300", *flags]
     assert explain.main(command) == 0
     runs = explainable, other
     cbam, baseline = (json.loads((run / "explain.json").read_text()) for run in runs)
@@ -325,8 +322,7 @@ def test_a_run_is_explained_with_its_own_weights_and_images(explainable, capsys,
     if change == "weights":
         torch.save(build_model("cbam_blocks", width=8, seed=7).state_dict(), run / "best.pt")
     elif change == "labels":
-        config = json.loads((run / "config.json").read_text())
-        (run / "config.json").write_text(json.dumps(config | {"data": "0" * 16}))
+        change_json(run / "config.json", data="0" * 16)
     elif change == "predictions":
         (run / "test_labels.npy").unlink()  # by which test_acc is checked
         predictions = np.load(run / "test_predictions.npy")
@@ -386,8 +382,7 @@ def test_accuracy_is_that_of_the_run(explainable):
 def test_what_cannot_be_explained_is_one_line(explainable, tmp_path, capsys, flags, code, words):
     other = shutil.copytree(explainable, tmp_path / "other")
     for name in ("config.json", "result.json"):
-        content = json.loads((other / name).read_text())
-        (other / name).write_text(json.dumps(content | {"model": "se", "base_model": "se"}))
+        change_json(other / name, model="se", base_model="se")
     flags = [flag.replace("RUN", str(explainable)).replace("OTHER", str(other)) for flag in flags]
     try:
         found = explain.main([*flags])
@@ -419,8 +414,7 @@ def test_what_cannot_be_explained_is_one_line(explainable, tmp_path, capsys, fla
     ],
 )
 def test_an_odd_config_is_one_line(explainable, capsys, change, words):
-    config = json.loads((explainable / "config.json").read_text())
-    (explainable / "config.json").write_text(json.dumps(config | change))
+    change_json(explainable / "config.json", **change)
     assert explain.main(["--run", str(explainable)]) == 1
     error = capsys.readouterr().err
     assert is_one_line(error) and words in error
@@ -431,9 +425,8 @@ def test_an_odd_config_is_one_line(explainable, capsys, change, words):
 def test_nothing_is_fetched_into_a_folder_that_only_a_config_names(
     explainable, tmp_path, capsys, dataset
 ):
-    config = json.loads((explainable / "config.json").read_text())
-    other = {"dataset": dataset, "data_dir": str(tmp_path / "elsewhere/data")}
-    (explainable / "config.json").write_text(json.dumps(config | other))
+    folder = str(tmp_path / "elsewhere/data")
+    change_json(explainable / "config.json", dataset=dataset, data_dir=folder)
     assert explain.main(["--run", str(explainable)]) == 1
     assert "--data-dir" in capsys.readouterr().err and not (tmp_path / "elsewhere").exists()
 
@@ -458,13 +451,13 @@ def test_runs_with_other_data_are_not_compared(explainable, fashion_mnist):
         explain.load_dataset([run, other], args)
 
 
-def drawn(patch, tmp_path, classes, shape, predictions, gates):
+def drawn(patch, tmp_path, classes, shape, predictions, gates=torch.rand):
     """(what is explained of random images, two of each class; the figures of both pictures)."""
     n, figures = len(predictions), []
     shown = pictures.Explained(
         name="cbam_blocks_static, seed 0, published, smoke test",
         classes=classes,
-        pixels=torch.randint(0, 256, (n, 3, *shape), dtype=torch.uint8),
+        images=torch.randint(0, 256, (n, *shape, 3), dtype=torch.uint8),
         labels=torch.arange(n) // 2,
         probabilities=F.one_hot(torch.tensor(predictions), len(classes)).float(),
         cams={layer: torch.rand(n, 2, 2) for layer in attribution.LAYERS},
@@ -493,7 +486,7 @@ HOSTILE = ["$\\frac{1}$", "W" * 40, "Ankle boot", "a\nb\nc", "_" * 30, "<b>"]
 def test_texts_of_the_pictures_do_not_touch(tmp_path, monkeypatch, shape):
     """At least 7 pt on a page of 6.5 inches; and images keep their shape."""
     predictions = [0, 1, 1, 1, 0, 0, 3, 2, 4, 4, 0, 0]
-    _, figures = drawn(monkeypatch, tmp_path, HOSTILE, shape, predictions, torch.rand)
+    _, figures = drawn(monkeypatch, tmp_path, HOSTILE, shape, predictions)
     for figure in figures:
         figure.set_dpi(200)
         figure.canvas.draw()
@@ -513,14 +506,14 @@ def test_texts_of_the_pictures_do_not_touch(tmp_path, monkeypatch, shape):
 def test_images_are_in_the_band_that_they_belong_to(tmp_path, monkeypatch):
     """One correct and one wrong image of class 0, two correct of 1, two wrong of 2."""
     predictions = [2, 0, 1, 1, 0, 0]
-    shown, figures = drawn(monkeypatch, tmp_path, ["a", "b", "c"], (8, 8), predictions, torch.rand)
+    shown, figures = drawn(monkeypatch, tmp_path, ["a", "b", "c"], (8, 8), predictions)
     bands = [axes for axes in figures[0].axes if "classified by " in axes.get_title("left")]
     for axes, images, classes, captions in (
         (bands[0], [1, 2, 3], "abb", ["a\n100%", "b\n100%", "b\n100%"]),
         (bands[1], [0, 4, 5], "acc", ["c\n✗ 100%", "a\n✗ 100%", "a\n✗ 100%"]),
     ):
         tiles = [image.get_array() for image in axes.images]
-        assert np.array_equal(tiles, shown.pixels[images].permute(0, 2, 3, 1))
+        assert np.array_equal(tiles, shown.images[images])
         assert [label.get_text() for label in axes.get_xticklabels()] == list(classes)
         assert [text.get_text() for text in axes.texts] == captions
         colours = {text.get_color() for text in axes.texts}
@@ -538,9 +531,8 @@ def test_gates_that_hardly_vary_do_not_look_like_attention(tmp_path, monkeypatch
         found[0, 0] = torch.nan
         return found
 
-    _, (figure, _) = drawn(
-        monkeypatch, tmp_path, ["a", "b", "c"], (8, 8), [0, 0, 1, 0, 2, 1], gates
-    )
+    predictions = [0, 0, 1, 0, 2, 1]
+    _, (figure, _) = drawn(monkeypatch, tmp_path, list("abc"), (8, 8), predictions, gates)
     assert "0.24 to 0.25" in " ".join(text.get_text() for text in texts_of(figure))
     images = images_of(figure, (4, 4))
     maps = np.stack([image.to_rgba(image.get_array())[..., :3] for image in images])
@@ -562,11 +554,9 @@ def test_gates_that_hardly_vary_do_not_look_like_attention(tmp_path, monkeypatch
     ],
 )
 def test_one_scale_for_all_gates(gates, scale):
-    norm, none = (
-        pictures.gate_scale([torch.tensor(gates), torch.tensor([[0.5]])]),
-        pictures.gate_scale([]),
-    )
-    assert (norm.vmin, norm.vmax) == scale and (none.vmin, none.vmax) == (0, 1)
+    for given, expected in (([torch.tensor(gates), torch.tensor([[0.5]])], scale), ([], (0, 1))):
+        norm = pictures.gate_scale(given)
+        assert (norm.vmin, norm.vmax) == expected
 
 
 def test_weights_that_give_nan_are_one_line(explainable, capsys):

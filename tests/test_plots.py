@@ -1,24 +1,19 @@
 """Our figures are ours, whatever the surroundings ask for; names are legible, or numbers."""
 
 import os
-import subprocess
-import sys
 
 from kit import plots, run
 from kit.plots import legible, plt, shortened
 
 import pytest
-from conftest import REPO, is_one_line, train_small
+from conftest import is_one_line, script, train_small
 from matplotlib import font_manager
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 
 def python(code, **variables):
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPO, env=os.environ | variables, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout
+    done = script("-c", code, env=os.environ | variables)
+    assert done.returncode == 0 and not done.stderr, done.stderr
     return done.stdout.strip()
 
 
