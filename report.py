@@ -60,7 +60,8 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
         where = f"{args.runs}" + ", which is no folder" * (not args.runs.is_dir())
         reasons = reasons or "run `python train.py --model baseline` first"
         raise UserError(f"no finished run below {where}: {one_line(reasons)}")
-    costs, damaged = read_rows(first_of(out, args.runs, "benchmark.json"))
+    name = "benchmark.json"  # either folder may hold it
+    costs, damaged = read_rows((out if (out / name).exists() else args.runs) / name)
     problems += damaged
     found = [Findings(study, costs, args.reference, args.margin) for study in studies]
     sections = [f for f in found if f is found[0] or f.against]
@@ -93,11 +94,6 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
         with locked(path.parent):  # somebody may have edited it meanwhile
             write_atomically(path, with_blocks(path, out, found[0]))
     return sections
-
-
-def first_of(out: Path, runs_dir: Path, name: str) -> Path:
-    """Where a file lies that either folder may hold."""
-    return out / name if (out / name).exists() else runs_dir / name
 
 
 def missing_of(sections: list[Findings]) -> list[str]:
@@ -186,7 +182,7 @@ def with_blocks(readme: Path, out: Path, found: Findings) -> str:
         parts = re.split(old, text)
         if len(parts) != 1 + text.count(first) or len(parts) > 2:
             raise UserError(f"{readme} must have '{first}' once, and then '{last}'")
-        text = (re.sub(r"\n{3,}", "\n\n", block.strip()) + "\n").join(parts)
+        text = block.join(parts)
     return text.replace("\n", "\r\n") if windows else text
 
 
@@ -254,13 +250,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--difference", type=float, help="to be detected, in points")
     add("--comparisons", type=int, default=4, help=f"with the reference; {default}")
     args = parser.parse_args(argv)
-    if args.power != bool(args.sd or args.difference) or (args.power and not args.difference):
+    if args.power != bool(args.difference) or (args.sd and not args.power):
         parser.error("--power and --difference go together; --sd only with them")
-    if args.power:
-        if not all(0 < points <= 100 for points in (args.difference, args.sd or 1)):
-            parser.error("--power takes --difference and --sd, points greater than 0 up to 100")
-        if not (1 <= args.comparisons <= 1000 and 1e-3 <= args.difference / (args.sd or 1) <= 1e3):
-            parser.error("--comparisons is 1 to 1,000, --difference 0.001 to 1,000 times --sd")
+    points = [args.difference or 1, args.sd or 1]
+    sensible = min(points) > 0 and max(points) <= 100 and 1e-3 <= points[0] / points[1] <= 1e3
+    if not (sensible and 1 <= args.comparisons <= 1000):
+        parser.error("--difference and --sd are in points, above 0 and up to 100, the first 0.001 "
+                     "to 1,000 times the second; --comparisons is 1 to 1,000")  # fmt: skip
     if not 0 < args.margin <= 100:
         parser.error("--margin is in points, greater than 0 up to 100")
     if args.compare and not args.compare.is_dir():
@@ -272,9 +268,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def print_seeds(args: argparse.Namespace) -> None:
     """How many seeds a difference takes, by --sd or by the runs that are there."""
-    sd = (
-        args.sd and args.sd * 2**0.5
-    )  # of differences, if the accuracies of a pair do not correlate
+    sd = args.sd and args.sd * 2**0.5  # of differences, if a pair's accuracies do not correlate
     if not sd:
         chosen = dict(dataset=args.dataset, recipe=args.recipe, model=args.models)
         studies, _ = read_studies(args.runs, args.reference, **chosen)
