@@ -161,19 +161,14 @@ def randaugment(images: Tensor, which: Tensor, sign: Tensor) -> Tensor:
 def moved(x: Tensor, chosen: Tensor, sign: Tensor) -> Tensor:
     """Sheared (from the corner), shifted or turned (around the middle): nearest pixels."""
     height, width = x.shape[2:]
-    m = sign * MAGNITUDE
-    amount = {
-        name: torch.where(chosen == OPERATIONS.index(name), m * most, 0.0)
-        for name, most in (
-            ("shear_x", 0.3), ("shear_y", 0.3), ("translate_x", 150 / 331 * width),
-            ("translate_y", 150 / 331 * height), ("rotate", math.pi / 6),
-        )
-    }  # fmt: skip
-    cosine, sine = torch.cos(amount["rotate"]), torch.sin(amount["rotate"])
+    most = (0.3, 0.3, 150 / 331 * width, 150 / 331 * height, math.pi / 6)
+    shear_x, shear_y, shift_x, shift_y, angle = (
+        torch.where(chosen == i, sign * MAGNITUDE * value, 0.0) for i, value in enumerate(most, 1)
+    )  # in the order of OPERATIONS, after the identity
+    cosine, sine = torch.cos(angle), torch.sin(angle)
     # Where in the image the pixel at (column, row), seen from the middle, comes from.
-    shear_x, shear_y = amount["shear_x"], amount["shear_y"]
-    to_column = (cosine, sine + shear_x, shear_x * height / 2 - amount["translate_x"].trunc())
-    to_row = (shear_y - sine, cosine, shear_y * width / 2 - amount["translate_y"].trunc())
+    to_column = (cosine, sine + shear_x, shear_x * height / 2 - shift_x.trunc())
+    to_row = (shear_y - sine, cosine, shear_y * width / 2 - shift_y.trunc())
     rows = torch.arange(height, device=x.device)[:, None] - (height - 1) / 2
     columns = torch.arange(width, device=x.device)[None] - (width - 1) / 2
 
