@@ -17,7 +17,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import cache
 from itertools import compress
 from pathlib import Path
 
@@ -33,20 +32,14 @@ VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:8]  # of this
 DEFAULT_SIZE = 64
 MOST = 0.75  # so many images of one size make it the size of all
 KEPT = ".decoded"  # the folder in --data-dir; hidden, should that be in the data set's own folder
-# Formats that Pillow only writes, or only recognises.
-NOT_DECODED = {"PDF", "PALM", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-
-
-@cache
-def endings() -> set[str]:
-    """Of the names of all files that Pillow reads."""
-    return {end for end, name in Image.registered_extensions().items() if name not in NOT_DECODED}
+# No format, and formats that Pillow only writes, or only recognises.
+NOT_DECODED = {None, "PDF", "PALM", "BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 
 
 def is_image(path: Path) -> bool:
-    """By its ending; without one, by its content."""
+    """Whether Pillow reads it, by its ending; without one, by its content."""
     if path.suffix not in ("", "."):
-        return path.suffix.lower() in endings()
+        return Image.registered_extensions().get(path.suffix.lower()) not in NOT_DECODED
     with suppress(Exception), Image.open(path):  # a file that is no image raises what it likes
         return True
     return False
@@ -99,11 +92,9 @@ def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.
     raise_if_large(folder, 2 * math.prod(shape))  # twice while they are written, too
     images = np.empty(shape, np.uint8)
 
-    def fill(path, image):
-        shown = pixels(path, grey)
-        if shown.size != size:
-            shown = ImageOps.fit(shown, size, Image.Resampling.BILINEAR)  # cropped in the middle
-        image[:] = np.asarray(shown) if grey else np.asarray(shown).transpose(2, 0, 1)
+    def fill(path, image):  # cropped in the middle, where the size is another
+        shown = np.asarray(ImageOps.fit(pixels(path, grey), size, Image.Resampling.BILINEAR))
+        image[:] = shown if grey else shown.transpose(2, 0, 1)
 
     in_threads(fill, paths, images)
     if not grey and all((image == image[:1]).all() for image in images):
