@@ -13,6 +13,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from itertools import groupby
 from pathlib import Path
 
 from kit.command_line import UserError
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 
 TEST_SHARE = 1 / 6  # as MNIST and Fashion-MNIST are divided
-ANNOTATIONS = "val/val_annotations.txt"  # Tiny ImageNet's
+ANNOTATIONS, WORDS = "val/val_annotations.txt", "words.txt"  # Tiny ImageNet's
 PART = re.compile(
     "(?:(?P<train>train|training|trainval)|(?P<test>test|testing)|"
     "(?P<val>val|valid|validation|dev|eval|evaluation))(?:s|set|data|images)?"
@@ -34,7 +35,7 @@ HIDDEN = {  # besides all that begins with a dot: what systems leave in folders
     "$recycle.bin", "system volume information", "lost+found", "#recycle", "@recycle", "#snapshot",
 }  # fmt: skip
 
-Labelled = list[tuple[Path, str]]  # images and their classes
+Labelled = dict[Path, str]  # images and their classes
 LeftOut = defaultdict[str, set[Path]]  # {why: what}
 
 
@@ -57,13 +58,12 @@ def load_folder(
         raise UserError(f"{folder} is no folder: name one with a folder of images for each class")
     left_out = defaultdict(set)
     train, test, how = train_and_test(folder, left_out)
-    paths = [path for path, _ in train + test]
-    images, said = decoded(folder, paths, image_size, data_dir, keep=fetch)
-    if masks := masks_among(train + test, images):
+    images, said = decoded(folder, [*train, *test], image_size, data_dir, keep=fetch)
+    if masks := masks_among(train | test, images):
         left_out["mask of the image beside it"] = masks
-        images = images[[path not in masks for path in paths]]
-        train, test = ([each for each in part if each[0] not in masks] for part in (train, test))
-    n_train, n_test = (Counter(name for _, name in part) for part in (train, test))
+        images = images[[path not in masks for path in (*train, *test)]]
+        train, test = ({p: part[p] for p in part if p not in masks} for part in (train, test))
+    n_train, n_test = Counter(train.values()), Counter(test.values())
     classes = sorted(n_train)
     if odd := sorted(n_train.keys() ^ n_test.keys()):
         raise UserError(f"{folder}: not both in train and in test: class {', '.join(odd[:5])}")
@@ -71,12 +71,28 @@ def load_folder(
         said = f"left out: {left}" + f"; {said}" * bool(said)
     if said:
         note(f"in {folder}: {said}")
-    shown = ", ".join(f"{name} {n_train[name]:,} + {n_test[name]:,}" for name in classes[:10])
-    more = f", and {len(classes) - 10:,} more" if len(classes) > 10 else ""
-    source = f"read from {folder}: {how}; training + test images: {shown}{more}"
+    names = in_words(folder, classes)
+    shown = [f"{names[i]} {n_train[c]:,} + {n_test[c]:,}" for i, c in enumerate(classes[:10])]
+    shown += [f"and {len(classes) - 10:,} more"] * (len(classes) > 10)
+    source = f"read from {folder}: {how}; training + test images: {', '.join(shown)}"
     images, n = torch.from_numpy(images), len(train)
-    labels = torch.tensor([classes.index(name) for _, name in train + test])
-    return ImageData(images[:n], labels[:n], images[n:], labels[n:], classes, source)
+    labels = torch.tensor([classes.index(c) for c in (*train.values(), *test.values())])
+    return ImageData(images[:n], labels[:n], images[n:], labels[n:], names, source)
+
+
+def in_words(folder: Path, classes: list[str]) -> list[str]:
+    """What they are called: of Tiny ImageNet by words.txt, where n01443537 is a goldfish."""
+    rows = fields_of(folder / WORDS) if (folder / ANNOTATIONS).is_file() else []
+    words = {name: word for name, all_, *_ in rows if shows(word := all_.split(",")[0])}
+    found = [words.get(name) or name for name in classes]
+    return [word if found.count(word) == 1 else f"{word} ({name})"
+            for word, name in zip(found, classes, strict=True)]  # fmt: skip
+
+
+def fields_of(file: Path) -> list[list[str]]:
+    """Of each line, between tabs; nothing, if there is no file."""
+    lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
+    return [line.split("\t") for line in lines if "\t" in line]
 
 
 # --- Parts, classes, images -----------------------------------------------------------------------
@@ -84,10 +100,8 @@ def load_folder(
 
 def train_and_test(folder: Path, left_out: LeftOut) -> tuple[Labelled, Labelled, str]:
     """The images of both parts, and how they were found."""
-    if (folder / ANNOTATIONS).is_file():  # Tiny ImageNet: its test images have no labels
-        lines = (folder / ANNOTATIONS).read_text(errors="replace").splitlines()
-        rows = [line.split("\t") for line in lines if "\t" in line]
-        test = sorted((folder / "val/images" / name, of) for name, of, *_ in rows)
+    if rows := sorted(fields_of(folder / ANNOTATIONS)):  # its test images have no labels
+        test = {folder / "val/images" / name: of for name, of, *_ in rows}
         train = in_class_folders(folder / "train", left_out)
         return train, test, "training set train, test set val"
     root = unwrapped(folder, left_out)
@@ -122,15 +136,15 @@ def unwrapped(folder: Path, left_out: LeftOut) -> Path:
     folders, files = entries(folder, left_out)
     if len(folders) != 1 or any(map(is_image, files)) or not entries(folders[0], left_out)[0]:
         return folder
-    if part_of(folders[0]) not in (None, part_of(folder)):
+    if part_of(folders[0].name) not in (None, part_of(folder.name)):
         return folder
     left_out[BESIDE].update(files)
     return unwrapped(folders[0], left_out)
 
 
-def part_of(folder: Path) -> str | None:
-    """train, test or val, if its name has a word for one of them."""
-    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", folder.name)
+def part_of(name: str) -> str | None:
+    """train, test or val, if the name has a word for one of them."""
+    words = re.findall("[A-Z]?[a-z]+|[A-Z]+", name)
     found = {match.lastgroup for word in words if (match := PART.fullmatch(word.lower()))}
     return found.pop() if len(found) == 1 else None
 
@@ -138,20 +152,28 @@ def part_of(folder: Path) -> str | None:
 def find_parts(folder: Path, left_out: LeftOut) -> tuple[Path, Path] | None:
     """(to train, to test), or None where the folders are classes, though one be called train."""
     folders, files = entries(folder, left_out)
-    parts = [path for path in folders if part_of(path)]
-    found = {part: [path for path in parts if part_of(path) == part and len(names_in(path)) > 1]
-             for part in ("train", "test", "val")}  # fmt: skip
-    train, test = the_one(found["train"]), the_one(found["test"] or found["val"])
+    kinds = {path: kind for path in folders if (kind := part_of(path.name))}
+    exact = [path for path in kinds if PART.fullmatch(path.name.casefold())]
+
+    def the_one(kind):
+        """With classes in it. One that is called so and no more comes first."""
+        found = [path for path in kinds if kinds[path] == kind and len(names_in(path)) > 1]
+        found = [path for path in found if path in exact] or found
+        if len(found) > 1:
+            raise UserError(f"{folder}: {names_of(found)}: which one? Rename the others")
+        return found[0] if found else None
+
+    train, test = the_one("train"), the_one("test") or the_one("val")
+    beside = set(folders) - {train, test}
     if train and test:
-        left_out["folder beside the parts"].update(set(folders) - {train, test})
+        left_out["folder beside the parts"].update(beside)
         left_out[BESIDE].update(files)
         return train, test
-    kinds, beside = set(map(part_of, parts)), set(folders) - {train, test}
     if part := train or test:
         around = {name for path in beside for name in (path.name, *names_in(path))}
-        alone = len(parts) > 1 or not beside or around & names_in(part)
+        alone = len(kinds) > 1 or not beside or around & names_in(part)
     else:
-        alone = {"train"} < kinds and (parts == folders or all(map(is_exact, parts)))
+        alone = {"train"} < set(kinds.values()) and len(kinds) in (len(folders), len(exact))
     if alone:
         raise UserError(
             f"{folder}: among {names_of(folders)} there must be one folder to train (train) and "
@@ -166,18 +188,6 @@ def names_in(folder: Path) -> set[str]:
     return {path.name for path in entries(unwrapped(folder, ignored), ignored)[0]}
 
 
-def the_one(parts: list[Path]) -> Path | None:
-    """Of folders that are the same part by name; the one that is called so alone comes first."""
-    found = list(filter(is_exact, parts)) or parts
-    if len(found) > 1:
-        raise UserError(f"{found[0].parent}: {names_of(found)}: which one? Rename the others")
-    return found[0] if found else None
-
-
-def is_exact(part: Path) -> bool:
-    return bool(PART.fullmatch(part.name.casefold()))
-
-
 def names_of(paths: list[Path]) -> str:
     return ", ".join(printable(Path(path.name)) for path in paths[:10])
 
@@ -186,7 +196,7 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
     """The images below each folder in `folder`, in the order of their names."""
     folders, files = entries(folder, left_out)
     left_out[BESIDE].update(files)
-    images, inside, names = [], [], {path.name for path in folders}
+    images, inside, names = {}, [], {path.name for path in folders}
     for path in folders:
         name = unicodedata.normalize("NFC", path.name)  # a Mac may have written it as NFD
         if not shows(name):
@@ -194,29 +204,30 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
             raise UserError(f"{str(path)!a}: {what}: rename it")
         found = images_below(path, left_out)
         inner = {above.relative_to(path).parts for above in {image.parent for image in found}}
-        if len({part for parts in inner for part in parts} & names) > 1:
+        if len(names & set().union(*inner)) > 1:
             left_out["copy of the folder around it"].add(path)
             continue
-        inside.append({parts[:1] for parts in inner})
-        kinds = {part_of(Path(*parts)) for parts in inside[-1]}
+        inside.append({"".join(parts[:1]) for parts in inner})  # "": images of its own
+        kinds = set(map(part_of, inside[-1]))
         if "train" in kinds and kinds & {"test", "val"}:
             raise UserError(f"{path} has parts of its own: move the classes into the parts")
-        images += [(image, name) for image in found]
+        images |= dict.fromkeys(found, name)
         if not found:
-            unread = [file for file in left_out[UNREAD] if path in file.parents]
-            kinds = [str(mimetypes.guess_type(file.name)[0]) for file in unread]
+            unread = [file.name for file in left_out[UNREAD] if path in file.parents]
+            kinds = [str(mimetypes.guess_type(file)[0]) for file in unread]
             if not unread or any(kind.startswith("image/") for kind in kinds):
                 raise UserError(
                     f"{printable(path)} has no images that Pillow reads: add some, or delete it"
                 )
             left_out["folder without images"].add(path)
-    if len(inside) > 1 and len(inside[0]) > 1 and all(each == inside[0] - {()} for each in inside):
-        same = ", ".join(sorted(name for (name,) in inside[0])[:5])
+    if len(inside) > 1 and len(inside[0]) > 1 and all(each == inside[0] - {""} for each in inside):
+        same = ", ".join(sorted(inside[0])[:5])
         note(f"{names_of(folders)} all hold {same}: if those are the classes, put them into "
              "folders called train and test")  # fmt: skip
-    if len({name for _, name in images}) < 2:
+    if len(set(images.values())) < 2:
         raise UserError(f"{folder} needs a folder of images for each of two classes or more")
-    return sorted(images, key=lambda i: (unicodedata.normalize("NFC", i[0].name), i[1], i[0]))
+    order = sorted(images, key=lambda i: (unicodedata.normalize("NFC", i.name), images[i], i))
+    return {image: images[image] for image in order}
 
 
 def images_below(folder: Path, left_out: LeftOut) -> list[Path]:
@@ -230,17 +241,15 @@ def images_below(folder: Path, left_out: LeftOut) -> list[Path]:
 
 def divided(images: Labelled) -> tuple[Labelled, Labelled]:
     """(train, test), stratified. Whatever the seed of a run, for all are judged on one test set."""
-    generator = np.random.default_rng(0)
-    by_class = defaultdict(list)
-    for image in images:
-        by_class[image[1]].append(image)
-    test = set()
-    for name, of_class in sorted(by_class.items()):
+    generator, test = np.random.default_rng(0), set()
+    for name, group in groupby(sorted(images, key=images.get), images.get):
+        of_class = list(group)
         if len(of_class) < 2:
             raise UserError(f"class {name} has a single image: it takes one to train, one to test")
         n_test = max(1, round(TEST_SHARE * len(of_class)))
         test.update(of_class[i] for i in generator.permutation(len(of_class))[:n_test])
-    return [i for i in images if i not in test], [i for i in images if i in test]
+    train = {path: name for path, name in images.items() if path not in test}
+    return train, {path: name for path, name in images.items() if path in test}
 
 
 def masks_among(labelled: Labelled, images: np.ndarray) -> set[Path]:
@@ -251,16 +260,15 @@ def masks_among(labelled: Labelled, images: np.ndarray) -> set[Path]:
         tones = np.sort(np.bincount(images[i].ravel() >> 3, minlength=32))
         return tones[-2:].sum() > 0.9 * images[i].size
 
-    named, series = defaultdict(list), defaultdict(list)
-    for i, (path, of) in enumerate(labelled):
+    named, series, paths = defaultdict(list), defaultdict(list), [*labelled]
+    for i, (path, of) in enumerate(labelled.items()):
         named[path.parents[1], of, path.stem].append(i)
     for (around, of, stem), alike in named.items():
         words = re.findall(r"[ _.-]+[a-zA-Z]+[ _.-]*\d*$", stem)
         for word in [*words, *re.findall("^[a-zA-Z]+[ _.-]+", stem), ""]:
             for j in named.get((around, of, stem.replace(word, "")), ()):
                 for i in set(alike) - {j}:
-                    path, kind = labelled[i][0], re.sub(r"\d", "", word)
-                    is_mask = two_tones(i) and not two_tones(j)
-                    series[path.parent, path.suffix, kind].append((path, is_mask))
+                    key = paths[i].parent, paths[i].suffix, re.sub(r"\d", "", word)
+                    series[key].append((paths[i], two_tones(i) and not two_tones(j)))
     masks = (each for each in series.values() if np.mean([is_mask for _, is_mask in each]) > 0.9)
     return {path for each in masks for path, _ in each}

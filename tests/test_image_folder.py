@@ -10,7 +10,7 @@ import report
 import train
 from kit import decoding
 from kit.command_line import UserError
-from kit.datasets import mean_and_std_of
+from kit.datasets import ImageData
 
 import numpy as np
 import pytest
@@ -264,11 +264,12 @@ def test_images_of_one_value_are_normalised_to_numbers(tmp_path):
 
 def test_mean_and_std_are_exact():
     images = torch.randint(0, 256, (50, 3, 5, 4), dtype=torch.uint8)
-    pixels = images.double() / 255
-    for ours, theirs in zip(
-        mean_and_std_of(images), (pixels.mean((0, 2, 3)), pixels.std((0, 2, 3), False))
-    ):
-        torch.testing.assert_close(torch.tensor(ours, dtype=torch.float64), theirs)
+    pixels, labels = images.double() / 255, torch.zeros(50, dtype=torch.int64)
+    ours = ImageData(images, labels, images, labels, ["a"], "here")
+    for found, expected in (
+        (ours.mean, pixels.mean((0, 2, 3))), (ours.std, pixels.std((0, 2, 3), False)),
+    ):  # fmt: skip
+        torch.testing.assert_close(torch.tensor(found, dtype=torch.float64), expected)
 
 
 # --- In the layouts of torchvision and Tiny ImageNet ----------------------------------------------
@@ -347,6 +348,19 @@ def test_tiny_imagenet_s_flat_validation_folder(tiny_imagenet):
     names = sorted(f"val_{i}.JPEG" for i in range(200))
     expected = [199 - int(name[4:-5]) for name in names]
     assert read.test_labels.tolist() == expected
+
+
+def test_tiny_imagenet_s_classes_are_called_by_its_words(tiny_imagenet):
+    before = data.load_dataset("tiny_imagenet", tiny_imagenet.parent)
+    assert before.classes == [f"n{i:08d}" for i in range(200)]
+    lines = ["n00000001\tgoldfish, Carassius auratus", "n00000000\tcrane", "n00000002\tcrane, bird"]
+    lines += ["n00000003\t\x1b[1mred", "n00000004\t", "n00000005", "n09999999\tgoldfish"]
+    (tiny_imagenet / "words.txt").write_text("\n".join(lines))
+    read = data.load_dataset("tiny_imagenet", tiny_imagenet.parent)
+    called = ["crane (n00000000)", "goldfish", "crane (n00000002)"]
+    assert read.classes == called + before.classes[3:]
+    assert "crane (n00000000) 2 + 1, goldfish 2 + 1, crane (n00000002) 2 + 1" in read.source
+    assert torch.equal(read.test_labels, before.test_labels) and read.digest == before.digest
 
 
 def test_tiny_imagenet_wants_200_classes_in_both_parts(tiny_imagenet):
