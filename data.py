@@ -21,7 +21,7 @@ from pathlib import Path
 from kit.augment import Augmentation
 from kit.command_line import NAMES, UserError, exit_code, is_name, make_parser
 from kit.datasets import ImageData, load_cifar, load_idx, load_npz, note
-from kit.decoding import shows
+from kit.decoding import printable, shows
 from kit.image_folder import load_folder, load_tiny_imagenet
 
 import numpy as np
@@ -45,20 +45,16 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
     """
     if image_size is not None and (dataset in DATASETS or dataset.endswith(".npz")):
         raise ValueError(f"--image-size is for folders of images, not for {dataset}")
+    if image_size is not None and not 1 <= image_size <= 4096:
+        raise ValueError(f"--image-size {image_size} is not from 1 to 4096")
     if dataset in DATASETS:
         return dataset, dataset
     folder = Path(os.path.abspath(dataset))  # a link's own name, whatever its target is called
+    known = ", ".join(DATASETS)
     if not (dataset and ("/" in dataset or folder.is_dir() or folder.suffix == ".npz")):
-        known = ", ".join(DATASETS)
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, a folder or an .npz")
-    if not shows(str(folder)):
-        raise ValueError("--dataset: a path with characters that cannot be printed: rename it")
-    if folder.name in DATASETS:
-        raise ValueError(f"{dataset}: {folder.name} is the name of another data set: rename it")
-    if not is_name(folder.name):
-        raise ValueError(f"{dataset}: rename it: {NAMES}")
-    if image_size is not None and not 1 <= image_size <= 4096:
-        raise ValueError(f"--image-size {image_size} is not from 1 to 4096")
+    if folder.name in DATASETS or not is_name(folder.name) or not shows(str(folder)):
+        raise ValueError(f"{printable(folder)}: rename it: {NAMES}, and are not {known}")
     return str(folder), folder.name
 
 
@@ -213,10 +209,10 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     dataset = load_dataset(args.dataset, args.data_dir, args.image_size)
-    channels, height, width = dataset.train_images.shape[1:]
+    size = " x ".join(map(str, dataset.train_images.shape[1:]))
     print(
         f"{args.dataset}: {dataset.source}: {len(dataset.train_images):,} training and "
-        f"{len(dataset.test_images):,} test images, {channels} x {height} x {width}, "
+        f"{len(dataset.test_images):,} test images, {size}, "
         f"{len(dataset.classes)} classes, data {dataset.digest}"
     )
 

@@ -74,21 +74,24 @@ class ImageData:
         for part in ("train", "test"):
             found = [getattr(self, f"{part}_{what}") for what in ("images", "labels")]
             kinds = [(getattr(x, "dtype", type(x)), *getattr(x, "shape", ())) for x in found]
-            (kind, *shape), labels, n_classes = kinds[0], found[1], len(self.classes)
+            (kind, *shape), n_classes, wrong = kinds[0], len(self.classes), None
             if kind != torch.uint8 or len(shape) != 4 or shape[1] > 4 >= shape[3]:
                 wrong = f"images must be a uint8 tensor (N, C, H, W), not {kinds[0]}"
             elif shape[1:] != list(self.train_images.shape[1:]):
                 wrong = f"images must be as large as training images, not {kinds[0]}"
             elif kinds[1] != (torch.int64, shape[0]):
                 wrong = f"labels must be an int64 tensor ({shape[0]},), not {kinds[1]}"
-            elif not shape[0] or labels.min() < 0 or labels.max() >= n_classes:
-                odd = sorted(set(labels.tolist()) - set(range(n_classes)))[:5]
-                wrong = f"labels must be from 0 to {n_classes - 1}, not {odd}"
-            else:
-                continue
-            raise UserError(f"{self.source}: {part} {wrong}")
-        if not self.mean:
-            self.mean, self.std = mean_and_std_of(self.train_images)
+            elif (odd := set(found[1].tolist()) - set(range(n_classes))) or not shape[0]:
+                wrong = f"labels must be from 0 to {n_classes - 1}, not {sorted(odd)[:5]}"
+            if wrong:
+                raise UserError(f"{self.source}: {part} {wrong}")
+        if not self.mean:  # exact, from how often each channel has each of the 256 values
+            counts = [c.flatten().bincount(minlength=256) for c in self.train_images.unbind(1)]
+            share = torch.stack(counts).double() / counts[0].sum()
+            values = torch.arange(256, dtype=torch.float64) / 255
+            mean = share @ values
+            std = (share * (values - mean[:, None]).square()).sum(1).sqrt()
+            self.mean, self.std = tuple(mean.tolist()), tuple(std.tolist())
 
     @cached_property
     def digest(self) -> str:
@@ -114,16 +117,6 @@ class ImageData:
         return tuple(torch.tensor(m, device=device)[:, None, None] for m in (self.mean, std))
 
 
-def mean_and_std_of(images: torch.Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Of each channel of uint8 (N, C, H, W), pixels in [0, 1]: exact, from the 256 counts."""
-    counts = torch.stack([torch.bincount(c.flatten(), minlength=256) for c in images.unbind(1)])
-    share = counts.double() / counts.sum(1, keepdim=True)
-    values = torch.arange(256, dtype=torch.float64) / 255
-    mean = share @ values
-    std = (share * (values - mean[:, None]).square()).sum(1).sqrt()
-    return tuple(mean.tolist()), tuple(std.tolist())
-
-
 def load_cifar(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
     """CIFAR10 or CIFAR100, by torchvision's class of that name, which verifies the MD5."""
     import torchvision  # here, for it takes a second to import
@@ -133,17 +126,15 @@ def load_cifar(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
         if fetch:
             data_dir.mkdir(parents=True, exist_ok=True)
         with locked(data_dir):  # several runs may start at the same time
-            train, test = (load(data_dir, train, download=fetch) for train in (True, False))
+            for part in (load(data_dir, train, download=fetch) for train in (True, False)):
+                parts.append(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous())
+                parts.append(torch.tensor(part.targets))
     except Exception as error:  # of networks, archives, checksums and pickles: they are many
         raise UserError(
             f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read "
             f"({in_one_line(error)}): bring its files there, as torchvision has them, or try again"
         ) from error
-    for part in (train, test):
-        parts += [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()]
-        parts += [torch.tensor(part.targets)]
-    source = f"read from {data_dir} by torchvision's {name}, MD5 verified"
-    return ImageData(*parts, list(train.classes), source)
+    return ImageData(*parts, part.classes, f"read from {data_dir} by torchvision, MD5 verified")
 
 
 def load_npz(path: Path, _: Path) -> ImageData:
@@ -184,24 +175,20 @@ def load_idx(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
     """60,000 + 10,000 grey images of 28x28 in ten classes."""
     raw, fashion = data_dir / name / "raw", name == "FashionMNIST"
     found, others = find_idx(name, [data_dir, raw] + [DEBIAN_FOLDER] * fashion)
-    missing = [file for file in IDX_FILES if file not in found]
-    wrong = [why for path, why in others.items() if path.name.removesuffix(".gz") in missing]
-    if missing and fetch and not wrong:  # nothing is fetched where something else lies
+    if missing := [file for file in IDX_FILES if file not in found]:
+        wrong = [why for path, why in others.items() if path.name.removesuffix(".gz") in missing]
+        if wrong or not fetch:  # nothing is fetched where something else lies
+            absent = f"{missing[0]} of {name} is not in {data_dir} or below it"
+            raise UserError(f"{[*wrong, absent][0]}: {WAYS}")
         fetch_idx(name, raw)
         return load_idx(name, data_dir, fetch=False)
-    if missing:
-        what = wrong[0] if wrong else f"{missing[0]} of {name} is not in {data_dir} or below it"
-        raise UserError(f"{what}: {WAYS}")
     if others:
         note(f"passed over, not the published files of {name}: {', '.join(map(str, others))}")
-    (_, train), (_, train_labels), (_, test), (_, test_labels) = found.values()
-    source = ", ".join(dict.fromkeys(str(path.parent) for path, _ in found.values()))
-    source += ", sha256 verified" * (name != "KMNIST")  # which is not always
-    return ImageData(
-        train.unsqueeze(1), train_labels.long(), test.unsqueeze(1), test_labels.long(),
-        CLASSES[name].split(","), f"read from {source}",
-        mean=(0.2860,) * fashion, std=(0.3530,) * fashion,
-    )  # fmt: skip
+    folders = dict.fromkeys(str(path.parent) for path, _ in found.values())
+    source = f"read from {', '.join(folders)}" + ", sha256 verified" * (name != "KMNIST")
+    parts = [part if part.dim() == 4 else part.long() for _, part in found.values()]
+    mean, std = (0.2860,) * fashion, (0.3530,) * fashion
+    return ImageData(*parts, CLASSES[name].split(","), source, mean, std)
 
 
 def find_idx(name: str, folders: list[Path]) -> tuple[dict, dict[Path, str]]:
@@ -220,7 +207,10 @@ def find_idx(name: str, folders: list[Path]) -> tuple[dict, dict[Path, str]]:
                 unknown = expected == PACKED and body is content and sha256 not in str(SHA256)
                 if sha256 != expected and not unknown:
                     raise ValueError(f"its sha256 is {sha256}..., expected {expected}...")
-                found[file] = path, parse_idx(content)
+                sizes = (-1, 1, 28, 28) if "images" in file else (-1,)
+                header = 16 if "images" in file else 8  # 4 bytes, and 4 for each dimension
+                values = np.frombuffer(content, np.uint8, offset=header).reshape(sizes)
+                found[file] = path, torch.tensor(values)
                 if unknown:
                     note(f"{path} cannot be verified, only {file}.gz can")
             except Exception as error:  # a damaged file raises what it likes
@@ -228,47 +218,35 @@ def find_idx(name: str, folders: list[Path]) -> tuple[dict, dict[Path, str]]:
     return found, others
 
 
-def parse_idx(body: bytes) -> torch.Tensor:
-    """An idx file (zeros, type 8 = uint8, number of dimensions, big-endian sizes, data)."""
-    sizes = np.frombuffer(body, dtype=">u4", count=body[3], offset=4).astype(int)
-    values = np.frombuffer(body, dtype=np.uint8, offset=4 + 4 * body[3])
-    return torch.from_numpy(values.reshape(sizes).copy())  # a copy, for torch wants it writable
-
-
 def fetch_idx(name: str, raw: Path) -> None:
     """Brings the files into `raw`, from the first of the sources that has them."""
-    sources, failures = {"torchvision's mirror": from_mirror}, []
+    import torchvision
+
+    mirror, failures = getattr(torchvision.datasets, name), []
+    sources = {"torchvision's mirror": lambda new: Path(mirror(new, download=True).raw_folder)}
     if name == "FashionMNIST":
         sources["the Debian package dataset-fashion-mnist"] = from_debian
     check_writable(raw, WAYS)
+    socket.setdefaulttimeout(30)  # torchvision has none
     with locked(raw), tempfile.TemporaryDirectory() as new:
         if len(find_idx(name, [raw])[0]) == len(IDX_FILES):
             return  # another process has brought them meanwhile
         for source, get in sources.items():
             print(f"{name} is not here yet: trying {source}", file=sys.stderr, flush=True)
             try:
-                found, others = find_idx(name, [get(name, Path(new))])
+                found, others = find_idx(name, [get(Path(new))])
                 if len(found) < len(IDX_FILES):
                     raise ValueError(" ".join(others.values()) or "files are missing")
+                for path, _ in found.values():
+                    if not (raw / path.name).exists():
+                        write_atomically(raw / path.name, path.read_bytes())
+                return
             except Exception as error:  # of networks, archives, checksums: they are many
                 failures.append(f"{source}: {in_one_line(error)}")
-                continue
-            for path, _ in found.values():
-                if not (raw / path.name).exists():
-                    write_atomically(raw / path.name, path.read_bytes())
-            return
     raise UserError(f"{name} is not there and cannot be fetched ({'; '.join(failures)}): {WAYS}")
 
 
-def from_mirror(name: str, folder: Path) -> Path:
-    """Downloaded and unpacked by torchvision."""
-    import torchvision
-
-    socket.setdefaulttimeout(30)  # torchvision has none
-    return Path(getattr(torchvision.datasets, name)(folder, download=True).raw_folder)
-
-
-def from_debian(_: str, folder: Path) -> Path:
+def from_debian(folder: Path) -> Path:
     """The Debian package, unpacked but not installed.
 
     With package lists of its own: it works without root, and where `apt-get update` never ran.

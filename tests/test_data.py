@@ -381,7 +381,6 @@ def test_another_process_may_fetch_at_the_same_time(planted, tmp_path, monkeypat
         yield
 
     monkeypatch.setattr(datasets, "locked", waited)
-    monkeypatch.setattr(datasets, "from_mirror", None)
     assert len(data.load_dataset("mnist", tmp_path).train_images) == 60
 
 
