@@ -43,10 +43,10 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
 
     Raises ValueError with one line that says what is wrong.
     """
-    if image_size is not None and (dataset in DATASETS or dataset.endswith(".npz")):
-        raise ValueError(f"--image-size is for folders of images, not for {dataset}")
-    if image_size is not None and not 1 <= image_size <= 4096:
-        raise ValueError(f"--image-size {image_size} is not from 1 to 4096")
+    no_folder = dataset in DATASETS or dataset.endswith(".npz")
+    if image_size is not None and (no_folder or not 1 <= image_size <= 4096):
+        what = f"is for folders of images, from 1 to 4096: not {image_size} for {dataset!r}"
+        raise ValueError(f"--image-size {what}")
     if dataset in DATASETS:
         return dataset, dataset
     folder = Path(os.path.abspath(dataset))  # a link's own name, whatever its target is called

@@ -134,9 +134,7 @@ def npz(
     for part, n in (("train", 60), ("val", 9), ("test", 12)):
         arrays[f"{part}_images"] = generator.integers(0, 256, (n, *shape), np.uint8)
         arrays[f"{part}_labels"] = labels(n)
-    np.savez(
-        path, **{name: array for name, array in (arrays | changes).items() if array is not None}
-    )
+    np.savez(path, **{k: array for k, array in (arrays | changes).items() if array is not None})
     return arrays
 
 
@@ -257,13 +255,11 @@ def planted(monkeypatch, tmp_path):
     """Four small files of the test's own, which pass for the published MNIST; their folder."""
     folder, generator = tmp_path / "planted", np.random.default_rng(0)
     folder.mkdir()
-    arrays = [
-        array
-        for n in (60, 30)
-        for array in (generator.integers(0, 256, (n, 28, 28), np.uint8), np.arange(n) % 10)
-    ]
-    for file, array in zip(datasets.IDX_FILES, arrays, strict=True):
-        (folder / file).write_bytes(idx(array.astype(np.uint8)))
+    for part, n in (("train", 60), ("t10k", 30)):
+        images = generator.integers(0, 256, (n, 28, 28), np.uint8)
+        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
+        labels = np.arange(n, dtype=np.uint8) % 10
+        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
     sums = [sha256((folder / file).read_bytes()) for file in datasets.IDX_FILES]
     monkeypatch.setitem(datasets.SHA256, "MNIST", " ".join(sums))
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
@@ -285,9 +281,8 @@ def test_mnist_is_what_it_says_and_one_flipped_byte_is_refused(planted, tmp_path
     raw.mkdir(parents=True)
     for file in datasets.IDX_FILES:
         body = (planted / file).read_bytes()
-        (raw / file).with_suffix(".gz" * packed).write_bytes(
-            gzip.compress(body) if packed else body
-        )
+        body = gzip.compress(body) if packed else body
+        (raw / file).with_suffix(".gz" * packed).write_bytes(body)
     again = data.load_dataset("mnist", tmp_path)
     assert again.digest == read.digest and len(read.mean) == 1
     assert read.classes == MNIST.classes and read.train_images.shape == (60, 1, 28, 28)
@@ -457,9 +452,8 @@ def test_split_is_disjoint_complete_and_fixed_by_the_seed():
     assert (len(train_idx), len(val_idx)) == (54_000, 6_000)
     assert torch.equal(torch.cat([train_idx, val_idx]).sort().values, torch.arange(60_000))
     assert all(map(torch.equal, data.split_indices(60_000, seed=3), (train_idx, val_idx)))
-    assert not torch.equal(
-        data.split_indices(60_000, seed=4)[1].sort().values, val_idx.sort().values
-    )
+    other = data.split_indices(60_000, seed=4)[1]
+    assert not torch.equal(other.sort().values, val_idx.sort().values)
     assert [len(part) for part in data.split_indices(15, 0, val_fraction=0.2)] == [12, 3]
 
 

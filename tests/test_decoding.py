@@ -16,17 +16,11 @@ import pytest
 import torch
 from conftest import REPO
 from PIL import Image, ImageOps
-from test_image_folder import make
+from test_image_folder import in_a_folder_of_its_own, make  # noqa: F401
 
 GREY = np.arange(12 * 8, dtype=np.uint8).reshape(8, 12)
 COLOUR = np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8)
 CLEAR = np.arange(12) < 5  # columns that are transparent
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    """--data-dir is data/ in the current folder."""
-    monkeypatch.chdir(tmp_path)
 
 
 def read(tmp_path, image, name, **how):
@@ -99,8 +93,7 @@ def test_transparent_pixels_are_white(tmp_path, mode, ending):
         how = {"sizes": [image.size]}
     shown = read(tmp_path, image, ending, **how)
     assert (shown[:, :, CLEAR] == 255).all()
-    expected = np.asarray(image.convert("L" if len(shown) == 1 else "RGB"))
-    expected = expected[None] if len(shown) == 1 else expected.transpose(2, 0, 1)
+    expected = np.atleast_3d(image.convert("L" if len(shown) == 1 else "RGB")).transpose(2, 0, 1)
     assert np.array_equal(shown[:, :, ~CLEAR], expected[:, :, ~CLEAR])
 
 
@@ -108,10 +101,8 @@ def test_transparent_pixels_are_white(tmp_path, mode, ending):
 def test_alpha_that_is_0_everywhere(tmp_path, ending):
     """In a TGA it is a byte that is not used; a PNG is transparent."""
     clear = Image.fromarray(np.dstack([COLOUR, np.zeros_like(GREY)]))
-    shown = read(tmp_path, clear, ending)
-    assert (
-        np.array_equal(shown, COLOUR.transpose(2, 0, 1)) if ending == ".tga" else shown.min() > 254
-    )
+    shown, colour = read(tmp_path, clear, ending), COLOUR.transpose(2, 0, 1)
+    assert np.array_equal(shown, colour) if ending == ".tga" else shown.min() > 254
 
 
 def tiff(bits, photometric, data):
@@ -144,11 +135,8 @@ def test_tiffs_of_any_depth_and_polarity(tmp_path, bits, photometric, data):
 
 def test_a_damaged_png_is_found_by_its_checksums(tmp_path):
     """Pillow decodes most of these to other pixels."""
-    path, smooth = (
-        tmp_path / "a.png",
-        np.add.outer(np.arange(64), 2 * np.arange(64)).astype(np.uint8),
-    )
-    Image.fromarray(smooth).save(path)
+    path, smooth = tmp_path / "a.png", np.add.outer(np.arange(64), 2 * np.arange(64))
+    Image.fromarray(smooth.astype(np.uint8)).save(path)
     whole = path.read_bytes()
     at = whole.index(b"IDAT") + 4
     for place in np.random.default_rng(0).integers(at, len(whole) - 16, 20):
@@ -192,10 +180,7 @@ def test_half_transparent_is_half_white(tmp_path):
 )  # fmt: skip
 def test_every_mode_as_a_viewer_shows_it(tmp_path, capsys, image, name, expected):
     shown = read(tmp_path, image, name)
-    expected = np.asarray(expected, np.uint8)
-    assert np.array_equal(
-        shown, expected[None] if expected.ndim == 2 else expected.transpose(2, 0, 1)
-    )
+    assert np.array_equal(shown, np.atleast_3d(expected).transpose(2, 0, 1))
     assert ("upper 8 of 16 bits: 4" in capsys.readouterr().err) == (image.mode == "I;16")
 
 

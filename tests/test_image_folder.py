@@ -48,30 +48,23 @@ def test_fashion_mnist_as_pngs_gives_the_same_tensors_and_metrics(fashion_mnist,
             of_class.mkdir(parents=True, exist_ok=True)
             Image.fromarray(images[i, 0].numpy()).save(of_class / f"{i:05d}.png")
     read = data.load_dataset(str(folder))
-    assert torch.equal(read.train_images, fashion_mnist.train_images[:n_train])
-    assert torch.equal(read.train_labels, fashion_mnist.train_labels[:n_train])
-    assert torch.equal(read.test_images, fashion_mnist.test_images[:n_test])
-    assert torch.equal(read.test_labels, fashion_mnist.test_labels[:n_test])
     assert read.classes == list("0123456789")
-
-    def idx_files(monkeypatch):  # as many of the idx files
-        fewer = {
-            f"{part}_{what}": getattr(fashion_mnist, f"{part}_{what}")[:n]
-            for part, n in (("train", n_train), ("test", n_test))
-            for what in ("images", "labels")
-        }
-        few = dataclasses.replace(fashion_mnist, **fewer)
-        monkeypatch.setitem(data.DATASETS, "fashion_mnist", lambda _: few)
-
+    few = dataclasses.replace(  # as many of the idx files
+        fashion_mnist,
+        train_images=fashion_mnist.train_images[:n_train],
+        train_labels=fashion_mnist.train_labels[:n_train],
+        test_images=fashion_mnist.test_images[:n_test],
+        test_labels=fashion_mnist.test_labels[:n_test],
+    )
+    for what in ("train_images", "train_labels", "test_images", "test_labels"):
+        assert torch.equal(getattr(read, what), getattr(few, what))
     flags = ["--model", "se", "--width", "8", "--epochs", "2", "--device", "cpu"]
     assert train.main([*flags, "--dataset", str(folder), "--runs", str(tmp_path / "runs")]) == 0
     with pytest.MonkeyPatch().context() as monkeypatch:
-        idx_files(monkeypatch)
+        monkeypatch.setitem(data.DATASETS, "fashion_mnist", lambda _: few)
         assert train.main([*flags, "--runs", str(tmp_path / "runs")]) == 0
-    rows = [
-        [json.loads(line) for line in path.read_text().splitlines()]
-        for path in sorted((tmp_path / "runs").glob("*/*/*/*/metrics.jsonl"))
-    ]
+    metrics = sorted((tmp_path / "runs").glob("*/*/*/*/metrics.jsonl"))
+    rows = [[json.loads(line) for line in path.read_text().splitlines()] for path in metrics]
     assert len(rows) == 2 and len(rows[0]) == 2
     for ours, theirs in zip(*rows):
         for key in ("train_loss", "train_acc", "val_loss", "val_acc", "lr"):
