@@ -13,25 +13,34 @@ from kit.command_line import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import REPO, is_one_line, script
+from conftest import is_one_line, script
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import MNIST, FashionMNIST
 
-RAW = REPO / "data" / "FashionMNIST" / "raw"
-FOLDERS = [RAW.parent.parent, RAW, datasets.DEBIAN_FOLDER]  # before a test takes the last one away
 LABELS = "t10k-labels-idx1-ubyte"
+
+
+def sha256(body):
+    return hashlib.sha256(body).hexdigest()[:16]
+
+
+def write_idx(folder, *arrays):
+    """Four idx files of uint8 arrays; their sha256."""
+    folder.mkdir(parents=True)
+    for file, array in zip(datasets.IDX_FILES, arrays, strict=True):
+        header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
+        (folder / file).write_bytes(header + array.tobytes())
+    return " ".join(sha256((folder / file).read_bytes()) for file in datasets.IDX_FILES)
 
 
 @pytest.fixture
 def raw_files(fashion_mnist, tmp_path):
-    """A data folder with links to the four real files, in torchvision's layout."""
-    raw = tmp_path / "FashionMNIST" / "raw"
-    raw.mkdir(parents=True)
-    for name in datasets.IDX_FILES:
-        packed = [folder / f"{name}.gz" for folder in FOLDERS if (folder / f"{name}.gz").is_file()]
-        body = gzip.decompress(packed[0].read_bytes()) if packed else (RAW / name).read_bytes()
-        (raw / name).write_bytes(body)
+    """A folder with the four real files, in torchvision's layout."""
+    d, raw = fashion_mnist, tmp_path / "FashionMNIST" / "raw"
+    parts = d.train_images[:, 0], d.train_labels, d.test_images[:, 0], d.test_labels
+    sums = write_idx(raw, *(part.byte().numpy() for part in parts))
+    assert sums == datasets.SHA256["FashionMNIST"]
     return raw
 
 
@@ -245,29 +254,15 @@ def test_missing_file_without_network_is_one_line(nowhere, raw_files, tmp_path, 
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def idx(array):
-    header = bytes([0, 0, 8, array.ndim]) + b"".join(n.to_bytes(4, "big") for n in array.shape)
-    return header + array.tobytes()
-
-
 @pytest.fixture
 def planted(monkeypatch, tmp_path):
     """Four small files of the test's own, which pass for the published MNIST; their folder."""
-    folder, generator = tmp_path / "planted", np.random.default_rng(0)
-    folder.mkdir()
-    for part, n in (("train", 60), ("t10k", 30)):
-        images = generator.integers(0, 256, (n, 28, 28), np.uint8)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(idx(images))
-        labels = np.arange(n, dtype=np.uint8) % 10
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
-    sums = [sha256((folder / file).read_bytes()) for file in datasets.IDX_FILES]
-    monkeypatch.setitem(datasets.SHA256, "MNIST", " ".join(sums))
+    train, test = np.random.default_rng(0).integers(0, 256, (2, 60, 28, 28), np.uint8)
+    labels = np.arange(60, dtype=np.uint8) % 10
+    sums = write_idx(tmp_path / "planted", train, labels, test[:30], labels[:30])
+    monkeypatch.setitem(datasets.SHA256, "MNIST", sums)
     monkeypatch.setattr(MNIST, "mirrors", ["http://127.0.0.1:9/"])
-    return folder
-
-
-def sha256(body):
-    return hashlib.sha256(body).hexdigest()[:16]
+    return tmp_path / "planted"
 
 
 def flipped(body, at=-1):
@@ -322,8 +317,8 @@ def test_kmnist_s_training_images_alone_cannot_be_verified_unpacked(
 
 
 def test_fashion_mnist_never_passes_for_kmnist(raw_files, monkeypatch, tmp_path):
-    labels = {file: sha256((raw_files / file).read_bytes()) for file in datasets.IDX_FILES[1:]}
-    monkeypatch.setitem(datasets.SHA256, "KMNIST", " ".join([datasets.PACKED, *labels.values()]))
+    _, *labels = datasets.SHA256["FashionMNIST"].split()
+    monkeypatch.setitem(datasets.SHA256, "KMNIST", " ".join([datasets.PACKED, *labels]))
     with pytest.raises(UserError, match="train-images-idx3-ubyte is not the published"):
         data.load_dataset("kmnist", raw_files)
 
