@@ -84,9 +84,9 @@ def in_words(folder: Path, classes: list[str]) -> list[str]:
     """What they are called: of Tiny ImageNet by words.txt, where n01443537 is a goldfish."""
     rows = fields_of(folder / WORDS) if (folder / ANNOTATIONS).is_file() else []
     words = {name: word for name, all_, *_ in rows if shows(word := all_.split(",")[0])}
-    found = [words.get(name) or name for name in classes]
-    return [word if found.count(word) == 1 else f"{word} ({name})"
-            for word, name in zip(found, classes, strict=True)]  # fmt: skip
+    called = {name: words.get(name) or name for name in classes}
+    n = Counter(called.values())
+    return [word if n[word] == 1 else f"{word} ({name})" for name, word in called.items()]
 
 
 def fields_of(file: Path) -> list[list[str]]:
@@ -100,7 +100,7 @@ def fields_of(file: Path) -> list[list[str]]:
 
 def train_and_test(folder: Path, left_out: LeftOut) -> tuple[Labelled, Labelled, str]:
     """The images of both parts, and how they were found."""
-    if rows := sorted(fields_of(folder / ANNOTATIONS)):  # its test images have no labels
+    if rows := sorted(fields_of(folder / ANNOTATIONS)):  # Tiny ImageNet: no labels in test
         test = {folder / "val/images" / name: of for name, of, *_ in rows}
         train = in_class_folders(folder / "train", left_out)
         return train, test, "training set train, test set val"
