@@ -7,6 +7,7 @@ asked for after results are there. Needs no torch.
 
 import itertools
 import time
+from argparse import Namespace
 from pathlib import Path
 
 from kit.command_line import UserError, in_one_line
@@ -14,9 +15,7 @@ from kit.files import check, locked, read_json, write_json
 from kit.runs import are_names, are_seeds
 
 STUDY = ("dataset", "recipe", "overrides")  # what the lines of one study share
-PLAN = dict(
-    date=str, dataset=str, recipe=str, overrides=dict, models=are_names, seeds=are_seeds
-)  # fmt: skip
+PLAN = dict(date=str, dataset=str, recipe=str, overrides=dict, models=are_names, seeds=are_seeds)
 
 
 def runs_of(plan: dict) -> set[tuple[str, int]]:
@@ -33,9 +32,13 @@ def read_plans(runs: Path) -> list[dict]:
         raise UserError(f"{path} is damaged ({in_one_line(error)}): {advice}") from error
 
 
-def add_plan(runs: Path, wanted: dict) -> None:
-    """Adds a line unless all of it is planned already. Without results there is nothing to hold on
-    to: the new line then takes the place of the study's earlier ones."""
+def add_plan(planned: list[Namespace]) -> None:
+    """Adds a line, of the settings of a table of runs, unless all of them are planned already.
+    Without results there is nothing to hold on to: it then takes the place of earlier ones."""
+    first, runs = planned[0], planned[0].runs
+    wanted = dict(dataset=first.dataset_name, recipe=first.recipe, overrides=first.overrides)
+    for key in ("model", "seed"):
+        wanted[f"{key}s"] = list(dict.fromkeys(getattr(run, key) for run in planned))
     runs.mkdir(parents=True, exist_ok=True)
     with locked(runs, "plan.json"):
         plans = read_plans(runs)

@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,30 +16,25 @@ from kit.runs import is_locked
 
 @dataclass
 class Job:
-    """Arguments of Python; of a training run also its name and its folder."""
+    """Arguments of Python; of a training run also its name, its folder and its log."""
 
     command: list
     name: str = ""
     folder: Path | None = None
-    log: Path | None = None  # likewise: for when others run at the same time
+    log: Path | None = None  # for when others run at the same time
     needed: bool = False  # if it fails, nothing more is run
-    settings: Namespace | None = None  # of a training run, as train.py parses them
-    plan: dict | None = None  # likewise: what it is a part of, as in RUNS/plan.json
-    # Of a training run: "done", perhaps with a remark, or why what is there is not it. What begins
-    # otherwise is run.
-    state: Callable[["Job"], str] = lambda job: "skips what is there" * ("--keep" in job.command)
 
     def __str__(self) -> str:
         return shlex.join([os.environ.get("PYTHON") or sys.executable, *map(str, self.command)])
 
     @property
-    def is_done(self) -> bool:
-        return self.state(self).startswith("done")
+    def state(self) -> str:
+        """In a plan's words. What begins with "done" is not run."""
+        return "skips what is there" * ("--keep" in self.command)
 
     @property
-    def is_at_work(self) -> bool:
-        """Whether another process trains it."""
-        return self.folder is not None and is_locked(self.folder)
+    def is_done(self) -> bool:
+        return self.state.startswith("done")
 
 
 class Runner:
@@ -59,13 +52,11 @@ class Runner:
         for process in list(self.running):
             process.terminate()
 
-    def run(self, stage: list[Job] | str) -> None:
+    def run(self, stage: list[Job]) -> None:
         """What is not done of it. After a signal: until everything that was running has ended."""
-        if isinstance(stage, str):
-            return print(f"# {stage}", flush=True)
         waiting = []
         for i, job in enumerate(stage, 1):
-            state = job.state(job)
+            state = job.state
             if not state.startswith("done"):
                 waiting.append((i, job))
             elif state != "done":
@@ -75,8 +66,8 @@ class Runner:
         try:
             while self.running or (waiting and not self.over):
                 while waiting and slots and not self.over:
-                    # Another process may be at work on the first: then another one, if there is.
-                    free = (each for each in waiting if not each[1].is_at_work)
+                    # Another process may train the first: then another one, if there is.
+                    free = (w for w in waiting if not (w[1].folder and is_locked(w[1].folder)))
                     i, job = chosen = next(free, waiting[0])
                     waiting.remove(chosen)
                     title = f"[{i}/{len(stage)}] {job.name}" if job.name else f"+ {job}"
@@ -103,18 +94,17 @@ class Runner:
     def start(self, job: Job, slot: int, shared: bool) -> None:
         """On the terminal; if shared with a log, and on a GPU or a part of the CPU's threads."""
         env = os.environ | {"WAIT_FOR_RUNS": "1"}  # of another run_all.sh, rather than to fail
-        log = job.log if shared else None
         if shared and self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         elif shared:
             threads = max(1, len(os.sched_getaffinity(0)) // self.jobs)
             env.setdefault("OMP_NUM_THREADS", str(threads))
-        if log:
-            log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "a") if log else contextlib.nullcontext() as out:
+        if shared:
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(job.log, "a") if shared else contextlib.nullcontext() as out:
             process = subprocess.Popen(
                 [sys.executable, *map(str, job.command)],
-                env=env, stdout=out, stderr=out if shared else None,
+                env=env, stdout=out, stderr=out,
                 # Ctrl-C reaches it by way of the runner alone, and once.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
             )  # fmt: skip

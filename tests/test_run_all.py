@@ -130,9 +130,9 @@ def test_what_another_process_trains_comes_last(folder):
     stage = [replace(job(k), folder=folder / str(k)) for k in range(3)]
     with contextlib.ExitStack() as stack:
         folders.lock(stage[0].folder, stack)
-        assert stage[0].is_at_work and not stage[1].is_at_work
+        assert folders.is_locked(stage[0].folder) and not folders.is_locked(stage[1].folder)
         Runner(1).run([replace(each, log=None) for each in stage])
-    assert not stage[0].is_at_work
+    assert not folders.is_locked(stage[0].folder)
     times = {path.stem: path.stat().st_mtime_ns for path in folder.glob("*.started")}
     assert sorted(times, key=times.get) == ["1", "2", "0"]
 
@@ -197,10 +197,10 @@ def test_sets_up_a_venv_where_a_requirement_is_missing(tmp_path):
         return lines[1:], done.stderr
 
     assert asked("full", ANY_VERSION="1") == (["python -m kit.study full"], "")
-    commands, message = asked("study", "--miniature")
+    commands, message = asked("plan", "study")
     assert [line.split(" -m ")[1].split()[0] for line in commands] == ["venv", "pip", "kit.study"]
     assert "--require-hashes -r requirements.lock" in commands[1]
-    assert commands[2] == ".venv/bin/python -m kit.study study --miniature"
+    assert commands[2] == ".venv/bin/python -m kit.study plan study"
     assert is_one_line(message) and f"{python} lacks" in message and "5 GB" in message
     assert asked("--help")[0] == [] and asked("fast")[0] == []
     (tmp_path / "requirements.txt").write_text((REPO / "requirements.txt").read_text())
