@@ -27,7 +27,6 @@ import argparse
 import copy
 import functools
 import itertools
-import json
 import re
 import sys
 import time
@@ -38,7 +37,7 @@ from pathlib import Path
 from kit import fast, training_speed
 from kit.command_line import UserError, exit_code, in_one_line, is_out_of_memory, make_parser
 from kit.environment import device_name, source_hashes
-from kit.files import check_writable, locked, write_atomically
+from kit.files import check_writable, locked, write_atomically, write_json
 from kit.preflight import choose_device, preflight
 from kit.results import read_rows
 from kit.runs import read_run
@@ -61,7 +60,8 @@ TOLERANCE = {"default": 2e-2, "fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}
 REPEATS = {"cuda": (1000, 200), "cpu": (200, 10)}  # of one image (enough for a p99), of more
 SOURCES = ("models.py", "kit/attention.py", "kit/fast.py")  # an edit makes another model or mode
 SETTING = ("device", "torch", "width", "image", "classes")  # what rows of one table share
-CASE = ("batch_size", "precision", "model", "mode")
+# Which row it is: a new one takes the place of the one that is there.
+place = itemgetter(*SETTING, "batch_size", "precision", "model", "mode")
 PERCENTILES = {"_p10": 10, "": 50, "_p90": 90, "_p99": 99}
 
 
@@ -106,28 +106,15 @@ def build(name: str, width: int, image: str = IMAGE, classes: int = CLASSES) -> 
     return model.eval()
 
 
-def make_forward(model: nn.Module, mode: str, precision: str, images: torch.Tensor) -> Callable:
-    """images -> float32 logits in a mode and precision, for images of this shape only."""
-    if mode != "eager":  # eager is as published, in PyTorch's default layout
-        model = model.to(memory_format=torch.channels_last)
-
-    def forward(images):
-        with fast.autocast(precision, images.device):
-            return model(images).float()
-
-    if "compile" in mode:
-        forward = fast.compiled(forward, images.device, options={"freezing": True})
-    return fast.Graphed(forward, images) if "graph" in mode else forward
-
-
 def prepare(case: dict, images: torch.Tensor) -> tuple[dict, Callable]:
-    """(a row of benchmark.json without its times, the forward pass: compiled, captured and warm).
+    """(a row of benchmark.json without its times, images -> float32 logits: compiled, captured and
+    warm, for images of this shape only).
 
     Raises UserError if the logits are wrong, and whatever compilers and drivers raise.
     Peak memory: weights, activations and workspace of one batch, as counted by PyTorch's allocator;
     of eager mode alone, for compiling and capturing need memory of their own.
     """
-    device, precision, eager = images.device, case["precision"], case["mode"] == "eager"
+    mode, precision, device = case["mode"], case["precision"], images.device
     shape = case["model"], case["width"], case["image"], case["classes"]
     model = build(*shape)
     fast.set_up_torch("fp32")
@@ -137,17 +124,29 @@ def prepare(case: dict, images: torch.Tensor) -> tuple[dict, Callable]:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
-    forward = make_forward(model.to(device), case["mode"], precision, images)
-    error = (forward(images) - expected).abs().max() / expected.abs().max()
-    error = error.item()  # waits for the device
-    set_up_seconds = None if eager else time.perf_counter() - start
+    # Eager is as published, in PyTorch's default layout.
+    layout = torch.preserve_format if mode == "eager" else torch.channels_last
+    model = model.to(device, memory_format=layout)
+
+    def forward(images):
+        with fast.autocast(precision, device):
+            return model(images).float()
+
+    if "compile" in mode:
+        forward = fast.compiled(forward, device, options={"freezing": True})
+    if "graph" in mode:
+        forward = fast.Graphed(forward, images)
+    error = ((forward(images) - expected).abs().max() / expected.abs().max()).item()  # waits
+    seconds = time.perf_counter() - start
     if not error <= TOLERANCE[precision]:
         raise UserError(f"logits differ from those of eager fp32, relative error {error:.1e}")
     for _ in range(10 if cuda else 2):
         forward(images)
-    peak = (torch.cuda.max_memory_allocated(device) - before) / 1e6 if cuda and eager else None
-    measured = {"logit_error": error, "set_up_seconds": set_up_seconds, "peak_memory_mb": peak}
-    return case | count(*shape) | measured, forward
+    peak = (torch.cuda.max_memory_allocated(device) - before) / 1e6 if cuda else None
+    measured = {"set_up_seconds": None, "peak_memory_mb": peak}
+    if mode != "eager":
+        measured = {"set_up_seconds": seconds, "peak_memory_mb": None}
+    return case | count(*shape) | {"logit_error": error} | measured, forward
 
 
 def seconds_per_call(function: Callable, argument: torch.Tensor) -> float:
@@ -192,39 +191,26 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
     return [row for row, *_ in ready], failed
 
 
-def repeats_of(size: int, args: argparse.Namespace) -> int:
-    return args.repeats or REPEATS[args.device.type][size > 1]
+def save(path: Path, rows: list[dict], markdown: Callable) -> str:
+    """Writes PATH.json, and as PATH.md its gist, which is returned."""
+    write_json(path.with_suffix(".json"), rows)
+    write_atomically(path.with_suffix(".md"), text := markdown(rows))
+    return text
 
 
-def place(row: dict) -> tuple:
-    """Which row it is: a new one takes the place of the one that is there."""
-    return *(row.get(key) for key in SETTING), *(row[key] for key in CASE)
-
-
-def write(out: Path, rows: dict[tuple, dict]) -> str:
-    """Writes benchmark.json and benchmark.md; returns the latter. Raises OSError."""
-    orders = {"precision": PRECISIONS, "model": list(MODELS), "mode": fast.MODES}
-
-    def order(row):
-        known = [o.index(row[key]) if row[key] in o else len(o) for key, o in orders.items()]
-        return [str(row.get(key)) for key in SETTING], row["batch_size"], known, row["model"]
-
-    ordered = sorted(rows.values(), key=order)
-    save(out / "benchmark", ordered, markdown(ordered))
-    return markdown(ordered)
-
-
-def save(path: Path, rows: list[dict], text: str) -> None:
-    write_atomically(path.with_suffix(".json"), json.dumps(rows, indent=2) + "\n")
-    write_atomically(path.with_suffix(".md"), text)
+def order(row: dict) -> tuple:
+    """Where it stands in benchmark.json."""
+    known = [*PRECISIONS, *MODELS, *fast.MODES]
+    names = [row[key] for key in ("precision", "model", "mode")]
+    ranks = [known.index(name) if name in known else len(known) for name in names]
+    return [str(row[key]) for key in SETTING], row["batch_size"], ranks, names
 
 
 def markdown(rows: list[dict]) -> str:
     """benchmark.md: for each batch size and precision a table with a line for each model."""
     about = "{}, torch {}, width {}, images {}, {} classes.\n"
     costs, text, setting = itemgetter("model", "params", "flops_aten", "flops"), "", None
-    keys = [*SETTING, "batch_size", "precision"]
-    for key, group in itertools.groupby(rows, lambda row: [row.get(name) for name in keys]):
+    for key, group in itertools.groupby(rows, itemgetter(*SETTING, "batch_size", "precision")):
         *here, size, precision = key
         if here != setting:
             text += "\n\n" * bool(text) + about.format(*here)
@@ -269,7 +255,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help=f"folder; {default}")
     add("--keep", action="store_true", help="do not measure again what this code has measured here")
-    add("--overwrite", action="store_true", help="discard the rows that are there")
     args = parser.parse_args(argv)
     try:
         if args.like:
@@ -282,9 +267,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     except ValueError as error:
         parser.error(str(error))
     args.batch_sizes = args.batch_sizes or ([64] if args.train else [1, 64])
-    others = args.keep or args.overwrite or (args.image, args.classes) != (IMAGE, CLASSES)
+    others = args.keep or (args.image, args.classes) != (IMAGE, CLASSES)
     if args.train and (others or fast.DEFAULT in (args.precisions or [])):
-        parser.error("--train takes no --keep, --overwrite, --image, --classes, default precision")
+        parser.error("--train takes no --keep, --image, --classes, default precision")
     if not args.modes:
         args.modes = [mode for mode in fast.MODES if not fast.why_not(mode, "fp32", args.device)]
         if missing := fast.why_no_compiler(args.device):
@@ -314,32 +299,33 @@ def main(argv: list[str] | None = None) -> int:
         common["sha256"] = source_hashes()
         for rows in training_speed.measure(args, common):
             with locked(args.out, "benchmark_train*"):
-                save(args.out / "benchmark_train", rows, training_speed.markdown(rows))
-        print(training_speed.markdown(rows))
+                text = save(args.out / "benchmark_train", rows, training_speed.markdown)
+        print(text)
         return 0
     common |= {"sha256": source_hashes(SOURCES), "timed_by": source_hashes(["benchmark.py"])}
+    axes = map(dict.fromkeys, (args.precisions, args.batch_sizes, args.models, args.modes))
     cases = [
         {"precision": precision, "batch_size": size, "model": model, "mode": mode}
-        | common | {"repeats": repeats_of(size, args)}
-        for precision, size in itertools.product(args.precisions, args.batch_sizes)
-        for model, mode in itertools.product(dict.fromkeys(args.models), args.modes)
+        | common | {"repeats": args.repeats or REPEATS[args.device.type][size > 1]}
+        for precision, size, model, mode in itertools.product(*axes)
     ]  # fmt: skip
     with locked(args.out, "benchmark*"):
-        there, problems = ([], []) if args.overwrite else read_rows(args.out / "benchmark.json")
+        there, problems = read_rows(args.out / "benchmark.json")
         for problem in problems:
             print(f"note: {problem.words}", file=sys.stderr)
-        rows, new, failed = {place(row): row for row in there}, 0, False
+        rows, new, failed = sorted(there, key=order), 0, False
         if args.keep:  # what this code has measured, as often
-            cases = [c for c in cases if not c.items() <= rows.get(place(c), {}).items()]
-        for _, group in itertools.groupby(cases, itemgetter("precision", "batch_size")):
+            cases = [c for c in cases if not any(c.items() <= row.items() for row in rows)]
+        for about, group in itertools.groupby(cases, itemgetter("precision", "batch_size")):
             group = list(group)
+            if not sys.stderr.isatty():  # where tqdm shows nothing
+                print("{}, batch {}".format(*about), flush=True)
             found, wrong = measure(group, args)
             failed, new = failed | wrong, new + len(found)
-            for case in group:  # what fails now has no row of earlier code either
-                rows.pop(place(case), None)
-            rows |= {place(row): row for row in found}
-            write(args.out, rows)  # now already, for --keep after a stop
-        print(write(args.out, rows))
+            again = set(map(place, group))  # what fails now has no row of earlier code either
+            rows = sorted([*found, *(r for r in rows if place(r) not in again)], key=order)
+            save(args.out / "benchmark", rows, markdown)  # now already, for --keep after a stop
+        print(save(args.out / "benchmark", rows, markdown))
     print("MFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs.")
     print(f"Written to {args.out / 'benchmark.json'}: {new} of {len(rows)} rows are new.")
     return 1 if failed or not rows else 0

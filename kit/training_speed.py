@@ -143,14 +143,14 @@ def summarized(cases: list[tuple[dict, Callable, list[float]]]) -> list[dict]:
     """The rows with what the turns so far have shown."""
     rows, yardstick = [], {}
     for row, _, seconds in cases:
-        key = row["model"], row["batch_size"]
-        plain = yardstick.setdefault(key, seconds)  # the plain loop is the first of its model
+        plain = yardstick.setdefault((row["model"], row["batch_size"]), seconds)  # the first
         ratios = sorted(a / b for a, b in zip(plain, seconds, strict=True))
-        ms = 1e3 * median(seconds) / row["steps"]
-        found = {"turns": len(seconds), "ms_per_step": ms}
-        found |= {"images_per_second": 1e3 * row["batch_size"] / ms}
-        found |= {"ratio": median(ratios), "ratio_low": ratios[0], "ratio_high": ratios[-1]}
-        rows.append(row | found)
+        s = median(seconds) / row["steps"]
+        rows.append(row | {
+            "turns": len(seconds), "ms_per_step": 1e3 * s,
+            "images_per_second": row["batch_size"] / s,
+            "ratio": median(ratios), "ratio_low": ratios[0], "ratio_high": ratios[-1],
+        })  # fmt: skip
     return rows
 
 
@@ -161,8 +161,8 @@ def markdown(rows: list[dict]) -> str:
         "{steps} steps; images/s relative to the plain loop: median of the ratios within each turn "
         "(lowest - highest).\n\n"
     )
-    lines, notes = [["model", "batch", "mode", "precision", "ms/step", "images/s"]], ""
-    lines[0].append("relative to the plain loop")
+    head = ["model", "batch", "mode", "precision", "ms/step", "images/s"]
+    lines, notes = [[*head, "relative to the plain loop"]], ""
     for row in rows:
         mode, name = row["mode"], f"`{row['model']}`"
         if "fallback" in row:

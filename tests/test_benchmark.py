@@ -41,8 +41,14 @@ def test_flops_are_the_published_ones(name):
     assert found["flops_aten"] == convolution_flops(build_model(name).eval())
 
 
-def rows_of(out):
-    return json.loads((out / "benchmark.json").read_text())
+def rows_of(out, name="benchmark"):
+    return json.loads((out / f"{name}.json").read_text())
+
+
+def small(out, *flags):
+    """benchmark.py of a narrow model on a CPU, each batch timed once; the exit code."""
+    fixed = ["--models", "se", "--width", "4", "--batch-sizes", "2", "--repeats", "1"]
+    return benchmark.main([*fixed, "--device", "cpu", "--out", str(out), *flags])
 
 
 def test_benchmark_json_has_a_row_a_model_and_batch_size(tmp_path, capsys):
@@ -63,6 +69,7 @@ def test_benchmark_json_has_a_row_a_model_and_batch_size(tmp_path, capsys):
         assert row["images_per_second"] == pytest.approx(1e3 / row["ms_per_image"])
     printed = capsys.readouterr()
     assert (tmp_path / "benchmark.md").read_text() in printed.out and printed.err == ""
+    assert printed.out.splitlines()[:2] == ["fp32, batch 1", "fp32, batch 4"]  # in a pipe
     assert all(f"| `{name}` |" in printed.out for name in MODELS)
 
     # --keep measures only what is not there yet under the same settings
@@ -90,16 +97,12 @@ def test_benchmark_json_has_a_row_a_model_and_batch_size(tmp_path, capsys):
     changed = [(row["width"], row["batch_size"], row["model"])
                for row, old in zip(found, both, strict=True) if row != old]  # fmt: skip
     assert changed == [(8, 4, "se")]
-    assert benchmark.main([*few, "--overwrite", "--out", str(tmp_path)]) == 0
-    assert [row["model"] for row in rows_of(tmp_path)] == ["se"]
 
 
 @pytest.mark.parametrize("content", ["{", "3", "[3, null]", '[{"model": "se"}]'])
 def test_a_damaged_file_is_measured_anew(tmp_path, content, capsys):
     (tmp_path / "benchmark.json").write_text(content)
-    flags = ["--models", "baseline", "--width", "4", "--batch-sizes", "2", "--device", "cpu"]
-    flags += ["--modes", "eager", "--repeats", "1", "--keep", "--out", str(tmp_path)]
-    assert benchmark.main(flags) == 0
+    assert small(tmp_path, "--models", "baseline", "--modes", "eager", "--keep") == 0
     assert is_one_line(error := capsys.readouterr().err) and "benchmark.json" in error
     (row,) = rows_of(tmp_path)
     assert row["model"] == "baseline"
@@ -121,8 +124,7 @@ def test_the_table_is_relative_to_the_baseline():
 
 @pytest.mark.slow
 def test_compiled_compared_with_eager(tmp_path):
-    flags = ["--models", "cbam_blocks", "--width", "8", "--batch-sizes", "4", "--device", "cpu"]
-    assert benchmark.main([*flags, "--out", str(tmp_path)]) == 0  # all modes of a CPU
+    assert small(tmp_path, "--models", "cbam_blocks", "--width", "8") == 0  # all modes of a CPU
     eager, compiled = rows_of(tmp_path)
     assert (eager["mode"], compiled["mode"]) == ("eager", "compile")
     assert eager["logit_error"] == 0 and 0 < compiled["logit_error"] < 1e-4
@@ -134,23 +136,20 @@ def test_a_mode_with_other_logits_is_left_out_and_fails(tmp_path, monkeypatch, c
         return lambda images: forward(images) * 1.001
 
     monkeypatch.setattr(torch, "compile", without_the_gates)
-    flags = ["--models", "se", "--width", "4", "--batch-sizes", "2", "--device", "cpu"]
-    assert benchmark.main([*flags, "--repeats", "1", "--out", str(tmp_path)]) == 1
+    assert small(tmp_path) == 1
     error = capsys.readouterr().err
     assert is_one_line(error) and "se, mode compile, fp32" in error and "1.0e-03" in error
     (eager,) = rows_of(tmp_path)
     assert eager["mode"] == "eager"
     older = eager | {"mode": "compile", "sha256": {}}  # one that earlier code has measured
     (tmp_path / "benchmark.json").write_text(json.dumps([eager, older]))
-    assert benchmark.main([*flags, "--repeats", "1", "--out", str(tmp_path)]) == 1
+    assert small(tmp_path) == 1
     assert [row["mode"] for row in rows_of(tmp_path)] == ["eager"]
 
 
 def test_a_trial_is_not_kept_for_a_measurement(tmp_path):
-    flags = ["--models", "se", "--width", "4", "--batch-sizes", "2", "--modes", "eager"]
-    flags += ["--device", "cpu", "--out", str(tmp_path), "--keep", "--repeats"]
     for repeats in (1, 3):
-        assert benchmark.main([*flags, str(repeats)]) == 0
+        assert small(tmp_path, "--modes", "eager", "--keep", "--repeats", str(repeats)) == 0
         assert [row["repeats"] for row in rows_of(tmp_path)] == [repeats]
 
 
@@ -172,9 +171,8 @@ def test_one_without_memory_leaves_no_flags_to_the_others(tmp_path, monkeypatch)
         lambda *call: seen.append(torch.are_deterministic_algorithms_enabled()) or timed(*call),
     )
     monkeypatch.setattr(fast, "why_not", lambda *_: None)  # as on a GPU
-    flags = ["--models", "se", "cbam_blocks", "--width", "4", "--batch-sizes", "2", "--modes"]
-    flags += ["eager", "--precisions", "default", "--repeats", "2", "--device", "cpu"]
-    assert benchmark.main([*flags, "--out", str(tmp_path)]) == 1
+    flags = ["--models", "se", "cbam_blocks", "--modes", "eager", "--precisions", "default"]
+    assert small(tmp_path, *flags, "--repeats", "2") == 1
     assert seen == [False, False]
 
 
@@ -183,8 +181,7 @@ def test_a_mode_that_does_not_run_is_left_out(tmp_path, monkeypatch, capsys):
         raise NotImplementedError("no such compiler\nand a long trace")
 
     monkeypatch.setattr(torch, "compile", failing)
-    flags = ["--models", "se", "--width", "4", "--batch-sizes", "2", "--device", "cpu"]
-    assert benchmark.main([*flags, "--repeats", "1", "--out", str(tmp_path)]) == 0
+    assert small(tmp_path) == 0
     error = capsys.readouterr().err
     assert is_one_line(error) and "no such compiler" in error
     assert [row["mode"] for row in rows_of(tmp_path)] == ["eager"]
@@ -217,10 +214,9 @@ def without_classes(error):
 
 def test_training_steps_compared_with_a_plain_loops(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
-    flags = ["--models", "baseline", "se", "--width", "4", "--batch-sizes", "16", "--repeats", "2"]
-    flags += ["--device", "cpu", "--out", str(tmp_path)]
-    assert benchmark.main(["--train", *flags]) == 0
-    rows = json.loads((tmp_path / "benchmark_train.json").read_text())
+    flags = ["--models", "baseline", "se", "--batch-sizes", "16", "--repeats", "2"]
+    assert small(tmp_path, "--train", *flags) == 0
+    rows = rows_of(tmp_path, "benchmark_train")
     modes = [("plain loop", "default"), ("plain loop, resident data", "default")]
     modes += [("eager", "fp32"), ("compile", "fp32")]
     expected = [(model, *each) for model in ("baseline", "se") for each in modes]
@@ -236,10 +232,8 @@ def test_training_steps_compared_with_a_plain_loops(tmp_path, monkeypatch, capsy
     assert without_classes(printed.err) == ""
     assert (tmp_path / "benchmark_train.md").read_text() in printed.out
     assert printed.out.count("| `se` | 16 |") == 4
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "benchmark_train.json",
-        "benchmark_train.md",
-    }
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"benchmark_train.json", "benchmark_train.md"}
 
 
 def test_training_steps_are_written_after_every_turn(tmp_path, monkeypatch):
@@ -255,9 +249,9 @@ def test_training_steps_are_written_after_every_turn(tmp_path, monkeypatch):
         return turn
 
     monkeypatch.setattr(training_speed, "plain_turn", plain_turn)
-    flags = ["--models", "baseline", "--width", "4", "--batch-sizes", "4", "--modes", "eager"]
-    assert benchmark.main(["--train", *flags, "--device", "cpu", "--out", str(tmp_path)]) == 130
-    rows = json.loads((tmp_path / "benchmark_train.json").read_text())
+    flags = ["--models", "baseline", "--modes", "eager", "--repeats", "7"]
+    assert small(tmp_path, "--train", *flags) == 130
+    rows = rows_of(tmp_path, "benchmark_train")
     assert [row["turns"] for row in rows] == [1, 1, 1] and taken == [1, 3] * 3
 
 
@@ -271,9 +265,9 @@ def test_a_slower_step_has_a_lower_ratio(tmp_path, monkeypatch):
         return slower
 
     monkeypatch.setattr(torch, "compile", slow)
-    flags = ["--models", "baseline", "--width", "4", "--batch-sizes", "4", "--repeats", "3"]
-    assert benchmark.main(["--train", *flags, "--device", "cpu", "--out", str(tmp_path)]) == 0
-    _, _, eager, slower = json.loads((tmp_path / "benchmark_train.json").read_text())
+    flags = ["--models", "baseline", "--batch-sizes", "4", "--repeats", "3"]
+    assert small(tmp_path, "--train", *flags) == 0
+    _, _, eager, slower = rows_of(tmp_path, "benchmark_train")
     assert slower["ms_per_step"] > 500 and slower["ratio"] < eager["ratio"]
 
 
@@ -282,9 +276,8 @@ def test_a_mode_that_falls_back_keeps_its_row_with_the_reason(tmp_path, monkeypa
         raise NotImplementedError("no such compiler")
 
     monkeypatch.setattr(torch, "compile", failing)
-    flags = ["--models", "baseline", "--width", "4", "--batch-sizes", "4", "--repeats", "1"]
-    assert benchmark.main(["--train", *flags, "--device", "cpu", "--out", str(tmp_path)]) == 0
-    rows = json.loads((tmp_path / "benchmark_train.json").read_text())
+    assert small(tmp_path, "--train", "--models", "baseline", "--batch-sizes", "4") == 0
+    rows = rows_of(tmp_path, "benchmark_train")
     assert [row["mode"] for row in rows[2:]] == ["eager", "compile"] and "fallback" not in rows[2]
     assert rows[3]["ran_in"] == "eager" and "no such compiler" in rows[3]["fallback"]
     text = (tmp_path / "benchmark_train.md").read_text()
@@ -319,7 +312,5 @@ def test_wrong_usage_is_one_line_and_exit_code_2(flags, capsys):
 
 def test_unwritable_folder_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    flags = ["--width", "4", "--batch-sizes", "1", "--modes", "eager", "--device", "cpu"]
-    out = str(tmp_path / "file")
-    assert benchmark.main([*flags, "--models", "baseline", "--out", out]) == 1
+    assert small(tmp_path / "file", "--modes", "eager") == 1
     assert is_one_line(capsys.readouterr().err)
