@@ -35,14 +35,13 @@ from operator import itemgetter
 from pathlib import Path
 
 from kit import fast, training_speed
-from kit.command_line import UserError, exit_code, in_one_line, is_out_of_memory, make_parser
+from kit.command_line import UserError, exit_code, in_one_line, make_parser, table
 from kit.environment import device_name, source_hashes
 from kit.files import check_writable, locked, write_atomically, write_json
 from kit.preflight import choose_device, preflight
 from kit.results import read_rows
 from kit.runs import read_run
 from kit.settings import number
-from kit.tables import table
 from models import MODELS, build_model, count_parameters
 
 import numpy as np
@@ -173,11 +172,12 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
         try:
             ready.append((*prepare(case, images), []))
         except Exception as error:  # compilers and drivers raise what they like
-            wrong = isinstance(error, UserError) or is_out_of_memory(error)
+            why = in_one_line(error)
+            wrong = isinstance(error, UserError) or "out of memory" in why
             if case["mode"] == "eager" and not wrong:
                 raise  # eager mode has neither: it would be a bug
-            line = f"{case['model']}, mode {case['mode']}, {about} left out: "
-            line = ("error: " if wrong else "note: ") + line + in_one_line(error)
+            line = f"{case['model']}, mode {case['mode']}, {about} left out: {why}"
+            line = f"{'error' if wrong else 'note'}: {line}"
             tqdm.write(line, file=sys.stderr)  # above the progress bar
             failed |= wrong
     fast.set_up_torch(precision)  # one that failed may have left other flags

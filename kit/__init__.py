@@ -15,7 +15,7 @@ A run
     runs            a run's folder: read, checked, compared, locked
     checkpoint      last.pt: states saved, verified, loaded in place
     preflight       will this machine do, on which device?  environment: what it is (env.json)
-    tensorboard_log, command_line (errors, exit codes), files, tables
+    tensorboard_log, command_line (errors, exit codes, tables), files
 
 The report and the pictures
     results         studies of comparable runs; rows of benchmark.json

@@ -1,5 +1,6 @@
-"""What every script does alike: --help is its docstring, an error is one line, and the exit code
-says how it ended: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n (Ctrl-C: 130)."""
+"""What every script does alike: --help is its docstring, a table is Markdown, an error is one line,
+and the exit code says how it ended: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n
+(Ctrl-C: 130)."""
 
 import argparse
 import functools
@@ -65,6 +66,14 @@ def is_out_of_memory(error: Exception) -> bool:
     words = ("out of memory", "allocate memory", "alloc failed", "allocation failed",
              "storage size calculation overflowed")  # fmt: skip
     return isinstance(error, MemoryError) or any(each in text for each in words)
+
+
+def table(rows: list[list]) -> str:
+    """In Markdown, one line per row, the first the header; aligned, for the terminal too."""
+    rows = [list(map(str, row)) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    rows.insert(1, ["-" * width for width in widths])
+    return "".join(f"| {' | '.join(map(str.ljust, row, widths))} |\n" for row in rows)
 
 
 NAMES = "names have letters, digits and . _ + -, and begin with none of . -"

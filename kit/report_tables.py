@@ -1,9 +1,9 @@
 """The tables of a report, in Markdown."""
 
 from kit import words
+from kit.command_line import table
 from kit.findings import Findings, ablation
 from kit.results import in_table_order
-from kit.tables import table
 from kit.verdicts import Comparison
 
 

@@ -16,10 +16,10 @@ from contextlib import redirect_stdout
 from statistics import median
 
 import train
+from kit.command_line import table
 from kit.datasets import ImageData
 from kit.fast import DEFAULT, set_up_torch
 from kit.run import Run
-from kit.tables import table
 from models import build_model
 
 import torch

@@ -24,7 +24,6 @@ import pytest
 from conftest import REPO, is_one_line, needs_pins, run_all, settings_of
 from PIL import Image
 
-FURTHER = ["baseline", *(model for model in MODELS if model not in study.COMPARED)]
 VARIABLES = ["MODELS", "SEEDS", "RECIPE", "DATASET", "FLAGS", "RUNS", "OUT", "JOBS", "SHARD"]
 SMALL = {"SEEDS": "0 1", "FLAGS": "--width 16 --epochs 4 --limit-train 256 --limit-test 500"}
 
@@ -191,6 +190,7 @@ def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path)
         finish(tmp_path / "runs", "--model", "se", "--seed", k, "--recipe", "short")
     lines = plan("study", OUT=tmp_path)
     compared, at = study.COMPARED, ("stages", "prepool", "classifier")
+    further = ["baseline", *(model for model in MODELS if model not in compared)]
     placed = [("baseline", "")]
     placed += [(m, f"--position {position}") for m in ("se", "cbam_blocks") for position in at]
     expected = [
@@ -198,7 +198,7 @@ def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path)
         *(("runs", "short", m, k, "") for k in range(20) for m in compared),
         *(("fp32", "short", m, k, "--precision fp32")
           for k in range(10) for m in ("baseline", "cbam_blocks")),
-        *(("modules/runs", "short", m, k, "") for k in range(10) for m in FURTHER),
+        *(("modules/runs", "short", m, k, "") for k in range(10) for m in further),
         *(("positions/runs", "short", m, k, flags) for k in range(10) for m, flags in placed),
     ]  # fmt: skip
     assert runs_in(lines) == [(f"{tmp_path}/{r}", *n, str(k), f) for r, *n, k, f in expected]
@@ -313,7 +313,7 @@ def test_a_small_study(tmp_path):
         return f"| `{model}` (smoke test, width 16) | {seeds} |"
 
     assert all(text.count(row(model, 2)) >= 2 for model in study.COMPARED)  # of either recipe
-    assert all(row(model, 2) in modules for model in FURTHER)
+    assert all(row(model, 2) in modules for model in study.FURTHER)
     assert row("se_stages", 2) in positions and "explain_compare.png" in text
     plans = [(p["recipe"], len(p["models"]), len(p["seeds"])) for p in read_plans(out / "runs")]
     assert plans == [("published", 5, 2), ("short", 5, 2)]
