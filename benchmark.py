@@ -223,12 +223,11 @@ def markdown(rows: list[dict]) -> str:
         lines = [["model", "parameters", "MFLOPs", "GFLOPs as published"]]
         lines[0] += [f"{mode}, ms/image" for mode in modes]
         for (name, params, exact, published), times in models.items():
+            cells = {mode: f"{ms:#.3g}" for mode, ms in times.items()}
+            for mode in times.keys() & base.keys():
+                cells[mode] += f" ({times[mode] / base[mode]:.2f})"
             line = [f"`{name}`", f"{params:,}", f"{exact / 1e6:,.1f}", f"{published / 1e9:.2f}"]
-            for mode in modes:
-                cell = f"{times[mode]:#.3g}" if mode in times else "-"
-                both = mode in times and mode in base
-                line.append(cell + f" ({times[mode] / base[mode]:.2f})" if both else cell)
-            lines.append(line)
+            lines.append([*line, *(cells.get(mode, "-") for mode in modes)])
         text += f"\nBatches of {size}, {precision}; in brackets relative to the baseline:\n\n"
         text += table(lines)
     return text

@@ -56,11 +56,8 @@ def why_unusable(index: int) -> str | None:
     ]
     if any(fits) or not known:
         return None
-    return (
-        f"PyTorch {torch.__version__} has no code for GPU {index}, "
-        f"{torch.cuda.get_device_name(index)} (compute capability {own[0]}.{own[1]}, it has "
-        f"{' '.join(names)})"
-    )
+    gpu = f"GPU {index}, {torch.cuda.get_device_name(index)} (compute capability {own[0]}.{own[1]}"
+    return f"PyTorch {torch.__version__} has no code for {gpu}, it has {' '.join(names)})"
 
 
 def visible_gpus() -> tuple[list[str], str]:
@@ -86,10 +83,8 @@ def why_no_gpu() -> str:
         return f"{nothing}, nor is there an NVIDIA driver (in a container: docker run --gpus all)"
     needed = DRIVERS.get(cuda.split(".")[0], 0)
     if int(driver.split(".")[0]) < needed:
-        return (
-            f"the NVIDIA driver {driver} is too old for PyTorch {torch.__version__} with CUDA "
-            f"{cuda}: update it to {needed} or newer"
-        )
+        old = f"the NVIDIA driver {driver} is too old for PyTorch {torch.__version__} with CUDA"
+        return f"{old} {cuda}: update it to {needed} or newer"
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     why = "see nvidia-smi" if hidden is None else f"CUDA_VISIBLE_DEVICES is '{hidden}': unset it"
     return f"{nothing}, though there is an NVIDIA driver {driver} ({why})"

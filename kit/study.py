@@ -57,7 +57,7 @@ OF_THE_RUN = ("base_model", "dataset", "recipe", "seed", "runs", "dry_run", "ove
 class Training(Job):
     """A run of train.py. Raises ValueError for FLAGS that are not for all runs."""
 
-    def __init__(self, s: SimpleNamespace, recipe: str, model: str, seed: int, runs: Path, flags):
+    def __init__(self, s: SimpleNamespace, recipe: str, model: str, seed, runs: Path, flags):
         command = ["train.py", "--model", *model.split(), "--dataset", s.dataset]
         command += ["--recipe", recipe, "--seed", seed, "--runs", runs]
         plain, run = (
@@ -67,9 +67,9 @@ class Training(Job):
             raise ValueError("no model, dataset, recipe, seed, runs, dry-run or overwrite")
         if "/" in run.dataset and not os.path.exists(run.dataset):
             raise ValueError(f"there is no folder {run.dataset}")
-        parts = run.dataset_name, run.recipe, run.model, f"seed{seed}"
+        parts = run.dataset_name, run.recipe, run.model, f"seed{run.seed}"
         log = runs / "logs" / f"{'.'.join(parts)}.log"
-        name, folder = f"{run.model}, seed {seed}", runs.joinpath(*parts)
+        name, folder = f"{run.model}, seed {run.seed}", runs.joinpath(*parts)
         super().__init__([*command, *s.flags, *flags], name, folder, log)
         self.settings = run
 
@@ -178,8 +178,8 @@ def study(s: SimpleNamespace) -> Iterator[list[Job]]:
 say = functools.partial(print, "#", flush=True)
 
 
-def settings_of(what: str, planning: bool, gpus: list[str], gpu: str) -> SimpleNamespace:
-    """The environment, checked before hours of work. Raises ValueError with one line."""
+def settings_of(what: str, planning: bool, gpus: list[str], gpu: str, fail) -> SimpleNamespace:
+    """The environment, checked before hours of work. Calls fail(one line) if something is wrong."""
     rows, s = TABLES[what], SimpleNamespace(what=what, planning=planning, gpus=gpus)
     home = f"results/{re.sub('[^a-z0-9]+', '_', gpu.lower()) if gpus else 'cpu'}"
     names, path = (r"|.*\S.*", "name one"), ("(?!-).+", "give one line without a dash in front")
@@ -192,16 +192,16 @@ def settings_of(what: str, planning: bool, gpus: list[str], gpu: str) -> SimpleN
     ):  # fmt: skip
         value = os.environ.get(name) or default
         if value != default and name in OWN.get(what, ["RECIPE"]):
-            raise ValueError(f"{name}: {what} has its own, or none: unset it")
+            fail(f"{name}: {what} has its own, or none: unset it")
         if not re.fullmatch(form, value):
-            raise ValueError(f"{name}: {value!r}: {advice}")
+            fail(f"{name}: {value!r}: {advice}")
         setattr(s, name.lower(), value)
     s.models, s.seeds = (list(dict.fromkeys(given.split())) for given in (s.models, s.seeds))
     s.out, s.jobs = Path(s.out), int(s.jobs)
     s.runs = s.out / "runs" if what == "study" else Path(s.runs)
     s.shard, s.shards = map(int, s.shard.split("/"))
     if s.shard >= s.shards:
-        raise ValueError(f"SHARD: {s.shard}/{s.shards}: give i/n with i from 0 to n-1")
+        fail(f"SHARD: {s.shard}/{s.shards}: give i/n with i from 0 to n-1")
     if s.recipe != rows[0][0]:
         rows = [(s.recipe, *rows[0][1:])]  # that table alone
     said = io.StringIO()  # by argparse
@@ -211,7 +211,7 @@ def settings_of(what: str, planning: bool, gpus: list[str], gpu: str) -> SimpleN
             s.tables = [training(s, *row) for row in rows]
     except (SystemExit, ValueError) as error:
         why = said.getvalue().rpartition("error: ")[2].strip() or error
-        raise ValueError(f"MODELS, SEEDS, RECIPE, DATASET or FLAGS: {why}") from error
+        fail(f"MODELS, SEEDS, RECIPE, DATASET or FLAGS: {why}")
     return s
 
 
@@ -229,18 +229,15 @@ def main(argv: list[str] | None = None) -> int:
     what = what or ("full" if gpus else "quick")
     if what not in TABLES:
         parser.error(f"{' '.join(words)!r}: use {', '.join(TABLES)}, or plan and one of these")
-    try:
-        s = settings_of(what, planning, gpus, gpu)
-    except ValueError as error:
-        parser.error(str(error))
+    s = settings_of(what, planning, gpus, gpu, parser.error)
     if what == "study" and not (planning or gpus or s.flags):
         raise UserError(f'the study needs a GPU, or small runs, as by FLAGS="--width 16": {gpu}')
     fetch = ["data.py", "--dataset", s.dataset, "--data-dir", s.tables[0][0].settings.data_dir]
-    stages = [[Job(fetch, needed=True)]], study(s) if what == "study" else tables(s)
-    stages = itertools.chain.from_iterable(stages)
+    stages = itertools.chain([[Job(fetch, needed=True)]], (study if what == "study" else tables)(s))
     if planning:
         for job in itertools.chain.from_iterable(stages):
-            print(f"{job}  # {job.state}" if job.state else job)
+            state = job.state
+            print(f"{job}  # {state}" if state else job)
         return 0
     for folder in (s.out, s.runs):
         advice = 'choose another RUNS or OUT (docker run: --user "$(id -u):$(id -g)")'

@@ -95,8 +95,8 @@ def plain_turn(model, dataset: ImageData, batch_size: int, device, resident=Fals
             order = torch.randperm(n, device=device).split(batch_size)
             loader = ((images[idx].float() / 127.5 - 1, labels[idx]) for idx in order)
         else:
-            pin = dict(pin_memory=device.type == "cuda")
-            loader = DataLoader(PilImages(images[:n], labels[:n]), batch_size, shuffle=True, **pin)
+            pin, plain = device.type == "cuda", PilImages(images[:n], labels[:n])
+            loader = DataLoader(plain, batch_size, shuffle=True, pin_memory=pin)
         for _ in plain_steps(model, loader, optimizer, device):
             pass
 

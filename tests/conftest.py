@@ -91,17 +91,16 @@ def script(*command, **options):
     return subprocess.run([sys.executable, *map(str, command)], **options)
 
 
-def run_all(*arguments, **environment):
-    """Runs ./run_all.sh with this Python and these variables."""
+def variables(**environment):
+    """Those of ./run_all.sh, which uses this Python."""
     needs_pins()
-    variables = {"PYTHON": sys.executable} | {k: str(v) for k, v in environment.items()}
-    return subprocess.run(
-        ["./run_all.sh", *arguments],
-        cwd=REPO,
-        env=os.environ | variables,
-        capture_output=True,
-        text=True,
-    )
+    return os.environ | {"PYTHON": sys.executable} | {k: str(v) for k, v in environment.items()}
+
+
+def run_all(*arguments, **environment):
+    """Runs ./run_all.sh with these variables."""
+    options = dict(cwd=REPO, capture_output=True, text=True)
+    return subprocess.run(["./run_all.sh", *arguments], env=variables(**environment), **options)
 
 
 def copy_run(source, runs, model, seed, test_acc=50.0, **changes):

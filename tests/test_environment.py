@@ -19,7 +19,7 @@ from kit.command_line import UserError
 
 import pytest
 import torch
-from conftest import REPO, is_one_line, needs_pins, script, train_small
+from conftest import REPO, is_one_line, run_all, script, train_small
 
 CPU = torch.device("cpu")
 NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -50,11 +50,7 @@ def test_why_there_is_no_gpu(tmp_path, monkeypatch, version, words):
     assert words in why and is_one_line(why)
     if "too old" in words:
         assert "update it to 580 or newer" in why
-    needs_pins()
-    done = subprocess.run(
-        ["./run_all.sh", "plan"], cwd=REPO, env=os.environ | {"PYTHON": sys.executable},
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_all("plan")
     assert done.returncode == 0 and f"{why}: a quick run on the CPU" in done.stderr
 
 

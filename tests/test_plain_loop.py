@@ -9,17 +9,9 @@ from models import build_model
 
 import pytest
 import torch
-import torch.nn as nn
 from conftest import REPO
+from test_models import torchvision_resnet18
 from torch.utils.data import DataLoader
-from torchvision.models import resnet18
-
-
-def adapted_resnet18():
-    model = resnet18(num_classes=10)
-    model.conv1 = nn.Conv2d(1, 64, kernel_size=3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    return model
 
 
 def test_the_training_loop_equals_the_plain_one(tmp_path, fashion_mnist):
@@ -32,7 +24,7 @@ def test_the_training_loop_equals_the_plain_one(tmp_path, fashion_mnist):
     train_idx, val_idx = data.split_indices(60_000, seed=0)
     train_idx, val_idx = train_idx[:66], val_idx[:64]
     images, labels = fashion_mnist.train_images, fashion_mnist.train_labels
-    model = adapted_resnet18().to(memory_format=torch.channels_last)
+    model = torchvision_resnet18().to(memory_format=torch.channels_last)
     model.load_state_dict(build_model("baseline", seed=0).state_dict())
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=2)

@@ -21,7 +21,7 @@ from kit.command_line import STOPPING, exit_code
 from kit.runner import Job, Runner
 
 import pytest
-from conftest import REPO, SMALL, is_one_line, needs_pins, run_all, script
+from conftest import REPO, SMALL, is_one_line, needs_pins, run_all, script, variables
 from test_image_folder import make
 
 COMMANDS = [
@@ -158,14 +158,13 @@ def test_a_run_that_another_process_trains_is_waited_for_under_run_all_alone(
 @pytest.mark.slow
 def test_two_at_a_time_share_the_work(tmp_path):
     """Neither fails; each run is trained once, each row of the benchmark measured once."""
-    needs_pins()
     images = make(tmp_path / "noise", {"a": 60, "b": 60, "c": 60}, size=(12, 12), mode="L")
-    environment = {"MODELS": "baseline se", "DATASET": images, "RUNS": tmp_path / "runs"}
-    environment |= {"OUT": tmp_path / "out", "PYTHON": sys.executable}
-    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    environment = variables(
+        MODELS="baseline se", DATASET=images, RUNS=tmp_path / "runs", OUT=tmp_path / "out"
+    )
+    options = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=REPO)
     command = ["./run_all.sh", "quick"]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    both = [subprocess.Popen(command, cwd=REPO, env=environment, **pipes) for _ in range(2)]
+    both = [subprocess.Popen(command, env=environment, **options) for _ in range(2)]
     outputs = [process.communicate(timeout=300)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     text = "".join(outputs)
@@ -210,10 +209,10 @@ def test_sets_up_a_venv_where_a_requirement_is_missing(tmp_path):
     spool.mkdir()
     shutil.copy(tmp_path / "run_all.sh", spool / "slurm_script")
     for folder, code, said in ((tmp_path, 0, ""), (spool, 1, "not the folder of the project")):
-        variables = os.environ | {"PYTHON": str(python), "SLURM_SUBMIT_DIR": str(folder)}
         done = subprocess.run(
-            ["bash", spool / "slurm_script", "plan"], env=variables, capture_output=True, text=True
-        )
+            ["bash", spool / "slurm_script", "plan"], capture_output=True, text=True,
+            env=variables(PYTHON=python, SLURM_SUBMIT_DIR=folder),
+        )  # fmt: skip
         assert done.returncode == code and said in done.stderr
 
 
@@ -255,12 +254,10 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(tmp_path):
 
 
 def test_ctrl_c_stops_the_runs_too(tmp_path):
-    needs_pins()
-    variables = {"PYTHON": sys.executable, "RUNS": tmp_path, "OUT": tmp_path, "JOBS": 2}
     with open(tmp_path / "log", "w") as out:
         process = subprocess.Popen(
             ["./run_all.sh", "quick"], cwd=REPO, stdout=out, stderr=out, start_new_session=True,
-            env=os.environ | {name: str(value) for name, value in variables.items()},
+            env=variables(RUNS=tmp_path, OUT=tmp_path, JOBS=2),
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # as from a terminal
         )  # fmt: skip
 

@@ -2,11 +2,9 @@
 
 import itertools
 import json
-import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
@@ -21,7 +19,7 @@ from kit.settings import as_config
 from models import MODELS
 
 import pytest
-from conftest import REPO, is_one_line, needs_pins, run_all, settings_of
+from conftest import REPO, is_one_line, run_all, settings_of, variables
 from PIL import Image
 
 VARIABLES = ["MODELS", "SEEDS", "RECIPE", "DATASET", "FLAGS", "RUNS", "OUT", "JOBS", "SHARD"]
@@ -209,6 +207,17 @@ def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path)
     assert scripts[2 + 5 * len(compared) :][: len(looks)] == looks
 
 
+def test_a_small_study_is_the_same_with_flags_and_seeds(plan, monkeypatch):
+    monkeypatch.setattr(study, "visible_gpus", lambda: ([], "no GPU at all"))
+    whole, lines = plan("study", OUT="small"), plan("study", OUT="small", **SMALL)
+    few = [run[:4] for run in runs_in(whole) if int(run[3]) < 2]
+    assert [run[:4] for run in runs_in(lines)] == few and len(few) == 62
+    assert all(SMALL["FLAGS"] in flags for *_, flags in runs_in(lines))
+    costs = [line for line in lines if " benchmark.py " in line]
+    like = "--like small/runs/fashion_mnist/published/baseline/seed0"
+    assert len(costs) == 4 and all(like in line and "graph" not in line for line in costs)
+
+
 def test_done_is_a_whole_result_of_just_these_settings(plan, tmp_path):
     """The plan says of a run what train.py would."""
     fp32 = "--model", "baseline", "--seed", 1, "--precision", "fp32", "--recipe", "short"
@@ -293,17 +302,17 @@ def test_wrong_usage_is_one_line_and_exit_code_2(words, environment, named, monk
 def test_a_small_study(tmp_path):
     """Stopped in its first training run, resumed to its end, and called once more."""
     out, log = tmp_path / "out", tmp_path / "log"
-    needs_pins()
-    environment = os.environ | {"PYTHON": sys.executable, "OUT": str(out)} | SMALL
-    command = ["./run_all.sh", "study"]
+    small = {"OUT": out} | SMALL
     with open(log, "w") as file:
-        process = subprocess.Popen(command, cwd=REPO, env=environment, stdout=file, stderr=file)
+        process = subprocess.Popen(
+            ["./run_all.sh", "study"], cwd=REPO, env=variables(**small), stdout=file, stderr=file
+        )
         while "epoch  1/4" not in log.read_text() and process.poll() is None:
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 143
 
-    done = run_all("study", OUT=out, **SMALL)
+    done = run_all("study", **small)
     assert done.returncode == 0, done.stderr
     text, modules, positions = (
         (out / folder / "report.md").read_text() for folder in ("", "modules", "positions")
@@ -323,6 +332,6 @@ def test_a_small_study(tmp_path):
     # The small files alone, as from a clone: nothing is trained again, the reports are the same.
     for path in [*out.rglob("*.pt"), *out.rglob("events.out.tfevents.*"), out / "report.md"]:
         path.unlink()
-    again = run_all("study", OUT=out, **SMALL)
+    again = run_all("study", **small)
     assert again.returncode == 0 and "kept: " in again.stdout
     assert "epoch  1/4" not in again.stdout and (out / "report.md").read_text() == text
