@@ -114,18 +114,18 @@ def prepare(case: dict, images: torch.Tensor) -> tuple[dict, Callable]:
     of eager mode alone, for compiling and capturing need memory of their own.
     """
     mode, precision, device = case["mode"], case["precision"], images.device
+    cuda, eager = device.type == "cuda", mode == "eager"
     shape = case["model"], case["width"], case["image"], case["classes"]
     model = build(*shape)
     fast.set_up_torch("fp32")
     expected = copy.deepcopy(model).to(device)(images)
     fast.set_up_torch(precision)
-    if cuda := device.type == "cuda":
+    if cuda:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
     # Eager is as published, in PyTorch's default layout.
-    layout = torch.preserve_format if mode == "eager" else torch.channels_last
-    model = model.to(device, memory_format=layout)
+    model.to(device, memory_format=torch.preserve_format if eager else torch.channels_last)
 
     def forward(images):
         with fast.autocast(precision, device):
@@ -141,11 +141,10 @@ def prepare(case: dict, images: torch.Tensor) -> tuple[dict, Callable]:
         raise UserError(f"logits differ from those of eager fp32, relative error {error:.1e}")
     for _ in range(10 if cuda else 2):
         forward(images)
-    peak = (torch.cuda.max_memory_allocated(device) - before) / 1e6 if cuda else None
-    measured = {"set_up_seconds": None, "peak_memory_mb": peak}
-    if mode != "eager":
-        measured = {"set_up_seconds": seconds, "peak_memory_mb": None}
-    return case | count(*shape) | {"logit_error": error} | measured, forward
+    peak = (torch.cuda.max_memory_allocated(device) - before) / 1e6 if cuda and eager else None
+    measured = {"logit_error": error, "peak_memory_mb": peak}
+    measured["set_up_seconds"] = None if eager else seconds
+    return case | count(*shape) | measured, forward
 
 
 def seconds_per_call(function: Callable, argument: torch.Tensor) -> float:
@@ -166,6 +165,8 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
     """
     size, precision, repeats = (cases[0][key] for key in ("batch_size", "precision", "repeats"))
     about, bar = f"{precision}, batch {size}", functools.partial(tqdm, disable=None, leave=False)
+    if not sys.stderr.isatty():  # where tqdm shows nothing
+        print(about, flush=True)
     images = torch.rand(size, *shape_of(args.image), device=args.device)
     ready, failed = [], False
     for case in bar(cases, f"{about}: setting up"):
@@ -176,8 +177,8 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
             wrong = isinstance(error, UserError) or "out of memory" in why
             if case["mode"] == "eager" and not wrong:
                 raise  # eager mode has neither: it would be a bug
-            line = f"{case['model']}, mode {case['mode']}, {about} left out: {why}"
-            line = f"{'error' if wrong else 'note'}: {line}"
+            kind = "error" if wrong else "note"
+            line = f"{kind}: {case['model']}, mode {case['mode']}, {about} left out: {why}"
             tqdm.write(line, file=sys.stderr)  # above the progress bar
             failed |= wrong
     fast.set_up_torch(precision)  # one that failed may have left other flags
@@ -315,10 +316,8 @@ def main(argv: list[str] | None = None) -> int:
         rows, new, failed = sorted(there, key=order), 0, False
         if args.keep:  # what this code has measured, as often
             cases = [c for c in cases if not any(c.items() <= row.items() for row in rows)]
-        for about, group in itertools.groupby(cases, itemgetter("precision", "batch_size")):
+        for _, group in itertools.groupby(cases, itemgetter("precision", "batch_size")):
             group = list(group)
-            if not sys.stderr.isatty():  # where tqdm shows nothing
-                print("{}, batch {}".format(*about), flush=True)
             found, wrong = measure(group, args)
             failed, new = failed | wrong, new + len(found)
             again = set(map(place, group))  # what fails now has no row of earlier code either

@@ -1,6 +1,6 @@
 """What every script does alike: --help is its docstring, a table is Markdown, an error is one line,
-and the exit code says how it ended: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n
-(Ctrl-C: 130)."""
+and the exit code says how it ended: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n.
+"""
 
 import argparse
 import functools

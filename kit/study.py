@@ -51,6 +51,8 @@ TABLES = {
 }
 # Variables of the environment that may not change a word's own.
 OWN = {"full": [], "study": ["MODELS", "RECIPE", "DATASET", "RUNS", "SHARD"]}
+say = functools.partial(print, "#", flush=True)  # a heading among the commands
+# What FLAGS may not change.
 OF_THE_RUN = ("base_model", "dataset", "recipe", "seed", "runs", "dry_run", "overwrite")
 
 
@@ -173,9 +175,6 @@ def study(s: SimpleNamespace) -> Iterator[list[Job]]:
     say("7. SE and CBAM at other positions")
     yield positions
     yield [Job(["report.py", "--runs", s.out / "positions/runs", "--out", s.out / "positions"])]
-
-
-say = functools.partial(print, "#", flush=True)
 
 
 def settings_of(what: str, planning: bool, gpus: list[str], gpu: str, fail) -> SimpleNamespace:
