@@ -21,8 +21,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import data
-from kit import attribution
-from kit.checkpoint import load_weights
+from kit import attribution, checkpoint
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
 from kit.fast import channels_last, set_up_torch
 from kit.files import check_writable, write_json
@@ -74,9 +73,7 @@ def load_model(run: FinishedRun, dataset: data.ImageData) -> nn.Module:
     try:
         place = config.get("position"), config.get("reduction")
         model = build_model(config["base_model"], *shape, None, *place)
-        model.load_state_dict(load_weights(path))
-    except UserError:
-        raise
+        model.load_state_dict(checkpoint.load(path))
     except Exception as error:  # damaged files raise what they like
         raise UserError(
             f"{path} does not load as {config['model']} ({in_one_line(error)}): train it (Git "

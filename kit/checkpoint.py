@@ -4,23 +4,21 @@ The one before it is kept as prev.pt until the run is complete. Everything in it
 a tensor, loaded on the CPU with `weights_only=True`, and copied into place from there.
 """
 
-import hashlib
 import io
 import pickle
 import random
 import sys
 import warnings
+import zipfile
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kit.command_line import UserError, is_out_of_memory
+from kit.command_line import is_out_of_memory
 from kit.runs import different, settings_of
 
 import numpy as np
 import torch
-
-LENGTH = (64).to_bytes(2, "little")  # of the sha256 at the end of a file
 
 
 @dataclass
@@ -101,29 +99,25 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
     What depends on the device stays as it is, so that a run may resume on another one.
     """
-    groups = []
-    for own, group in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        group = group | {key: own[key] for key in ("fused", "capturable") if key in own}
+    own_groups, own_state = optimizer.param_groups, optimizer.state
+    groups = [
+        group | {key: own[key] for key in ("fused", "capturable") if key in own}
+        for own, group in zip(own_groups, saved["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+    for own, group in zip(own_groups, optimizer.param_groups, strict=True):
         for key, value in group.items():  # a GPU's learning rate is a tensor, a CPU's a number
             if isinstance(own.get(key), torch.Tensor):
                 group[key] = own[key].fill_(float(value))
             elif isinstance(value, torch.Tensor):
                 group[key] = float(value)
-        groups.append(group)
-    if not saved["state"] and not starts_at_zero(optimizer):
-        optimizer.state.clear()
-    if not optimizer.state:
-        optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
-    for own, group in zip(optimizer.param_groups, groups, strict=True):
-        own.update(group | {"params": own["params"]})
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, parameter in enumerate(parameters):
-        for key, value in optimizer.state.get(parameter, {}).items():
-            before = saved["state"].get(i, {}).get(key)  # None: before the first step
-            if isinstance(value, torch.Tensor):
-                value.copy_(before) if before is not None else value.zero_()
-            else:
-                optimizer.state[parameter][key] = before
+    if saved["state"] or starts_at_zero(optimizer):
+        for parameter, tensors in own_state.items():
+            state = optimizer.state[parameter]
+            for key, value in tensors.items():
+                if isinstance(value, torch.Tensor):
+                    new = state.get(key)  # None: before the first step
+                    state[key] = value.zero_() if new is None else value.copy_(new)
 
 
 def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Progress:
@@ -166,50 +160,33 @@ def why_no_graph(optimizer: torch.optim.Optimizer) -> str | None:
     return None
 
 
-def load(path: Path, unsigned: bool = False) -> dict:
-    """What was saved in `path`, on the CPU. Raises some exception if it is damaged.
+def load(path: Path) -> dict:
+    """What torch.save wrote to `path`, on the CPU. Raises some exception if it is damaged.
 
-    unsigned: without a sha256 at its end, too, as torch.save leaves it.
+    The file is a zip archive with a checksum for each of its members; torch.load looks at none.
     """
     if path.exists() and not path.is_file():  # a pipe would be waited for
         raise ValueError("it is no file")
-    with open(path, "rb") as file:
-        file.seek(max(0, file.seek(0, io.SEEK_END) - 66))
-        is_signed = file.read(2) == LENGTH
-        file.seek(0)
-        if unsigned and not is_signed:
-            return torch.load(file, map_location="cpu", weights_only=True)
-        body = file.read() if is_signed else b""  # a sparse file would fill the memory
-    if body[-64:] != hashlib.sha256(body[:-64]).hexdigest().encode():
-        raise ValueError("it is damaged or incomplete: its sha256 is not the one at its end")
-    return torch.load(io.BytesIO(body), map_location="cpu", weights_only=True)
-
-
-def load_weights(path: Path) -> dict:
-    """A best.pt, or any state_dict that torch.save wrote. Raises UserError for anything else."""
+    with zipfile.ZipFile(path) as archive:
+        members = archive.infolist()
+        # 0x10 is a folder, which PyTorch would not read; testzip cannot go to before the file.
+        impossible = any(m.external_attr & 0x10 or m.header_offset < 0 for m in members)
+        if impossible or archive.testzip():
+            raise ValueError("it is damaged")
     warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # of TorchScript
     try:
-        return load(path, unsigned=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         if "weights_only" not in str(error):
             raise
-        # PyTorch would advise to switch safety off.
-        raise UserError(
-            f"{path} holds a pickled model or no model, and code could run as it loads: save "
-            "weights alone, torch.save(model.state_dict(), FILE)"
+        raise ValueError(  # PyTorch would advise to switch safety off
+            "it holds a pickled model or no model, and code could run as it loads: save weights "
+            "alone, torch.save(model.state_dict(), FILE)"
         ) from None
 
 
-def serialized(state: dict) -> memoryview:
-    """The bytes of a .pt file, which is a zip archive, with their sha256 as its comment.
-
-    torch.load looks at no checksum, and those of the archive leave out its directory.
-    """
+def serialized(state: dict) -> bytes:
+    """A .pt file. (Straight to a full disk, torch.save raises no OSError.)"""
     buffer = io.BytesIO()
     torch.save(state, buffer)
-    with buffer.getbuffer() as body:
-        body[-2:] = LENGTH  # an archive ends with the length of its comment
-        digest = hashlib.sha256(body).hexdigest()
-    buffer.seek(0, io.SEEK_END)
-    buffer.write(digest.encode())
-    return buffer.getbuffer()
+    return buffer.getvalue()

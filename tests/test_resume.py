@@ -336,7 +336,7 @@ class Evil:
 def damages(folder):
     """{what: the bytes of a last.pt that must not be used}."""
     body = (folder / "last.pt").read_bytes()
-    state = checkpoint.load(folder / "last.pt")
+    state, saved = checkpoint.load(folder / "last.pt"), checkpoint.serialized
     cbam = build_model("cbam_blocks", width=8)
     flipped, unread = bytearray(body), bytearray(body)
     flipped[len(body) // 2] ^= 1
@@ -357,10 +357,6 @@ def damages(folder):
         "parameters": saved(state | {"optimizer": train.adam(cbam, 1e-3).state_dict()}),
         "history": saved(state | {"progress": state["progress"] | {"history": [{"epoch": 7}]}}),
     }
-
-
-def saved(state):
-    return bytes(checkpoint.serialized(state))
 
 
 def resumed(folder):
@@ -528,31 +524,29 @@ def mutated(body, generator):
 
 
 def test_mutated_checkpoints_are_whole_or_renamed(stopped, tmp_path, capsys):
+    """Whole: what was changed is padding, or a copy of something, that nobody reads."""
     folder = stopped / FOLDER
     body, good = (folder / "last.pt").read_bytes(), checkpoint.load(folder / "last.pt")
     fresh = build_model("se", width=8, seed=0).state_dict()
     generator = random.Random(0)
+    n_renamed = 0
     for i in range(150):
         copy = tmp_path / str(i)
         copy.mkdir()
-        (copy / "last.pt").write_bytes(other := mutated(body, generator))
+        (copy / "last.pt").write_bytes(mutated(body, generator))
         shutil.copy(folder / "config.json", copy)
         progress, model, optimizer = resumed(copy)
-        if other == body:
-            assert progress.history == good["progress"]["history"]
-        else:
-            assert is_one_line(capsys.readouterr().err) and not progress.history
-            assert (copy / "last.pt.corrupt").exists() and not optimizer.state
+        error = capsys.readouterr().err
+        if (copy / "last.pt.corrupt").exists():
+            assert is_one_line(error) and not progress.history and not optimizer.state
             assert same_weights(model, fresh)
+            n_renamed += 1
+        else:
+            assert error == "" and same_weights(model, good["model"])
+            assert_same(optimizer.state_dict(), good["optimizer"])
+            assert_same(vars(progress), good["progress"])
         shutil.rmtree(copy)
-
-
-def test_checkpoints_are_read_by_torch_load(stopped):
-    """By the plain call, which knows nothing of the digest at their end."""
-    folder = stopped / FOLDER
-    weights = torch.load(folder / "best.pt", weights_only=True)
-    assert same_weights(build_model("se", width=8), weights) is False
-    build_model("se", width=8).load_state_dict(weights)
+    assert n_renamed > 100
 
 
 @pytest.mark.parametrize("name", ["config.json", "result.json", "env.json"])
