@@ -17,8 +17,9 @@ from pathlib import Path
 from kit.command_line import in_one_line
 
 SMALL = 2**26  # bytes, far above what a small file of a run has
-# What network and shared folders say to calls that they lack: fsync, locks.
-NOT_SUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+# What network and shared folders say where they have no locks; EBADF: NFS, which locks a file only
+# for writing, and a folder cannot be opened for that.
+NO_LOCKS = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)
 
 
 def write_atomically(path: Path | str, body: bytes | str, previous: Path | None = None) -> None:
@@ -57,6 +58,13 @@ def write_atomically(path: Path | str, body: bytes | str, previous: Path | None 
             os.close(folder)
 
 
+def remove(folder: Path, *patterns: str) -> None:
+    """Deletes the files in `folder` that match, one pattern after the other."""
+    for path in (path for pattern in patterns for path in folder.glob(pattern)):
+        if not path.is_dir():
+            path.unlink(missing_ok=True)
+
+
 def read_small(path: Path) -> bytes:
     """The bytes of one of a run's small files. Raises OSError, also for a pipe, which would be
     waited for, and for what is too large to be one."""
@@ -68,11 +76,14 @@ def read_small(path: Path) -> bytes:
 
 
 def fits(value, kind) -> bool:
-    """kind: a type, (least, most) of a number, a range of whole numbers, or a test."""
+    """kind: a type, (least, most) of a number, a range of whole numbers, [kind] of a list's items,
+    or a test."""
     if isinstance(kind, tuple):
         return type(value) in (int, float) and kind[0] <= value <= kind[1]  # nan and inf are not
     if isinstance(kind, range):
         return type(value) is int and value in kind
+    if isinstance(kind, list):
+        return type(value) is list and all(fits(each, kind[0]) for each in value)
     return type(value) is kind if isinstance(kind, type) else kind(value)
 
 
@@ -118,7 +129,7 @@ def check_writable(folder: Path, advice: str = "choose another --out") -> None:
 
 def say_no_locks(folder: Path, error: OSError) -> None:
     """Raises the error if it is another than that the file system lacks locks."""
-    if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+    if error.errno not in NO_LOCKS:
         raise error
     print(f"note: {folder} has no locks: let no other process write there", file=sys.stderr)
 
@@ -140,8 +151,7 @@ def locked(folder: Path, *names: str) -> Iterator[None]:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         except OSError as error:
             say_no_locks(folder, error)
-        for left in (path for name in names for path in folder.glob(f".{name}.tmp*")):
-            left.unlink(missing_ok=True)
+        remove(folder, *(f".{name}.tmp*" for name in names))
         yield
     finally:
         os.close(descriptor)

@@ -10,12 +10,12 @@ import time
 from argparse import Namespace
 from pathlib import Path
 
-from kit.command_line import UserError, in_one_line
+from kit.command_line import UserError, in_one_line, is_name
 from kit.files import check, locked, read_json, write_json
-from kit.runs import are_names, are_seeds
+from kit.runs import COUNT
 
 STUDY = ("dataset", "recipe", "overrides")  # what the lines of one study share
-PLAN = dict(date=str, dataset=str, recipe=str, overrides=dict, models=are_names, seeds=are_seeds)
+PLAN = dict(date=str, dataset=str, recipe=str, overrides=dict, models=[is_name], seeds=[COUNT])
 
 
 def runs_of(plan: dict) -> set[tuple[str, int]]:

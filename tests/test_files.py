@@ -50,7 +50,7 @@ def test_many_may_write_the_same_file(tmp_path):
     assert os.listdir(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF])
 def test_a_file_system_may_lack_fsync_and_locks(tmp_path, monkeypatch, capsys, number):
     """Network and shared folders: of folders, or a folder that cannot even be opened."""
 
