@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kit.command_line import is_out_of_memory
-from kit.runs import different, settings_of
+from kit.runs import different
 
 import numpy as np
 import torch
@@ -131,7 +131,7 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
             continue
         try:
             state = load(path)
-            if other := different(settings_of(state["config"]), settings_of(config)):
+            if other := different(state["config"], config):
                 raise ValueError(f"it is of a run with {'; '.join(other)}")
             progress = Progress(**state["progress"])
             if [row["epoch"] for row in progress.history] != list(range(1, progress.epochs + 1)):

@@ -14,6 +14,7 @@ saving takes more than 1% of the time, and always when a signal stops the run.
 """
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -31,13 +32,16 @@ from kit.checkpoint import Progress, load_state, serialized
 from kit.command_line import Stopped, UserError, handle_signals, noted
 from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
 from kit.fast import choose_mode, fast
-from kit.files import read_json, write_atomically, write_json
-from kit.runs import completed, in_brackets, refuse_another_run, write_array
+from kit.files import read_json, remove, write_atomically, write_json
+from kit.runs import changes_since, completed, in_brackets, refuse_another_run
 from kit.settings import as_config
 from kit.tensorboard_log import INCOMPLETE, log_epoch, log_test, open_writer
 
 import numpy as np
 import torch
+
+STATES = ("last.pt", "prev.pt", "*.pt.corrupt")  # what only an unfinished run needs
+OF_CONFIG = ("model", "recipe", "seed", "width", "precision", "quick", "overrides")
 
 
 class Run:
@@ -48,8 +52,8 @@ class Run:
         self.result: dict | None = None
         self.stopped_by: int | None = None  # a signal
         self.in_loop = False  # whether there is something to save when a signal arrives
-        self.failures: list[str] = []  # why it is in no faster mode
-        self.set_up_seconds = self.save_seconds = self.last_save_took = self.saved_at = 0.0
+        self.env_before: dict | None = None  # env.json, of a resumed run
+        self.save_seconds = self.last_save_took = 0.0
 
     def __enter__(self):
         s, parent = self.settings, self.settings.runs
@@ -61,20 +65,17 @@ class Run:
             runs.lock(self.folder, self.stack)
             self.lock = runs.lock_of(self.folder)
             if not s.overwrite and (there := completed(self.folder, self.config)):
-                # It may have been killed after its result was written, before these went.
-                runs.discard_states(self.folder, there.config.get("keep_last", True))
-                env = {"sha256": source_hashes()}
-                changes = in_brackets(runs.changes_since(self.folder, env))
-                print(f"already complete: {self.folder}{changes}")
+                remove(self.folder, *STATES)  # it may have been killed before these went
+                changes = changes_since(there.env, {"sha256": source_hashes()})
+                print(f"already complete: {self.folder}{in_brackets(changes)}")
                 self.result = there.result
             self.stack = self.stack.pop_all()  # nothing failed: all of it stays until __exit__
         return self
 
     def __exit__(self, kind, error, trace):
         with self.stack:
-            if kind is Stopped:
-                self.save()
             if kind is Stopped and not self.settings.dry_run:
+                self.save()
                 print(
                     f"stopped by {error.signal.name}: checkpoint saved in {self.folder}; the same "
                     "command (without --overwrite) resumes the run",
@@ -103,68 +104,72 @@ class Run:
 
     def restore(self, loader, model, optimizer, scheduler, ema) -> Progress:
         """Loads what the folder holds of this run into these objects; how far it is."""
-        s, folder = self.settings, self.folder
-        self.loader, self.model, self.optimizer = loader, model, optimizer
+        s, folder, self.loader = self.settings, self.folder, loader
+        self.parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
         check_shapes(model, loader.normalize(loader.images[:2]))
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        self.parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
         # `auto` looks at the length of the whole run, so that a resumed one takes the same mode.
         steps = s.epochs * loader.steps
         full_batches = loader.n_train >= s.batch_size  # the other modes are for these
         self.mode = choose_mode(s.mode, s.device, steps) if full_batches else "eager"
         self.config |= {"mode": self.mode, "optimizer_class": type(optimizer).__name__}
-        self.env = env = describe_environment(s.device)
-        if s.overwrite:
-            runs.clear(folder)  # only now that data and model are there
+        self.env = describe_environment(s.device)
+        if s.overwrite:  # only now that data and model are there; first the mark of completion
+            remove(folder, "result.json", "[!.]*")
         elif (folder / "config.json").exists():
             advice = "delete it to resume from last.pt, or use --overwrite to start from scratch"
             try:
-                there = read_json(folder / "config.json", dict(model=str))
+                there = read_json(folder / "config.json", dict(model=str, overrides=dict))
             except ValueError as error:
                 raise UserError(f"{folder} is damaged ({error}): {advice}") from error
             refuse_another_run(folder, there, self.config)
-        runs.remove_strays(folder)
+        # What a killed process left of a file, and its curves, which may lack the last epochs.
+        remove(folder, ".*.tmp*", "events.out.tfevents.*")
         self.progress = checkpoint.resume(folder, self.parts, self.device, self.config)
         if self.progress.epochs or self.progress.step:
-            changes = runs.changes_since(folder, env)
-            env["changes"] = changes  # so that they are not forgotten
+            try:
+                self.env_before = read_json(folder / "env.json", runs.ENV)
+            except ValueError as error:
+                self.env_before = {"changes": [f"damaged ({error})"]}
+            changes = in_brackets(changes_since(self.env_before, self.env))
             where = f"epoch {self.progress.epochs + 1}, after {self.progress.step:,} steps"
-            print(f"resuming in {where}{in_brackets(changes)}")
+            print(f"resuming in {where}{changes}")
         write_json(folder / "config.json", self.config)
         if diff := environment.code_diff():
-            write_atomically(folder / "code.diff", diff + "\n")
-        self.write_best_and_metrics()
-        self.writer = open_writer(folder, self.stack)
-        self.in_loop = True  # for a signal that closes the writer while it writes would hang
-        for row in self.progress.history:
-            log_epoch(self.writer, row)
-        self.in_loop = False
-        if self.stopped_by:
-            self.leave_if_stopped()
+            self.write("code.diff", diff + "\n")
+        self.write_best()
+        self.write_metrics()
         return self.progress
 
     def speed_up(self, step, forward):
         """The step in the fastest mode that works, compiled or captured before the clock starts."""
+        s, loader, model, failures = self.settings, self.loader, self.parts["model"], []
         start, mode = time.perf_counter(), self.mode
         if "compile" in mode:
             print("compiling the training step, the first time up to a minute", flush=True)
-        if "graph" in mode and (reason := checkpoint.why_no_graph(self.optimizer)):
-            self.failures.append(reason)
+        if "graph" in mode and (reason := checkpoint.why_no_graph(self.parts["optimizer"])):
+            failures.append(reason)
             mode = "compile" if "compile" in mode else "eager"
-        example = self.loader.epoch(1)[0]
         before = deepcopy(checkpoint.get_state(self.parts, self.device))
-        self.model.train()
         restore = partial(load_state, before, self.parts, self.device)
-        wanted = mode, self.settings.precision, example, self.model, restore
-        step, self.mode, failures, self.error = fast(step, forward, *wanted)
-        self.failures += failures
+        model.train()
+        step, self.mode, others, self.error = fast(
+            step, forward, mode, s.precision, loader.epoch(1)[0], model, restore
+        )
+        self.failures = failures + others
         self.set_up_seconds = time.perf_counter() - start
         for failure in self.failures:
             print(f"note: {failure}; training in mode {self.mode}", file=sys.stderr)
-        runs.write_env(self.folder, self.env, self.mode)
+        self.env["mode"] = self.mode
+        if self.env_before:
+            self.env["changes"] = changes_since(self.env_before, self.env)
+            self.env["shared_gpu"] = self.env["shared_gpu"] or self.env_before.get("shared_gpu")
+        write_json(self.folder / "env.json", self.env)
+        self.writer = open_writer(self.folder, self.stack)
         self.saved_at, self.in_loop = time.perf_counter(), True
-        s, loader = self.settings, self.loader  # said only now: a signal is minded from here on
-        print(
+        for row in self.progress.history:  # drawn again
+            log_epoch(self.writer, row)
+        print(  # only now: from here on a signal is minded
             f"{s.model}, {s.dataset}, recipe {s.recipe}, seed {s.seed} -> {self.folder}\n"
             f"{self.n_parameters:,} parameters; {loader}; {device_name(self.device)}; "
             f"{s.precision}, {self.mode}",
@@ -177,8 +182,9 @@ class Run:
     def log_and_save(self) -> None:
         """After an epoch: last.pt, metrics.jsonl, TensorBoard, a line on the terminal."""
         row, best = self.progress.history[-1], self.progress.best_epoch == self.progress.epochs
-        due = time.perf_counter() - self.saved_at >= 100 * self.last_save_took
-        self.save() if due else self.write_best_and_metrics(best=False)
+        if time.perf_counter() - self.saved_at >= 100 * self.last_save_took:
+            self.save()
+        self.write_metrics()
         log_epoch(self.writer, row)
         print(
             f"epoch {row['epoch']:2d}/{self.settings.epochs}  lr {row['lr']:.2e}  "
@@ -189,55 +195,53 @@ class Run:
         )
 
     def save(self) -> None:
+        """last.pt, and the weights to be tested, so that the two belong together."""
         start = time.perf_counter()
-        self.check_folder()
         state = checkpoint.get_state(self.parts, self.device)
         state |= {"progress": vars(self.progress), "config": self.config}
-        path = self.folder / "last.pt"
-        write_atomically(path, serialized(state), previous=path.with_name("prev.pt"))
-        self.write_best_and_metrics()
+        self.write("last.pt", serialized(state), previous=self.folder / "prev.pt")
+        self.write_best()
         self.saved_at = time.perf_counter()
         self.last_save_took = self.saved_at - start
         self.save_seconds += self.last_save_took
 
-    def check_folder(self) -> None:
-        """Raises UserError if it is gone, or another run's by now: this one would spoil that."""
+    def write_best(self) -> None:
+        if self.progress.best:
+            self.write("best.pt", serialized(self.progress.best))
+        else:
+            (self.folder / "best.pt").unlink(missing_ok=True)  # of a state that is lost
+
+    def write_metrics(self) -> None:
+        rows = "".join(json.dumps(row) + "\n" for row in self.progress.history)
+        self.write("metrics.jsonl", rows)
+
+    def write(self, name: str, body: bytes | str, previous: Path | None = None) -> None:
+        """Raises UserError if the folder is gone, or another run's by now: it would be spoilt."""
         if runs.lock_of(self.folder) != self.lock:
             raise UserError(f"{self.folder} was moved or deleted during its run: start it again")
-
-    def write_best_and_metrics(self, best: bool = True) -> None:
-        """From the progress, so that whenever the process is killed they belong together."""
-        self.check_folder()
-        if best and self.progress.best:
-            write_atomically(self.folder / "best.pt", serialized(self.progress.best))
-        elif best:
-            (self.folder / "best.pt").unlink(missing_ok=True)  # of a state that is lost
-        rows = "".join(json.dumps(row) + "\n" for row in self.progress.history)
-        write_atomically(self.folder / "metrics.jsonl", rows)
+        write_atomically(self.folder / name, body, previous)
 
     # --- At its end -------------------------------------------------------------------------------
 
     def test(self, predictions: torch.Tensor) -> None:
         """Writes predictions and labels, and what TensorBoard shows of them."""
-        self.check_folder()
         kind = np.uint8 if len(self.loader.classes) <= 256 else np.uint16
         for name, classes in (("predictions", predictions), ("labels", self.loader.test[1])):
-            write_array(self.folder / f"test_{name}.npy", classes.cpu().numpy().astype(kind))
+            buffer = io.BytesIO()
+            np.save(buffer, classes.cpu().numpy().astype(kind))
+            self.write(f"test_{name}.npy", buffer.getvalue())
         with noted(INCOMPLETE):
             log_test(self.writer, self.config, self.progress.epochs, self.loader, predictions)
 
     def complete(self, accuracies: dict) -> dict:
         """Writes result.json, which is returned."""
-        self.save() if self.settings.keep_last else self.write_best_and_metrics()
+        self.write_best()
         s, loader, history = self.settings, self.loader, self.progress.history
         seconds = sum(row["seconds"] for row in history)
         best_epoch = len(history) if s.tested == "last" else self.progress.best_epoch
         result = {
-            "model": s.model,
             "dataset": s.dataset_name,
-            "recipe": s.recipe,
-            "seed": s.seed,
-            "width": s.width,
+            **{key: self.config[key] for key in OF_CONFIG},
             **accuracies,  # test_acc, test_acc_last
             "val_acc": history[best_epoch - 1]["val_acc"],
             "best_epoch": best_epoch,  # whose weights are tested: best.pt
@@ -252,21 +256,18 @@ class Run:
             "train_seconds": seconds,
             "images_per_second": len(history) * loader.n_train / seconds,
             "peak_memory_mb": peak_memory_mb(self.device),
-            "precision": s.precision,
             "mode": self.mode,
             "set_up_seconds": self.set_up_seconds,  # compiling or capturing, not in train_seconds
             "save_seconds": self.save_seconds,  # likewise
             "fallback": "; ".join(self.failures) or None,  # why it ran in no faster mode
             "gradient_error": self.error,  # of the first step, compared with eager mode
             "device": device_name(self.device),
-            "quick": s.quick,
-            "overrides": s.overrides,
             "weights": hashlib.sha256((self.folder / "best.pt").read_bytes()).hexdigest(),
         }
         if environment.shared_gpu(self.device):  # others may have come since it began
-            runs.write_env(self.folder, self.env | {"shared_gpu": True}, self.mode)
+            write_json(self.folder / "env.json", self.env | {"shared_gpu": True})
         write_json(self.folder / "result.json", result)  # last: it means that all is there
-        self.stack.callback(runs.discard_states, self.folder, s.keep_last)
+        remove(self.folder, *STATES)
         return result
 
     def finish(self, result: dict) -> int:

@@ -15,21 +15,14 @@ verdict says in what. Needs no torch.
 
 import io
 import os
+from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 from kit.command_line import UserError, in_one_line, is_name
-from kit.files import (
-    fits,
-    maybe,
-    read_json,
-    read_small,
-    say_no_locks,
-    write_atomically,
-    write_json,
-)
+from kit.files import maybe, read_json, read_small, say_no_locks
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -38,14 +31,6 @@ from filelock import FileLock, Timeout
 
 NUMBER, POSITIVE, PERCENT = (-1e15, 1e15), (1e-12, 1e15), (0, 100)
 COUNT, SIZE, WIDTH = range(10**15), range(1, 10**15), range(1, 2**16)
-
-
-def are_names(value) -> bool:
-    return type(value) is list and all(map(is_name, value))
-
-
-def are_seeds(value) -> bool:
-    return type(value) is list and all(fits(seed, COUNT) for seed in value)
 
 
 def is_text(value) -> bool:
@@ -58,11 +43,10 @@ def are_hashes(value) -> bool:
 
 RESULT = dict(
     dataset=is_name, recipe=is_name, model=is_name, seed=COUNT, width=WIDTH, quick=bool,
-    overrides=dict, classes=list, image=lambda shape: all(fits(n, COUNT) for n in shape),
-    device=str, precision=is_name, mode=is_name, params=SIZE, test_images=SIZE, epochs_run=SIZE,
-    best_epoch=SIZE, test_acc=PERCENT, test_acc_last=PERCENT, val_acc=PERCENT,
-    train_seconds=POSITIVE, images_per_second=POSITIVE, peak_memory_mb=maybe(POSITIVE),
-    fallback=maybe(str),
+    overrides=dict, classes=list, image=[COUNT], device=str, precision=is_name, mode=is_name,
+    params=SIZE, test_images=SIZE, epochs_run=SIZE, best_epoch=SIZE, test_acc=PERCENT,
+    test_acc_last=PERCENT, val_acc=PERCENT, train_seconds=POSITIVE, images_per_second=POSITIVE,
+    peak_memory_mb=maybe(POSITIVE), fallback=maybe(str),
 )  # fmt: skip
 CONFIG = dict(
     model=is_name, base_model=str, dataset=is_text, dataset_name=is_name, data=str,
@@ -99,11 +83,11 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> dict:
-        """What must be the same in all runs of a study; the test labels aside."""
+        """What must be the same in all runs of a study, test labels aside; see `different`."""
         of_model = {"model", "seed", "position", "reduction", "precision", "mode"}
-        found = {k: v for k, v in settings_of(self.config).items() if k not in of_model}
-        shape = {key: self.result[key] for key in ("test_images", "image")}
-        return found | shape | {"classes": len(self.result["classes"])}
+        found = {k: v for k, v in self.config.items() if k not in NO_SETTING | of_model}
+        of_result = {key: self.result[key] for key in ("test_images", "image", "overrides")}
+        return found | of_result | {"classes": len(self.result["classes"])}
 
     @cached_property
     def circumstances(self) -> dict:
@@ -120,21 +104,18 @@ def read_run(folder: Path) -> FinishedRun:
     metrics = read_json(folder / "metrics.jsonl", METRICS)
     stated = config | {"dataset": config["dataset_name"]}
     for key in ("model", "dataset", "recipe", "seed", "width", "precision", "quick", "overrides"):
-        if stated.get(key) != result[key]:
-            there = stated.get(key)
+        if (there := stated.get(key)) != result[key]:
             raise ValueError(f"{key} is {result[key]} in result.json, {there} in config.json")
     if [row["epoch"] for row in metrics] != list(range(1, result["epochs_run"] + 1)):
         raise ValueError(f"metrics.jsonl has not the {result['epochs_run']} epochs of result.json")
-    labels, predictions = (
-        read_classes(folder / f"test_{part}.npy", result["test_images"])
-        for part in ("labels", "predictions")
-    )
-    run = FinishedRun(folder, result, config, env, metrics, labels, predictions)
-    if run.correct is not None and abs(100 * run.correct.mean() - result["test_acc"]) > 1e-6:
-        found, stated = 100 * run.correct.mean(), result["test_acc"]
-        raise ValueError(
-            f"{found:.2f}% of its predictions are correct, but its test_acc is {stated:.2f}%"
-        )
+    paths = (folder / f"test_{part}.npy" for part in ("labels", "predictions"))
+    classes = (read_classes(path, result["test_images"]) for path in paths)
+    run = FinishedRun(folder, result, config, env, metrics, *classes)
+    test_acc = result["test_acc"]
+    found = test_acc if run.correct is None else 100 * run.correct.mean()
+    if abs(found - test_acc) > 1e-6:
+        words = f"{found:.2f}% of its predictions are correct, but its test_acc is {test_acc:.2f}%"
+        raise ValueError(words)
     return run
 
 
@@ -144,13 +125,13 @@ def read_classes(path: Path, n_images: int) -> np.ndarray | None:
         return None
     try:
         classes = np.load(io.BytesIO(read_small(path)))
-        if classes.dtype.kind not in "iu" or not classes.size or classes.max() > 9999:
+        if classes.shape != (n_images,):
+            raise ValueError(f"it has shape {classes.shape}, {n_images:,} images were tested")
+        if classes.dtype.kind not in "iu" or classes.max() > 9999:
             raise ValueError("something else than classes")
+        return classes
     except Exception as error:  # a damaged file raises what it likes
         raise ValueError(f"{path.name}: {in_one_line(error)}") from error
-    if classes.shape != (n_images,):
-        raise ValueError(f"{path.name} has shape {classes.shape}, {n_images:,} images were tested")
-    return classes
 
 
 def completed(folder: Path, config: dict) -> FinishedRun | None:
@@ -181,32 +162,27 @@ NO_SETTING = {
 CIRCUMSTANCES = ("device", "torch", "precision", "mode")  # and the code
 
 
-def settings_of(config: dict) -> dict:
-    return {key: value for key, value in config.items() if key not in NO_SETTING}
+def different(there: dict, here: dict, ignore: Iterable[str] = ()) -> list[str]:
+    """In words, which settings are not the same `there` as they are `here`: two config.json, or
+    parts of them.
 
-
-def different(there: dict, here: dict) -> list[str]:
-    """In words, which settings are not the same `there` as they are `here`.
-
-    A setting that is off (None, 0, False) is as one that is not there: a new setting, off by
-    default, leaves finished runs what they are.
+    A setting that only one of them has counts if that one chose it (it is among its overrides), and
+    is not off (None, 0, False): a new setting leaves finished runs what they are. That its code is
+    new the verdict says.
     """
+    chosen = there.get("overrides", {}) | here.get("overrides", {})
+    known = there.keys() & here.keys() | chosen.keys()
     special = {"data": "other images or labels"}
     return [
         special.get(key) or f"{key} {there.get(key) or 'none'} instead of {here.get(key) or 'none'}"
-        for key in sorted(there.keys() | here.keys())
+        for key in sorted(known - NO_SETTING - set(ignore))
         if (there.get(key) or None) != (here.get(key) or None)
     ]
 
 
-def refuse_another_run(folder: Path, there: dict, config: dict, ignore=frozenset()) -> None:
-    """Raises UserError unless `there`, the config.json in `folder`, is that of this run, as far as
-    `config` is known."""
-    before, now = (
-        {key: value for key, value in settings_of(c).items() if key in config.keys() - ignore}
-        for c in (there, config)
-    )
-    if differences := different(before, now):
+def refuse_another_run(folder: Path, there: dict, config: dict, ignore: Iterable[str] = ()) -> None:
+    """Raises UserError unless `there`, the config.json in `folder`, is that of this run."""
+    if differences := different(there, config, ignore):
         raise UserError(
             f"{folder} holds a run with {'; '.join(differences)}: use --overwrite to discard that "
             "run, or another --runs folder"
@@ -221,15 +197,11 @@ def edited(then: dict, now: dict) -> list[str]:
     return sorted(name for name in both - known if then[name] != now[name])
 
 
-def changes_since(folder: Path, env: dict) -> list[str]:
-    """In what `env` (scripts, device, torch, variables) differs from env.json, in words, after
-    what had changed before."""
-    try:
-        then = read_json(folder / "env.json", ENV)
-    except ValueError as error:
-        return [f"damaged ({error})"]
+def changes_since(then: dict, env: dict) -> list[str]:
+    """In what `env` (scripts, device, torch, mode, variables) differs from an env.json, in words,
+    after what had changed before."""
     changes = list(map(str, then.get("changes") or []))
-    if scripts := edited(then["sha256"], env["sha256"]):
+    if scripts := edited(then.get("sha256", {}), env["sha256"]):
         changes.append(f"{', '.join(scripts)} edited since")
     variables = then.get("variables") or {}
     before, since = then | variables, env | env.get("variables", {})
@@ -275,7 +247,7 @@ def seeds_of(seeds) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, sorted(seeds)))}"
 
 
-# --- Locked, written, cleared ---------------------------------------------------------------------
+# --- Locked ---------------------------------------------------------------------------------------
 
 
 def lock(folder: Path, stack: ExitStack) -> None:
@@ -293,21 +265,22 @@ def lock(folder: Path, stack: ExitStack) -> None:
                 path.rmdir()
 
     stack.callback(remove_empty)
-    if os.environ.get("WAIT_FOR_RUNS") and is_locked(folder):
-        print(f"waiting: another process is training in {folder}", flush=True)
-        while True:
-            with suppress(FileNotFoundError):  # a process that has written nothing takes it along
-                folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(FileLock(folder / ".lock"))
-                break
-    else:
+    timeout = 1  # second
+    while True:
         try:
-            stack.enter_context(FileLock(folder / ".lock", timeout=1))
+            stack.enter_context(FileLock(folder / ".lock", timeout=timeout))
+            break
+        except FileNotFoundError:  # a process that wrote nothing has taken the folder along
+            folder.mkdir(parents=True, exist_ok=True)
         except Timeout:
-            advice = "wait for it, or use another --runs folder"
-            raise UserError(f"another process is training in {folder}: {advice}") from None
+            if not os.environ.get("WAIT_FOR_RUNS"):
+                advice = "wait for it, or use another --runs folder"
+                raise UserError(f"another process is training in {folder}: {advice}") from None
+            print(f"waiting: another process is training in {folder}", flush=True)
+            timeout = -1  # as long as it takes
         except OSError as error:
             say_no_locks(folder, error)
+            break
     stack.callback((folder / ".lock").unlink, missing_ok=True)  # while it is still held
 
 
@@ -325,48 +298,7 @@ def is_locked(folder: Path) -> bool:
     if not (folder / ".lock").exists():
         return False
     try:
-        FileLock(folder / ".lock").acquire(timeout=0).lock.release()
-    except Timeout:
-        return True
-    except OSError:
-        pass  # whoever locks it will say what is wrong
-    return False
-
-
-def write_env(folder: Path, env: dict, mode: str) -> None:
-    """env.json, and in it the mode of the steps; of a resumed run, whether that has changed."""
-    if "changes" in env:
-        with suppress(ValueError):  # a damaged one is among the changes
-            there = read_json(folder / "env.json")
-            env |= {"shared_gpu": True} if there.get("shared_gpu") else {}  # at any time
-            before = there.get("mode", mode)
-            env["changes"] += [f"mode {before} before, {mode} since"] * (before != mode)
-    write_json(folder / "env.json", env | {"mode": mode})
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    write_atomically(path, buffer.getbuffer())
-
-
-def remove_strays(folder: Path) -> None:
-    """What a killed process left of a file it was writing, and its curves, which may lack the last
-    epochs: they are drawn again from the history."""
-    for path in [*folder.glob(".*.tmp*"), *folder.glob("events.out.tfevents.*")]:
-        path.unlink()
-
-
-def clear(folder: Path) -> None:
-    """Deletes the files in `folder`; the mark of completion goes first."""
-    (folder / "result.json").unlink(missing_ok=True)
-    for path in folder.iterdir():
-        if not path.is_dir() and path.name != ".lock":  # a folder there is not a run's
-            path.unlink()
-
-
-def discard_states(folder: Path, keep_last: bool) -> None:
-    """Deletes what only an unfinished run needs."""
-    unneeded = [folder / "prev.pt", *folder.glob("*.pt.corrupt")]
-    for path in unneeded if keep_last else [*unneeded, folder / "last.pt"]:
-        path.unlink(missing_ok=True)
+        with FileLock(folder / ".lock", timeout=0):
+            return False
+    except OSError as error:  # of another one whoever locks it will say what is wrong
+        return isinstance(error, Timeout)

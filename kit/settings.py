@@ -13,14 +13,12 @@ from kit.preflight import choose_device
 import torch
 
 WIDTH = 64  # channels of the first stage, as published
-# The least and the most of a setting; of the others 0 and 10^9.
-BOUNDS = {
-    "epochs": (1, 1e9), "batch_size": (1, 1e9), "lr": (1e-9, 1e9),
-    "label_smoothing": (0, 1), "ema": (0, 0.999999), "erase": (0, 1), "crop": (0, 256),
-    "randaugment": (0, 14), "cutmix": (0, 100),
-}  # fmt: skip
-CHOICES = {
-    "normalize": ("half", "data"), "anneal": ("epoch", "batch"), "tested": ("best", "last"),
+# The least and the most of a setting, or its choices; other numbers are from 0 to 10^9.
+LIMITS = {
+    "epochs": (1, 1e9), "batch_size": (1, 1e9), "lr": (1e-9, 1e9), "label_smoothing": (0, 1),
+    "ema": (0, 0.999999), "erase": (0, 1), "crop": (0, 256), "randaugment": (0, 14),
+    "cutmix": (0, 100), "normalize": ("half", "data"), "anneal": ("epoch", "batch"),
+    "tested": ("best", "last"),
 }  # fmt: skip
 
 
@@ -69,9 +67,9 @@ def train_parser(description: str, table: dict, recipes: dict, models, data):
         if isinstance(value, bool):
             kind = {"action": argparse.BooleanOptionalAction}
         elif isinstance(value, str):
-            kind = {"choices": CHOICES.get(name)}
+            kind = {"choices": LIMITS.get(name)}
         else:
-            kind = {"type": number(type(value), *BOUNDS.get(name, (0, 1e9)))}
+            kind = {"type": number(type(value), *LIMITS.get(name, (0, 1e9)))}
             kind["metavar"] = "N" if isinstance(value, int) else "X"
         add(f"--{name.replace('_', '-')}", help=text.replace("%", "%%"), **kind)
 
@@ -82,7 +80,6 @@ def train_parser(description: str, table: dict, recipes: dict, models, data):
     add("--target-acc", type=number(float, 1, 100), metavar="PERCENT",
         help="exit with code 1 if test accuracy is below: 92 is 92%%")  # fmt: skip
     add("--overwrite", action="store_true", help="discard what the run's folder holds")
-    add("--keep-last", action="store_true", help="keep last.pt when the run is complete")
     add("--dry-run", action="store_true",
         help="train, validate and test on one batch each; keeps no run")  # fmt: skip
 

@@ -86,10 +86,10 @@ class Training(Job):
             if not run.dataset.isidentifier() or run.dataset == "tiny_imagenet":
                 # The others are verified when they are read, and a plan fetches nothing.
                 config["data"] = digest_of(run.dataset, run.data_dir, run.image_size)
-            completed(self.folder, config)
+            there = completed(self.folder, config)
         except UserError as error:
             return f"not done: {error}"
-        return "done" + in_brackets(changes_since(self.folder, {"sha256": source_hashes()}))
+        return "done" + in_brackets(changes_since(there.env, {"sha256": source_hashes()}))
 
 
 @functools.cache

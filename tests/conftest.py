@@ -10,6 +10,7 @@ from pathlib import Path
 import data
 import models
 import train
+from kit import checkpoint
 from kit.command_line import Stopped
 from kit.run import Run
 from kit.settings import parse_settings
@@ -48,7 +49,7 @@ def fashion_mnist():
 def finished_run(tmp_path_factory):
     """The folder of a small finished run of cbam_blocks, two epochs; not to be changed."""
     runs = tmp_path_factory.mktemp("finished")
-    assert train_small("cbam_blocks", runs, "--epochs", "2", "--keep-last") == 0
+    assert train_small("cbam_blocks", runs, "--epochs", "2") == 0
     return runs / "fashion_mnist/published/cbam_blocks/seed0"
 
 
@@ -75,6 +76,15 @@ def stop_at(n, patch, error=lambda: Stopped(signal.SIGINT)):
             raise error()
 
     patch.setattr(Run, "leave_if_stopped", leave_if_stopped)
+
+
+def state_at(n, runs, command):
+    """last.pt of the only run in `runs`: begun or resumed, and stopped as by stop_at(n)."""
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(n, patch)
+        assert train.main([*command, "--runs", str(runs)]) == 130
+    (path,) = runs.rglob("last.pt")
+    return checkpoint.load(path)
 
 
 def needs_pins():

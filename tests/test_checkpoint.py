@@ -38,7 +38,7 @@ def test_a_checkpoint_with_a_sha256_at_its_end_is_loaded(tmp_path):
 
 
 def test_a_damaged_file_is_refused_or_loads_as_it_was(tmp_path):
-    """A bit of every byte, and the bit by which the archive calls a member a folder; truncated; a byte less."""
+    """A bit of every byte; that by which a member is called a folder; bytes and ends missing."""
     state, path = {"weights": torch.arange(6.0), "history": [1, {"lr": 0.5}]}, tmp_path / "last.pt"
     body, refused = checkpoint.serialized(state), 0
     draw = random.Random(0)

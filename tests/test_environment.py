@@ -3,7 +3,6 @@ image says of itself; the lock of all packages."""
 
 import hashlib
 import importlib
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,7 @@ from types import SimpleNamespace
 import benchmark
 import explain
 import train
-from kit import environment, fast, files, preflight, runs
+from kit import environment, fast, files, preflight
 from kit.command_line import UserError
 
 import pytest
@@ -272,10 +271,6 @@ def test_whether_others_use_the_same_gpu(tmp_path, monkeypatch, listed, shared):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda d: SimpleNamespace(uuid="a"))
     assert environment.shared_gpu(torch.device("cuda", 0)) is shared
     assert environment.shared_gpu(CPU) is None
-    for before, now in ((True, shared), (shared, True)):  # at any time of a resumed run
-        files.write_json(tmp_path / "env.json", {"shared_gpu": before})
-        runs.write_env(tmp_path, {"changes": [], "shared_gpu": now}, "eager")
-        assert json.loads((tmp_path / "env.json").read_text())["shared_gpu"] is True
 
 
 def test_a_gpu_in_exclusive_mode(monkeypatch):

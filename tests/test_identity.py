@@ -12,6 +12,7 @@ import shutil
 import report
 import train
 from kit.environment import SOURCES
+from kit.runs import different, read_run
 
 import numpy as np
 import pytest
@@ -87,11 +88,30 @@ def test_another_setting_whichever_it_is_is_not_paired(runs, name):
         assert f"Left out, se seeds 0 1 2:** it has other settings: {name} {other} inst" in text
 
 
-def test_a_setting_that_is_new_counts_too(runs):
-    change(folder_of(runs, "se", 1), "config", momentum=0.9)
+def test_a_setting_that_is_new_leaves_finished_runs_what_they_are(runs):
+    """README's "A setting", with a default of 0.9: what is named is the code that uses it."""
+    folder = folder_of(runs, "se", 1)
+    hashes = json.loads((folder / "env.json").read_text())["sha256"]
+    changes = {"train.py: SETTINGS[momentum]": "0", "train.py: prepare": "0"}
+    change(folder, "config", momentum=0.9)
+    change(folder, "env", sha256=hashes | changes)
+    finding, row, block = found_in(runs)
+    assert BETTER in finding and "| better † |" in row and "eft out" not in finding + block
+    assert "seed 1: other code (train.py: prepare)" in block
+    assert len(json.loads((runs.parent / "out/summary.json").read_text())["studies"]) == 1
+
+
+def test_a_new_setting_that_was_chosen_counts(runs):
+    """Those runs are a study of their own; compared with others, it is said."""
+    for seed in range(3):
+        for name in ("config", "result"):
+            change(folder_of(runs, "se", seed), name, overrides={"momentum": 0.5})
+        change(folder_of(runs, "se", seed), "config", momentum=0.5)
     finding, _, _ = found_in(runs)
-    assert "Left out, se seed 1:** it has other settings: momentum 0.9 instead of none" in finding
-    assert "over only 2 seeds" in finding
+    assert "`se` is" not in finding
+    assert len(json.loads((runs.parent / "out/summary.json").read_text())["studies"]) == 2
+    old, new = (read_run(folder_of(runs, model, 0)).settings for model in ("baseline", "se"))
+    assert different(new, old) == ["momentum 0.5 instead of none"]
 
 
 def test_other_data_or_labels_are_not_paired(runs):

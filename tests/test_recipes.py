@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, HostWatch, assert_same, metrics_of, settings_of, stop_at
+from conftest import REPO, HostWatch, assert_same, metrics_of, settings_of, state_at
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 FLAGS = ["--model", "cbam_blocks", "--recipe", "strong", "--cutmix", "1", "--width", "8"]
 FLAGS += ["--device", "cpu"]
 FLAGS += ["--limit-train", "168", "--limit-test", "100", "--epochs", "3", "--warmup", "1"]
-FLAGS += ["--randaugment", "1", "--data-dir", str(REPO / "data"), "--keep-last"]
+FLAGS += ["--randaugment", "1", "--data-dir", str(REPO / "data")]
 FOLDER = "fashion_mnist/strong/cbam_blocks/seed0"
 
 
@@ -133,8 +133,14 @@ def test_the_loop_equals_an_obvious_one(strong_run, fashion_mnist):
         assert ours == pytest.approx(obvious, rel=2e-4)
 
 
-def test_the_ema_is_tested_and_kept(strong_run):
-    last = checkpoint.load(strong_run / "last.pt")
+@pytest.fixture(scope="module")
+def strong_state(tmp_path_factory):
+    """In the last validation: an epoch has three steps and one batch to validate."""
+    return state_at(12, tmp_path_factory.mktemp("strong_state"), FLAGS)
+
+
+def test_the_ema_is_tested_and_kept(strong_run, strong_state):
+    last = strong_state
     best = torch.load(strong_run / "best.pt", weights_only=True)
     if json.loads((strong_run / "result.json").read_text())["best_epoch"] == 3:
         key = "layer1.0.conv1.weight"
@@ -144,15 +150,13 @@ def test_the_ema_is_tested_and_kept(strong_run):
 
 
 @pytest.mark.parametrize("n", [3, 6])
-def test_stopped_and_resumed_it_ends_the_same(strong_run, tmp_path, monkeypatch, n):
-    flags = [*FLAGS, "--runs", str(tmp_path)]
-    with monkeypatch.context() as patch:
-        stop_at(n, patch)
-        assert train.main(flags) == 130
-    assert train.main(flags) == 0
-    ends = [checkpoint.load(folder / "last.pt") for folder in (strong_run, tmp_path / FOLDER)]
+def test_stopped_and_resumed_it_ends_the_same(strong_run, strong_state, tmp_path, n):
+    state_at(n, tmp_path, FLAGS)
+    state = state_at(13 - n, tmp_path, FLAGS)
     for part in ("model", "ema", "optimizer", "scheduler"):
-        assert_same(*(end[part] for end in ends))
+        assert_same(state[part], strong_state[part])
+    assert train.main([*FLAGS, "--runs", str(tmp_path)]) == 0
+    assert metrics_of(tmp_path / FOLDER) == metrics_of(strong_run)
     predictions = [np.load(f / "test_predictions.npy") for f in (strong_run, tmp_path / FOLDER)]
     assert np.array_equal(*predictions)
 
@@ -170,17 +174,7 @@ def test_compiled_it_does_the_same(strong_run, tmp_path):
 # --- short: annealed per batch, the last weights tested -------------------------------------------
 
 SHORT = ["--model", "se", "--recipe", "short", "--width", "8", "--limit-train", "80"]
-SHORT += [
-    "--epochs",
-    "3",
-    "--batch-size",
-    "16",
-    "--limit-test",
-    "40",
-    "--device",
-    "cpu",
-    "--keep-last",
-]
+SHORT += ["--epochs", "3", "--batch-size", "16", "--limit-test", "40", "--device", "cpu"]
 SHORT += ["--data-dir", str(REPO / "data")]  # 5 steps an epoch, 15 in all
 SHORT_FOLDER = "fashion_mnist/short/se/seed0"
 
@@ -219,28 +213,29 @@ def short_run(tmp_path_factory):
     return runs / SHORT_FOLDER
 
 
+@pytest.fixture(scope="module")
+def short_state(tmp_path_factory):
+    """In the last validation: an epoch has five steps and one batch to validate."""
+    return state_at(18, tmp_path_factory.mktemp("short_state"), SHORT)
+
+
 @pytest.mark.parametrize("n", [3, 9])
-def test_short_stopped_within_an_epoch_ends_the_same(n, short_run, tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_at(n, patch)
-        assert train.main([*SHORT, "--runs", str(tmp_path)]) == 130
-    state = checkpoint.load(tmp_path / SHORT_FOLDER / "last.pt")
-    assert state["progress"]["step"] == {3: 2, 9: 2}[n]
+def test_short_stopped_within_an_epoch_ends_the_same(n, short_run, short_state, tmp_path):
+    assert state_at(n, tmp_path, SHORT)["progress"]["step"] == {3: 2, 9: 2}[n]
+    state = state_at(19 - n, tmp_path, SHORT)
+    for part in ("model", "optimizer", "scheduler"):
+        assert_same(state[part], short_state[part])
     assert train.main([*SHORT, "--runs", str(tmp_path)]) == 0
     assert metrics_of(tmp_path / SHORT_FOLDER) == metrics_of(short_run)
-    ends = [checkpoint.load(runs / "last.pt") for runs in (tmp_path / SHORT_FOLDER, short_run)]
-    for part in ("model", "optimizer", "scheduler"):
-        assert_same(*(end[part] for end in ends))
 
 
-def test_short_tests_the_last_weights(short_run):
+def test_short_tests_the_last_weights(short_run, short_state):
     """Whichever epoch is best in validation: best.pt holds what test_predictions.npy is of."""
     result = json.loads((short_run / "result.json").read_text())
     rows = metrics_of(short_run)
     assert result["test_acc"] == result["test_acc_last"] and result["best_epoch"] == 3
     assert result["val_acc"] == rows[-1]["val_acc"]
-    tested, last = (checkpoint.load(short_run / f"{name}.pt") for name in ("best", "last"))
-    assert_same(tested, dict(last["model"]))
+    assert_same(checkpoint.load(short_run / "best.pt"), dict(short_state["model"]))
     assert result["epochs_run"] == 3 and not result["stopped_early"]
 
 

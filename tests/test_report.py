@@ -306,7 +306,9 @@ def test_predictions_of_another_length_are_not_counted(finished_run, tmp_path):
     (empty / "test_labels.npy").write_bytes(b"")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert "se/seed0 left out" in text and "predictions.npy has shape (99,), 10,000 images" in text
+    assert (
+        "se/seed0 left out" in text and "predictions.npy: it has shape (99,), 10,000 images" in text
+    )
     assert "se/seed1 left out" in text
     assert "No verdict" in text
 

@@ -14,7 +14,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REPO, SMALL, is_one_line, metrics_of, script, settings_of, train_small
+from conftest import (
+    REPO,
+    SMALL,
+    is_one_line,
+    metrics_of,
+    script,
+    settings_of,
+    state_at,
+    train_small,
+)
 from PIL import Image
 
 
@@ -82,7 +91,7 @@ def test_run_folder_holds_what_it_should(finished_run):
     names = {path.name for path in finished_run.iterdir() if "tfevents" not in path.name}
     names -= {"code.diff"}  # there where the code differs from its commit
     assert names == {
-        "config.json", "env.json", "metrics.jsonl", "best.pt", "last.pt", "test_predictions.npy",
+        "config.json", "env.json", "metrics.jsonl", "best.pt", "test_predictions.npy",
         "test_labels.npy", "result.json",
     }  # fmt: skip
     rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
@@ -140,7 +149,7 @@ def test_a_narrow_model_on_a_cpu_keeps_the_default_layout():
         assert weight.is_contiguous(memory_format=torch.channels_last) == last
 
 
-def test_the_loop_equals_an_obvious_one(finished_run, fashion_mnist):
+def test_the_loop_equals_an_obvious_one(finished_run, fashion_mnist, tmp_path):
     """The published recipe step by step: same losses, same weights, bit for bit."""
     train_idx, val_idx = data.split_indices(60_000, seed=0)
     train_idx, val_idx = train_idx[:160], val_idx[:64]
@@ -170,7 +179,8 @@ def test_the_loop_equals_an_obvious_one(finished_run, fashion_mnist):
         row["val_acc"] = 100 * (logits.argmax(1) == labels[val_idx]).float().mean().item()
         expected.append({key: pytest.approx(float(value), rel=1e-6) for key, value in row.items()})
     assert metrics_of(finished_run) == expected
-    last = torch.load(finished_run / "last.pt", weights_only=True)["model"]
+    command = ["--model", "cbam_blocks", *SMALL, "--data-dir", str(REPO / "data"), "--epochs", "2"]
+    last = state_at(8, tmp_path, command)["model"]  # in the last validation
     for key, value in model.state_dict().items():
         assert torch.equal(last[key], value), key
 
@@ -178,7 +188,6 @@ def test_the_loop_equals_an_obvious_one(finished_run, fashion_mnist):
 def test_same_seed_same_figures(finished_run, tmp_path):
     assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 0
     again = tmp_path / "fashion_mnist/published/cbam_blocks/seed0"
-    assert not (again / "last.pt").exists()  # without --keep-last
     assert metrics_of(again) == metrics_of(finished_run)
     predictions = [np.load(folder / "test_predictions.npy") for folder in (again, finished_run)]
     assert np.array_equal(*predictions)
@@ -207,6 +216,31 @@ def test_a_finished_run_is_left_alone(finished_run, tmp_path, capsys):
     assert train_small("cbam_blocks", tmp_path, "--epochs", "1", "--overwrite") == 0
     assert result_of(folder)["epochs_run"] == 1
     assert len(list(folder.glob("*tfevents*"))) == 1
+
+
+def test_a_new_setting_leaves_finished_and_stopped_runs_what_they_are(
+    finished_run, tmp_path, capsys, monkeypatch
+):
+    """As after README's "A setting", with a default that is not 0."""
+    folder = tmp_path / "fashion_mnist/published/cbam_blocks/seed0"
+    shutil.copytree(finished_run, folder)
+    env = json.loads((folder / "env.json").read_text())
+    env["sha256"]["train.py: prepare"] = "as it was"
+    (folder / "env.json").write_text(json.dumps(env))
+    command = ["--model", "se", *SMALL, "--data-dir", str(REPO / "data"), "--epochs", "1"]
+    state_at(2, tmp_path / "stopped", command)
+    monkeypatch.setitem(train.SETTINGS, "momentum", (0.9, "of SGD"))
+    for recipe in train.RECIPES.values():
+        monkeypatch.setitem(recipe, "momentum", 0.9)
+    assert train_small("cbam_blocks", tmp_path, "--epochs", "2") == 0
+    out = capsys.readouterr().out
+    assert "already complete" in out and "(train.py: prepare edited since; " in out
+    assert train.main([*command, "--runs", str(tmp_path / "stopped")]) == 0
+    assert "resuming in epoch 1, after 1 steps" in capsys.readouterr().out
+    for runs, model, epochs in ((tmp_path, "cbam_blocks", "2"), (tmp_path / "stopped", "se", "1")):
+        assert train_small(model, runs, "--epochs", epochs, "--momentum", "0.5") == 1
+        error = capsys.readouterr().err
+        assert is_one_line(error) and "a run with momentum " in error and " instead of 0.5" in error
 
 
 def test_overwrite_keeps_the_old_run_until_the_new_one_can_start(finished_run, tmp_path):
