@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kit.command_line import is_out_of_memory
+from kit.command_line import in_one_line, is_out_of_memory
 from kit.runs import different
 
 import numpy as np
@@ -142,8 +142,8 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
                 raise
             load_state(as_built, parts, device)  # some of it may have been loaded
             path.rename(path.with_name(f"{path.name}.corrupt"))
-            reason = str(error).split("\n")[0] or type(error).__name__
-            print(f"note: {path} renamed to {path.name}.corrupt: {reason}", file=sys.stderr)
+            renamed = f"{path} renamed to {path.name}.corrupt"
+            print(f"note: {renamed}: {in_one_line(error)}", file=sys.stderr)
             continue
         # PyTorch would warn where no step but the scheduler's is left to this process.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")

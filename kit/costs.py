@@ -50,7 +50,7 @@ def by_other_code(study: Study, costs: dict[str, dict]) -> dict[str, list[str]]:
     """{model: scripts that were edited between its runs and its row}, as far as that is known."""
     found = {}
     for model, row in costs.items():
-        codes = [run.circumstances["code"] for run in study.runs.get(model, [])]
+        codes = [run.env["sha256"] for run in study.runs.get(model, [])]
         scripts = {
             name for code in codes for name in edited(row["sha256"], code) if name in row["sha256"]
         }

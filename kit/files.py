@@ -22,14 +22,13 @@ SMALL = 2**26  # bytes, far above what a small file of a run has
 NO_LOCKS = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)
 
 
-def write_atomically(path: Path | str, body: bytes | str, previous: Path | None = None) -> None:
+def write_atomically(path: Path, body: bytes | str, previous: Path | None = None) -> None:
     """Write `body` (text as UTF-8) to `path` by temporary file, fsync and rename.
 
     previous: where the content that `path` had is kept. Missing folders are made. Raises OSError
     (disk full, no permission, ...); the content of `path` is then untouched and no temporary file
     is left.
     """
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
     try:
@@ -77,13 +76,15 @@ def read_small(path: Path) -> bytes:
 
 def fits(value, kind) -> bool:
     """kind: a type, (least, most) of a number, a range of whole numbers, [kind] of a list's items,
-    or a test."""
+    {str: kind} of a table's values, or a test."""
     if isinstance(kind, tuple):
         return type(value) in (int, float) and kind[0] <= value <= kind[1]  # nan and inf are not
     if isinstance(kind, range):
         return type(value) is int and value in kind
     if isinstance(kind, list):
         return type(value) is list and all(fits(each, kind[0]) for each in value)
+    if isinstance(kind, dict):
+        return type(value) is dict and all(fits(each, kind[str]) for each in value.values())
     return type(value) is kind if isinstance(kind, type) else kind(value)
 
 

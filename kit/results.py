@@ -22,7 +22,6 @@ from kit.runs import (
     POSITIVE,
     SIZE,
     FinishedRun,
-    are_hashes,
     different,
     is_name,
     read_run,
@@ -39,7 +38,7 @@ PUBLISHED = {
 }
 COST = dict(
     model=is_name, precision=is_name, mode=is_name, device=str, torch=str, image=str, classes=SIZE,
-    batch_size=SIZE, width=SIZE, sha256=are_hashes, params=POSITIVE, flops=POSITIVE,
+    batch_size=SIZE, width=SIZE, sha256={str: str}, params=POSITIVE, flops=POSITIVE,
     flops_aten=POSITIVE, ms_per_image=POSITIVE, ms_per_image_p10=POSITIVE,
     ms_per_image_p90=POSITIVE, ms_per_image_p99=POSITIVE,
 )  # fmt: skip

@@ -28,9 +28,8 @@ from pathlib import Path
 
 from kit import checkpoint, environment, runs
 from kit.attribution import check_shapes
-from kit.checkpoint import Progress, load_state, serialized
 from kit.command_line import Stopped, UserError, handle_signals, noted
-from kit.environment import describe_environment, device_name, peak_memory_mb, source_hashes
+from kit.environment import device_name, source_hashes
 from kit.fast import choose_mode, fast
 from kit.files import read_json, remove, write_atomically, write_json
 from kit.runs import changes_since, completed, in_brackets, refuse_another_run
@@ -48,11 +47,9 @@ class Run:
     def __init__(self, settings, digest: str):
         self.settings, self.device = settings, settings.device
         self.config = as_config(settings) | {"data": digest}
-        self.stack = ExitStack()
         self.result: dict | None = None
         self.stopped_by: int | None = None  # a signal
         self.in_loop = False  # whether there is something to save when a signal arrives
-        self.env_before: dict | None = None  # env.json, of a resumed run
         self.save_seconds = self.last_save_took = 0.0
 
     def __enter__(self):
@@ -102,7 +99,7 @@ class Run:
 
     # --- Before the first step --------------------------------------------------------------------
 
-    def restore(self, loader, model, optimizer, scheduler, ema) -> Progress:
+    def restore(self, loader, model, optimizer, scheduler, ema) -> checkpoint.Progress:
         """Loads what the folder holds of this run into these objects; how far it is."""
         s, folder, self.loader = self.settings, self.folder, loader
         self.parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
@@ -113,7 +110,7 @@ class Run:
         full_batches = loader.n_train >= s.batch_size  # the other modes are for these
         self.mode = choose_mode(s.mode, s.device, steps) if full_batches else "eager"
         self.config |= {"mode": self.mode, "optimizer_class": type(optimizer).__name__}
-        self.env = describe_environment(s.device)
+        self.env = environment.describe_environment(s.device)
         if s.overwrite:  # only now that data and model are there; first the mark of completion
             remove(folder, "result.json", "[!.]*")
         elif (folder / "config.json").exists():
@@ -126,14 +123,6 @@ class Run:
         # What a killed process left of a file, and its curves, which may lack the last epochs.
         remove(folder, ".*.tmp*", "events.out.tfevents.*")
         self.progress = checkpoint.resume(folder, self.parts, self.device, self.config)
-        if self.progress.epochs or self.progress.step:
-            try:
-                self.env_before = read_json(folder / "env.json", runs.ENV)
-            except ValueError as error:
-                self.env_before = {"changes": [f"damaged ({error})"]}
-            changes = in_brackets(changes_since(self.env_before, self.env))
-            where = f"epoch {self.progress.epochs + 1}, after {self.progress.step:,} steps"
-            print(f"resuming in {where}{changes}")
         write_json(folder / "config.json", self.config)
         if diff := environment.code_diff():
             self.write("code.diff", diff + "\n")
@@ -143,15 +132,15 @@ class Run:
 
     def speed_up(self, step, forward):
         """The step in the fastest mode that works, compiled or captured before the clock starts."""
-        s, loader, model, failures = self.settings, self.loader, self.parts["model"], []
-        start, mode = time.perf_counter(), self.mode
+        s, loader, progress, model = self.settings, self.loader, self.progress, self.parts["model"]
+        start, mode, failures = time.perf_counter(), self.mode, []
         if "compile" in mode:
             print("compiling the training step, the first time up to a minute", flush=True)
         if "graph" in mode and (reason := checkpoint.why_no_graph(self.parts["optimizer"])):
             failures.append(reason)
             mode = "compile" if "compile" in mode else "eager"
-        before = deepcopy(checkpoint.get_state(self.parts, self.device))
-        restore = partial(load_state, before, self.parts, self.device)
+        state = deepcopy(checkpoint.get_state(self.parts, self.device))
+        restore = partial(checkpoint.load_state, state, self.parts, self.device)
         model.train()
         step, self.mode, others, self.error = fast(
             step, forward, mode, s.precision, loader.epoch(1)[0], model, restore
@@ -161,13 +150,19 @@ class Run:
         for failure in self.failures:
             print(f"note: {failure}; training in mode {self.mode}", file=sys.stderr)
         self.env["mode"] = self.mode
-        if self.env_before:
-            self.env["changes"] = changes_since(self.env_before, self.env)
-            self.env["shared_gpu"] = self.env["shared_gpu"] or self.env_before.get("shared_gpu")
+        if progress.epochs or progress.step:
+            try:
+                before = read_json(self.folder / "env.json", runs.ENV)
+            except ValueError as error:
+                before = {"changes": [f"damaged ({error})"]}
+            self.env["changes"] = changes_since(before, self.env)
+            self.env["shared_gpu"] = self.env["shared_gpu"] or before.get("shared_gpu")
+            where = f"epoch {progress.epochs + 1}, after {progress.step:,} steps"
+            print(f"resuming in {where}{in_brackets(self.env['changes'])}")
         write_json(self.folder / "env.json", self.env)
         self.writer = open_writer(self.folder, self.stack)
         self.saved_at, self.in_loop = time.perf_counter(), True
-        for row in self.progress.history:  # drawn again
+        for row in progress.history:  # drawn again
             log_epoch(self.writer, row)
         print(  # only now: from here on a signal is minded
             f"{s.model}, {s.dataset}, recipe {s.recipe}, seed {s.seed} -> {self.folder}\n"
@@ -199,7 +194,7 @@ class Run:
         start = time.perf_counter()
         state = checkpoint.get_state(self.parts, self.device)
         state |= {"progress": vars(self.progress), "config": self.config}
-        self.write("last.pt", serialized(state), previous=self.folder / "prev.pt")
+        self.write("last.pt", checkpoint.serialized(state), previous=self.folder / "prev.pt")
         self.write_best()
         self.saved_at = time.perf_counter()
         self.last_save_took = self.saved_at - start
@@ -207,7 +202,7 @@ class Run:
 
     def write_best(self) -> None:
         if self.progress.best:
-            self.write("best.pt", serialized(self.progress.best))
+            self.write("best.pt", checkpoint.serialized(self.progress.best))
         else:
             (self.folder / "best.pt").unlink(missing_ok=True)  # of a state that is lost
 
@@ -255,7 +250,7 @@ class Run:
             "params": self.n_parameters,
             "train_seconds": seconds,
             "images_per_second": len(history) * loader.n_train / seconds,
-            "peak_memory_mb": peak_memory_mb(self.device),
+            "peak_memory_mb": environment.peak_memory_mb(self.device),
             "mode": self.mode,
             "set_up_seconds": self.set_up_seconds,  # compiling or capturing, not in train_seconds
             "save_seconds": self.save_seconds,  # likewise

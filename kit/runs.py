@@ -37,10 +37,6 @@ def is_text(value) -> bool:
     return type(value) is str and value.isprintable()
 
 
-def are_hashes(value) -> bool:
-    return type(value) is dict and all(type(each) is str for each in value.values())
-
-
 RESULT = dict(
     dataset=is_name, recipe=is_name, model=is_name, seed=COUNT, width=WIDTH, quick=bool,
     overrides=dict, classes=list, image=[COUNT], device=str, precision=is_name, mode=is_name,
@@ -54,7 +50,7 @@ CONFIG = dict(
     limit_test=COUNT, overrides=dict, image_size=maybe(COUNT), position=maybe(str),
     reduction=maybe(COUNT), normalize=maybe(str),
 )  # fmt: skip
-ENV = dict(torch=str, sha256=are_hashes, variables=maybe(dict), changes=maybe(list))
+ENV = dict(torch=str, sha256={str: str}, variables=maybe(dict), changes=maybe(list))
 METRICS = dict(epoch=COUNT, train_loss=NUMBER, lr=NUMBER, val_acc=PERCENT)
 
 # --- A finished run -------------------------------------------------------------------------------
@@ -88,12 +84,6 @@ class FinishedRun:
         found = {k: v for k, v in self.config.items() if k not in NO_SETTING | of_model}
         of_result = {key: self.result[key] for key in ("test_images", "image", "overrides")}
         return found | of_result | {"classes": len(self.result["classes"])}
-
-    @cached_property
-    def circumstances(self) -> dict:
-        """What should be the same."""
-        of_result = {key: self.result[key] for key in ("device", "precision", "mode")}
-        return of_result | {"torch": self.env["torch"], "code": self.env["sha256"]}
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -159,7 +149,7 @@ NO_SETTING = {
     "command", "data_dir", "dataset", "runs", "device", "target_acc", "overwrite", "keep_last",
     "dry_run", "overrides", "quick", "base_model", "auto_precision",
 }  # fmt: skip
-CIRCUMSTANCES = ("device", "torch", "precision", "mode")  # and the code
+CIRCUMSTANCES = ("device", "torch", "precision", "mode")  # should be the same, as the code
 
 
 def different(there: dict, here: dict, ignore: Iterable[str] = ()) -> list[str]:
@@ -231,9 +221,9 @@ def unlike(pairs: list[tuple]) -> list[str]:
     """
     found = {}
     for run, other in pairs:
-        here, there = run.circumstances, other.circumstances
+        here, there = run.env | run.result, other.env | other.result
         words = [f"{k} {here[k]} against {there[k]}" for k in CIRCUMSTANCES if here[k] != there[k]]
-        if scripts := edited(here["code"], there["code"]):
+        if scripts := edited(here["sha256"], there["sha256"]):
             words.append(f"other code ({', '.join(scripts)})")
         for each in (run, other):
             changes = map(str, each.env.get("changes") or [])
