@@ -192,5 +192,5 @@ def test_a_wrong_step_is_found(fault, named, tmp_path, monkeypatch):
 def test_what_a_warm_up_leaves_behind_is_found(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
     assert not beyond(errors_of("se", "compile", "fp32", tmp_path), "fp32")
-    monkeypatch.setattr("kit.run.load_state", lambda *_: None)
+    monkeypatch.setattr("kit.checkpoint.load_state", lambda *_: None)
     assert "step of" in " ".join(beyond(errors_of("se", "compile", "fp32", tmp_path), "fp32"))
