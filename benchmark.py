@@ -311,8 +311,8 @@ def main(argv: list[str] | None = None) -> int:
     ]  # fmt: skip
     with locked(args.out, "benchmark*"):
         there, problems = read_rows(args.out / "benchmark.json")
-        for problem in problems:
-            print(f"note: {problem.words}", file=sys.stderr)
+        for problem in problems:  # its rows would be lost
+            raise UserError(problem.words)
         rows, new, failed = sorted(there, key=order), 0, False
         if args.keep:  # what this code has measured, as often
             cases = [c for c in cases if not any(c.items() <= row.items() for row in rows)]

@@ -15,11 +15,12 @@ import torch
 
 HERE = Path(__file__).resolve().parent.parent
 LOCK = Path("/opt/requirements.lock")  # the Dockerfile puts it there, and sets IMAGE_REVISION
-# They set how many threads, which instructions (others round differently), and how fast.
+# They set how many threads, which instructions and kernels (others round differently), how fast.
 VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
     "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "CUDA_LAUNCH_BLOCKING",
-    "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "PYTORCH_NO_CUDA_MEMORY_CACHING", "PYTORCH_TUNABLEOP_ENABLED", "TORCHINDUCTOR_MAX_AUTOTUNE",
+    "CUBLAS_WORKSPACE_CONFIG",
 )  # fmt: skip
 # What the figures of a run depend on: an edit here makes another experiment.
 SOURCES = (

@@ -16,7 +16,7 @@ from kit.runs import different, read_run
 
 import numpy as np
 import pytest
-from conftest import copy_run
+from conftest import copy_run, unaligned
 
 FULL = {"quick": False, "overrides": {}, "width": 64}
 ACCURACIES = {"baseline": [92.0, 92.1, 92.2], "se": [93.1, 93.2, 93.4], "se_static": [92, 93, 92.5]}
@@ -60,9 +60,7 @@ def found_in(runs, *flags):
     readme.write_text("<!-- report.py: out -->\n<!-- end of out -->\n")
     flags = ["--runs", str(runs), "--out", str(out), "--readme", str(readme), *flags]
     assert report.main(flags) == 0
-    text, block = (
-        re.sub(" +", " ", path.read_text()) for path in (out / "report.md", readme)
-    )  # tables without the spaces that align them
+    text, block = (unaligned(path.read_text()) for path in (out / "report.md", readme))
     finding = text.partition("\n## ")[2].partition("\n###")[0]
     verdicts = "better|worse|equivalent|undecided"
     (row,) = re.findall(rf"^\| `se` .*(?:{verdicts}).*", finding, re.MULTILINE) or [""]

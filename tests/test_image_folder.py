@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import is_one_line, stop_at
+from conftest import is_one_line, stop_at, unaligned
 from PIL import Image
 
 
@@ -210,7 +210,7 @@ def test_runs_of_other_images_or_sizes_are_not_compared(tmp_path, capsys):
         assert train.main(flags) == 0
     assert report.main(["--runs", str(runs), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| `se` (smoke test, width 16) | 1 |" in text
+    assert "| `se` (smoke test, width 16) | 1 |" in unaligned(text)
     assert "`eca`" not in text and "`gc`" not in text
     assert text.count(" left out, it has other settings: ") == 2
     assert "--image 3x9x9 --classes 2" in text  # what would fill the gap

@@ -19,7 +19,7 @@ from kit.settings import as_config
 from models import MODELS
 
 import pytest
-from conftest import REPO, is_one_line, run_all, settings_of, variables
+from conftest import REPO, is_one_line, run_all, settings_of, unaligned, variables
 from PIL import Image
 
 VARIABLES = ["MODELS", "SEEDS", "RECIPE", "DATASET", "FLAGS", "RUNS", "OUT", "JOBS", "SHARD"]
@@ -315,7 +315,8 @@ def test_a_small_study(tmp_path):
     done = run_all("study", **small)
     assert done.returncode == 0, done.stderr
     text, modules, positions = (
-        (out / folder / "report.md").read_text() for folder in ("", "modules", "positions")
+        unaligned((out / folder / "report.md").read_text())
+        for folder in ("", "modules", "positions")
     )
 
     def row(model, seeds):
