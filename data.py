@@ -43,8 +43,8 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
 
     Raises ValueError with one line that says what is wrong.
     """
-    no_folder = dataset in DATASETS or dataset.endswith(".npz")
-    if image_size is not None and (no_folder or not 1 <= image_size <= 4096):
+    is_folder = dataset not in DATASETS and not dataset.endswith(".npz")
+    if image_size is not None and not (is_folder and 1 <= image_size <= 4096):
         what = f"is for folders of images, from 1 to 4096: not {image_size} for {dataset!r}"
         raise ValueError(f"--image-size {what}")
     if dataset in DATASETS:
@@ -54,7 +54,7 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
     if not (dataset and ("/" in dataset or folder.is_dir() or folder.suffix == ".npz")):
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, a folder or an .npz")
     if folder.name in DATASETS or not is_name(folder.name) or not shows(str(folder)):
-        raise ValueError(f"{printable(folder)}: rename it: {NAMES}, and are not {known}")
+        raise ValueError(f"{printable(folder)}: rename it ({NAMES}; {known} are taken)")
     return str(folder), folder.name
 
 
@@ -69,12 +69,17 @@ def load_dataset(
         name, _ = resolve(name, image_size)
     except ValueError as error:
         raise UserError(str(error)) from None
-    load = DATASETS.get(name) or partial(load_folder, Path(name), image_size=image_size)
-    load = partial(load_npz, Path(name)) if name.endswith(".npz") else load
+    if name in DATASETS:
+        load = DATASETS[name]
+    elif name.endswith(".npz"):
+        load = partial(load_npz, Path(name))
+    else:
+        load = partial(load_folder, Path(name), image_size=image_size)
     asked = {"fetch": fetch} if "fetch" in signature(load).parameters else {}
     dataset = load(Path(data_dir), **asked)
     note_copies("test", *dataset.hashes[::-1])
     labels = np.append(dataset.train_labels, dataset.test_labels)
+    # The number of each distinct image, and where each of those numbers comes first.
     _, first, image = np.unique(np.append(*dataset.hashes), return_index=True, return_inverse=True)
     if n := np.isin(image, image[labels != labels[first[image]]]).sum():
         note(f"{n:,} images have two labels (identical pixels, another class): accuracy is lowered")
@@ -98,24 +103,24 @@ def split_indices(n: int, seed: int, val_fraction: float = 0.1) -> tuple[Tensor,
 
 
 def sampling_order(labels: Tensor) -> Tensor:
-    """All indices into `labels` (N,), so that the first n are a sample with every class as often as
-    in all. Drawn once, from the labels alone: the same for every model and seed."""
+    """A fixed permutation of the indices into `labels` (N,): any first n of them have nearly the
+    class proportions of all. The same for every model and seed."""
     order = np.random.default_rng(0).permutation(len(labels))
-    drawn, share = labels.numpy()[order], np.empty(len(labels))
+    drawn, rank = labels.numpy()[order], np.empty(len(labels))
     for label, size in zip(*np.unique(drawn, return_counts=True), strict=True):
-        share[drawn == label] = np.arange(size) / size  # of its class that is drawn before it
-    return torch.from_numpy(order[np.argsort(share, kind="stable")])
+        rank[drawn == label] = np.arange(size) / size  # within its class, from 0 to 1
+    return torch.from_numpy(order[np.argsort(rank, kind="stable")])
 
 
 def stratified(labels: Tensor, n: int) -> Tensor:
-    """A sample of n images, sorted indices into `labels` (N,); it holds every smaller one."""
+    """Sorted indices into `labels` (N,) of n images; a larger sample contains the smaller ones."""
     return sampling_order(labels)[:n].sort().values
 
 
 def shuffled(indices: Tensor, seed: int, epoch: int) -> Tensor:
     """`indices` in the order of one epoch, fixed by (seed, epoch) alone: there is no state to save.
 
-    Epochs count from 1: numpy draws the same of `seed`, which the split has used, and `(seed, 0)`.
+    Epochs start at 1: default_rng((seed, 0)) equals default_rng(seed), which made the split.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(indices))
     return indices[torch.from_numpy(order)]

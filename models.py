@@ -3,9 +3,9 @@
     python models.py                    # every model with its parameter count
 
 The backbone is torchvision's ResNet-18 adapted to small images (He, Zhang, Ren, Sun, CVPR 2016,
-arXiv 1512.03385): `conv1` is 3x3 with stride 1, and there is no max-pooling, so the stages see 28,
-14, 7 and 4 pixels of 28. Its `state_dict` has the same keys and shapes as torchvision's, so weights
-load from one into the other.
+arXiv 1512.03385): `conv1` is 3x3 with stride 1, and there is no max-pooling, so on 28x28 images the
+stages work at 28x28, 14x14, 7x7 and 4x4. The keys of its `state_dict` are torchvision's: weights
+load from a torchvision model that is adapted in the same way, and back.
 
 To add a module: a class `Module(channels)` whose output has the shape of its input (N, C, H, W),
 and a line in ATTENTION. It is then a model of its own, with the module in every block; a line in
@@ -206,9 +206,9 @@ class ResNet18(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.attention = nn.Identity()
         self.fc = nn.Linear(8 * width, num_classes)
-        # As in torchvision. The stem keeps PyTorch's own start, as when it is swapped into
-        # torchvision's model: scaled by fan-out, its outputs are so small beside BatchNorm's first
-        # running variance of 1 that after 30 steps validation accuracy was 16% instead of 72%.
+        # Kaiming by fan-out, as in torchvision, but for the stem, which keeps PyTorch's default, as
+        # when it is swapped into torchvision's model. By fan-out its outputs are tiny compared with
+        # BatchNorm's initial running variance of 1: after 30 steps 16% instead of 72% validation.
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module is not self.conv1:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -296,9 +296,11 @@ MODELS = {
     "se_static": (StaticSE, "blocks"),
     "cbam_blocks_static": (StaticCBAM, "blocks"),
 }
-# A module that no model has yet: in every block, under its own name.
-in_use = {module for module, _ in MODELS.values()}
-MODELS |= {name: (module, "blocks") for name, module in ATTENTION.items() if module not in in_use}
+# A module that no model has in its blocks yet: there, under its own name.
+in_blocks = {m for m, position in MODELS.values() if position in ("blocks", "replace_conv2")}
+for name, module in ATTENTION.items():
+    if module not in in_blocks:
+        MODELS.setdefault(name, (module, "blocks"))
 
 
 def build_model(
@@ -334,10 +336,10 @@ def find_module(name: str, position: str | None, reduction: int | None) -> tuple
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
     module, own_position = MODELS[name]
     if position and not (own_position in POSITIONS and position in POSITIONS):
-        raise ValueError(f"model {name} has no attention that could be put at {position!r}")
+        raise ValueError(f"model {name} has no attention that can be placed at {position!r}")
     if reduction:
         if not module or "reduction" not in inspect.signature(module).parameters:
-            raise ValueError(f"model {name} has no reduction that could be set")
+            raise ValueError(f"model {name} has no reduction to set")
         module = partial(module, reduction=reduction)
     return module, position or own_position
 

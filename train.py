@@ -3,14 +3,14 @@
     python train.py --model se                    # the published recipe: up to 50 epochs
     python train.py --model se --recipe short     # 10 epochs, annealed to 0: for comparisons
     python train.py --model se --recipe quick     # smoke test: 1 epoch on 1,920 images
-    python train.py --model se --dry-run          # a batch of each; keeps no run
+    python train.py --model se --dry-run          # one batch of each part; keeps no run
     python train.py --model se --target-acc 92    # exit 1 below 92% test accuracy
     tensorboard --logdir runs
 
 The folder is RUNS/<dataset>/<recipe>/<model>/seed<k>/. Ctrl-C and SIGTERM stop a run between two
 steps; the same command resumes it, or says that it is complete. Each epoch prints a line; * marks
 the best validation accuracy so far. Two otherwise idle CPU cores train 70 to 100 images/s: `quick`
-takes half a minute, an epoch of the published recipe 9 to 13.
+takes half a minute, one epoch of the published recipe 9 to 13 minutes.
 """
 
 import copy
@@ -34,16 +34,16 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from tqdm import trange
 
-# --- Recipes: every setting, its published value and what it does; 0: not used --------------------
+# --- Recipes: each setting's published value, and what it does; 0 turns an optional one off -------
 
 SETTINGS = {
-    "epochs": (50, "also the length of the cosine schedule, which ends at a learning rate of 0"),
+    "epochs": (50, "at most; the cosine schedule reaches a learning rate of 0 after the last"),
     "batch_size": (64, "the last partial batch is kept"),
     "lr": (1e-3, "learning rate of Adam"),
-    "anneal": ("epoch", "the learning rate is set once per epoch, or before each batch"),
-    "patience": (10, "stop when validation accuracy has not improved for so many epochs; 0: never"),
-    "tested": ("best", "the weights that are tested: of the best validation epoch, or the last"),
-    "limit_train": (0, "images of the training split, and to validate a ninth, or a batch; 0: all"),
+    "anneal": ("epoch", "how often the learning rate is set: per epoch or per batch"),
+    "patience": (10, "stop after this many epochs without better validation accuracy; 0: never"),
+    "tested": ("best", "which weights are tested: those of the best validation epoch, or the last"),
+    "limit_train": (0, "training images; a ninth as many validate, at least a batch; 0: all"),
     "limit_test": (0, "test images, a stratified sample; 0: all"),
     # The published recipe has none of these.
     "weight_decay": (0.0, "of AdamW, for all but biases and BatchNorm"),
@@ -61,8 +61,8 @@ PUBLISHED = {name: value for name, (value, _) in SETTINGS.items()}
 RECIPES = {
     "published": PUBLISHED,
     "quick": PUBLISHED | dict(epochs=1, limit_train=1920, limit_test=1000),
-    # Runs of equal length that end with a learning rate of 0 spread less, so that fewer seeds tell
-    # two models apart. Validation chooses nothing.
+    # Runs of equal length that end at a learning rate of 0 should vary less over seeds, so that
+    # fewer seeds tell two models apart. Validation chooses nothing.
     "short": PUBLISHED | dict(epochs=10, anneal="batch", patience=0, tested="last"),
     # Chosen on validation images at width 16, in 16 epochs of half the images: docs/recipes.md.
     "strong": PUBLISHED
@@ -74,7 +74,8 @@ RECIPES = {
 
 
 def prepare(settings, dataset):
-    """Data, model, optimizer and schedule of a run, its step, and the part of it that compiles."""
+    """(loader, model, optimizer, scheduler, ema, forward, step); kit/fast.py may compile `forward`,
+    and then passes it to `step`."""
     device = settings.device
     set_up_torch(settings.precision)
 
@@ -147,7 +148,7 @@ def train(settings, dataset, run: Run) -> dict:
         stop_if_not_finite(losses, val_loss, epoch, settings.lr)
         row = {
             "epoch": epoch,
-            "lr": float(scheduler.get_last_lr()[0]),
+            "lr": float(scheduler.get_last_lr()[0]),  # set per batch: after the epoch
             "train_loss": loader.mean_over_images(losses),
             "train_acc": 100 * progress.correct.item() / loader.n_train,
             "val_loss": val_loss,
@@ -160,7 +161,7 @@ def train(settings, dataset, run: Run) -> dict:
             scheduler.step()
         run.log_and_save()
 
-    # The test set is used only here: with the last weights, and with those that are to be tested.
+    # The test set is used only here: with the last weights, and with those that `tested` names.
     tested_model = copy.deepcopy(eval_model)
     tested_model.load_state_dict(progress.best)
     _, last_predictions = evaluate(eval_model, loader, *loader.test, run)
@@ -191,8 +192,8 @@ def adam(model, lr: float, weight_decay: float = 0.0) -> torch.optim.Adam:
 
 
 def cosine(optimizer, steps: int, warmup: int = 0):
-    """Cosine from the optimizer's learning rate to 0 in so many steps of the scheduler (epochs or
-    batches), after a linear warm-up in the first of them."""
+    """Cosine from the optimizer's learning rate to 0 over `steps` scheduler steps (epochs or
+    batches). The first `warmup` of them are a linear warm-up."""
     if not warmup:
         return CosineAnnealingLR(optimizer, T_max=steps)
 
@@ -221,7 +222,7 @@ def evaluate(model, loader, images, labels, run):
     """(mean cross-entropy, predicted classes (N,)) of uint8 images, in evaluation mode."""
     model.eval()
     loss, predictions = 0.0, []
-    size = max(1, 784_000 // images[0, 0].numel())  # 1,000 images of 28x28; changes no figure
+    size = max(1, 784_000 // images[0, 0].numel())  # 1,000 images of 28x28
     for batch, targets in zip(images.split(size), labels.split(size), strict=True):
         run.leave_if_stopped()
         with autocast(run.settings.precision, images.device):
@@ -267,6 +268,7 @@ def main(argv: list[str] | None = None) -> int:
     preflight(settings.device, None if settings.dry_run else settings.runs)
     dataset = data.load_dataset(settings.dataset, settings.data_dir, settings.image_size)
     with Run(settings, dataset.digest) as run:
+        # A finished run has its result already.
         result = run.result or run.complete(train(settings, dataset, run))
     return run.finish(result)
 

@@ -1,4 +1,5 @@
 import re
+import runpy
 
 from models import MODELS, POSITIONS, SE, build_model, count_parameters
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torchvision
+from conftest import REPO
 
 COUNTS = {
     "baseline": 11_172_810,
@@ -176,8 +178,8 @@ def test_position_and_reduction_are_set():
     [
         ("se", dict(position="block"), "model se .* 'block'"),
         ("se", dict(position="replace_conv1"), "model se .* 'replace_conv1'"),
-        ("sk", dict(position="blocks"), "sk has no attention that could be put"),
-        ("bot", dict(position="blocks"), "bot has no attention that could be put"),
+        ("sk", dict(position="blocks"), "sk has no attention that can be placed"),
+        ("bot", dict(position="blocks"), "bot has no attention that can be placed"),
         ("baseline", dict(position="blocks"), "baseline has no attention"),
         ("baseline", dict(reduction=8), "baseline has no reduction"),
         ("eca", dict(reduction=8), "eca has no reduction"),
@@ -188,6 +190,17 @@ def test_what_cannot_be_built_is_said(monkeypatch, name, choice, words):
     monkeypatch.setitem(MODELS, "mine", (SE, "nowhere"))
     with pytest.raises(ValueError, match=words):
         build_model(name, width=4, **choice)
+
+
+def test_a_module_at_another_position_too_keeps_its_own_model(tmp_path):
+    """models.py with a class, its line in ATTENTION, and an entry of its own in MODELS."""
+    text = (REPO / "models.py").read_text()
+    text = text.replace("ATTENTION = {\n", 'ATTENTION = {\n    "mine": type("Mine", (SE,), {}),\n')
+    entry = '    "mine_prepool": (ATTENTION["mine"], "prepool"),\n'
+    (tmp_path / "edited.py").write_text(text.replace("MODELS = {\n", f"MODELS = {{\n{entry}"))
+    edited = runpy.run_path(str(tmp_path / "edited.py"))["MODELS"]
+    assert list(edited) == ["mine_prepool", *MODELS, "mine"]
+    assert edited["mine"] == (edited["mine_prepool"][0], "blocks")
 
 
 def test_unknown_model_is_named():
