@@ -10,8 +10,8 @@
 
 Reads files alone and needs no torch: copy the small files of a run folder to a laptop and it works
 there, in a few seconds. Every model is compared with the baseline, seed by seed, and gets a verdict
-(kit/verdicts.py). Writes report.md (from the template kit/report.md), the same as one page with its
-figures inside (report.html), results.csv, results.tex, summary.json and figures.
+(kit/verdicts.py). Writes report.md, the same as one page with its figures inside (report.html),
+results.csv, results.tex, summary.json and figures.
 
 A study is one data set, one recipe and the same explicit settings; only its runs are compared. The
 first one has verdicts and most runs. One shorter than its recipe is marked as a smoke test.

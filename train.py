@@ -9,8 +9,8 @@
 
 The folder is RUNS/<dataset>/<recipe>/<model>/seed<k>/. Ctrl-C and SIGTERM stop a run between two
 steps; the same command resumes it, or says that it is complete. Each epoch prints a line; * marks
-the best validation accuracy so far. Two otherwise idle CPU cores train 70 to 100 images/s: `quick`
-takes half a minute, one epoch of the published recipe 9 to 13 minutes.
+the best validation accuracy so far. Two otherwise idle CPU cores train 65 to 100 images/s: `quick`
+takes half a minute, one epoch of the published recipe 9 to 14 minutes.
 """
 
 import copy

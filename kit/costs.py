@@ -61,11 +61,11 @@ def by_other_code(study: Study, costs: dict[str, dict]) -> dict[str, list[str]]:
 def relative(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
     """Of every model that was trained or timed, the baseline first if it is there.
 
-    No training times where runs shared a device or had several: they would tell of the machine.
+    Training times only where every run is known to have had its GPU to itself.
     """
     found, base, base_row = {}, {}, costs.get("baseline")
-    own_device = len({device_of(run.result) for run in study.all_runs}) == 1
-    own_device &= not any(run.env.get("shared_gpu") for run in study.all_runs)
+    one_device = len({device_of(run.result) for run in study.all_runs}) == 1
+    alone = one_device and all(run.env.get("shared_gpu") is False for run in study.all_runs)
     for model in in_table_order(study.runs.keys() | costs.keys()):
         row, results = costs.get(model, {}), [run.result for run in study.runs.get(model, [])]
         memory = [result["peak_memory_mb"] for result in results]
@@ -74,8 +74,8 @@ def relative(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
             "flops": row.get("flops_aten"),
             "inference": row.get("ms_per_image"),
             "fastest": fastest.get(model, {}).get("ms_per_image"),
-            "training": median(map(seconds_per_epoch, results)) if results and own_device else None,
-            "memory": median(memory) if own_device and memory and all(memory) else None,
+            "training": median(map(seconds_per_epoch, results)) if results and alone else None,
+            "memory": median(memory) if one_device and memory and all(memory) else None,
         }
         base = values if model == "baseline" else base
         ratios = {k: v / base[k] if v and base.get(k) else None for k, v in values.items()}

@@ -1,6 +1,6 @@
 """What a study shows, in numbers: each model's spread, its difference from the baseline, its cost.
 
-Everything is worked out here once; words.py and the templates put it into words, figures.py draws.
+Everything is worked out here once; words.py and pages.py put it into words, figures.py draws.
 """
 
 import itertools

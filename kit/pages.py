@@ -23,7 +23,7 @@ RTX 4070. GFLOPs: 2 x the MACs that thop counts. ms/image: median at batch 64, e
 PyTorch's own flags; times on different hardware are not comparable."
 COSTS = "The baseline as measured, every other model relative to it. FLOPs (FlopCounterMode) leave \
 out most of the cost of gates: memory traffic and kernel launches. Training times stand here only \
-where every run had a device to itself."
+where every run is known to have had its GPU to itself."
 ABLATION = "Test accuracy of the same weights with every gate (per channel and position) replaced \
 by its mean over these images. The 95% interval is over images, for one seed. If it contains 0, \
 these weights are not shown to need input-dependent gates. This is what trained weights rely on, \

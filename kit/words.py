@@ -178,6 +178,7 @@ def spread_sentences(f: Findings) -> list[str]:
     s = f.spread
     by_images = f"the {f.study.result['test_images']:,} test images alone would give"
     alone = f"; {by_images} {s.from_images:.2f}" if s.from_images else ""
+    shared = f" (probably too narrow: all comparisons share `{f.reference}`)" * (len(f.against) > 1)
     pair = f" ({s.difference_from_images:.2f} by the test images)" if s.from_images else ""
     needed = "; ".join(
         f"{points:g} points: {middle:,} ({low:,} to {high:,})"
@@ -186,8 +187,7 @@ def spread_sentences(f: Findings) -> list[str]:
     return [
         f"Accuracy has a standard deviation of {s.over_seeds:.2f} points over seeds{alone}.",
         f"A paired difference has {s.of_difference:.2f}{pair}, with a 95% interval of "
-        f"{interval(s.interval, '.2f')} (probably too narrow: all comparisons share "
-        f"`{f.reference}`).",
+        f"{interval(s.interval, '.2f')}{shared}.",
         f"Minimum detectable difference (80% power, first of {len(f.against)} comparisons): "
         f"{s.detectable:.2f} points. Seeds needed to detect {needed}.",
     ]
@@ -226,11 +226,11 @@ def plan_sentence(f: Findings) -> str:
 
 def front_sentence(f: Findings) -> str:
     dropped = [model for model in f.models if model in f.costs and model not in f.front]
-    because = f" {names(dropped)}: another model is shown to be faster, and at least as accurate."
+    because = f" {names(dropped)}: another model was measured faster, and is better or equivalent."
     return f"Pareto front (accuracy against inference time): {names(f.front)}." + (
         because
         if dropped
-        else " No model is shown to be faster and at least as accurate as another."
+        else " No model was measured faster than another and is better or equivalent."
     )
 
 

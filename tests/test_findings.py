@@ -126,15 +126,19 @@ def test_costs_are_relative_to_the_baseline(make_study):
     rows = [row("baseline", 1.0), row("se", 1.5) | {"flops_aten": 9.9e8}]
     rows += [row(m, ms) | {"mode": "compile"} for m, ms in (("baseline", 0.5), ("se", 0.6))]
     rows += [row(m, ms) | {"mode": "graph"} for m, ms in (("baseline", 0.7), ("se", 0.7))]
+    for run in study.all_runs:
+        run.env["shared_gpu"] = False
     ratios = Findings(study, rows).relative["se"].ratios
     expected = dict(training=1.5, memory=1.2, inference=1.5, flops=1.1, fastest=1.2)
     assert {key: ratios[key] for key in expected} == pytest.approx(expected)
-    for change in ("device", "shared_gpu"):
-        run = study.runs["se"][0]
-        run.result["device"], run.env["shared_gpu"] = "another", change == "shared_gpu"
+    run = study.runs["se"][0]
+    for shared in (True, None):  # None: not known, as on a CPU
+        run.env["shared_gpu"] = shared
         ratios = Findings(study, rows).relative["se"].ratios
-        assert ratios["training"] is None and ratios["memory"] is None
-        run.result["device"] = study.runs["se"][1].result["device"]
+        assert (ratios["training"], ratios["memory"]) == (None, 1.2)
+    run.result["device"], run.env["shared_gpu"] = "another", False
+    ratios = Findings(study, rows).relative["se"].ratios
+    assert ratios["training"] is None and ratios["memory"] is None
 
 
 def test_class_by_class_as_counted_one_by_one(make_study):
