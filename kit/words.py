@@ -226,12 +226,10 @@ def plan_sentence(f: Findings) -> str:
 
 def front_sentence(f: Findings) -> str:
     dropped = [model for model in f.models if model in f.costs and model not in f.front]
-    because = f" {names(dropped)}: another model was measured faster, and is better or equivalent."
-    return f"Pareto front (accuracy against inference time): {names(f.front)}." + (
-        because
-        if dropped
-        else " No model was measured faster than another and is better or equivalent."
-    )
+    found = f"Pareto front (accuracy against inference time): {names(f.front)}."
+    if not dropped:
+        return f"{found} No model was measured faster than another and is better or equivalent."
+    return f"{found} {names(dropped)}: another was measured faster, and is better or equivalent."
 
 
 def notes(f: Findings) -> list[str]:

@@ -191,6 +191,19 @@ def test_a_table_for_a_paper(study):
     assert row.startswith(r"cbam\_blocks & 92.60 & 0.14 & 2 & $-0.60$ & ")
 
 
+@pytest.mark.skipif(not shutil.which("pdflatex"), reason="pdflatex is not installed")
+def test_the_table_for_a_paper_compiles(study):
+    runs, out = study
+    assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    page = (
+        r"\documentclass{article}\usepackage{booktabs}\begin{document}\input{results}\end{document}"
+    )
+    (out / "page.tex").write_text(page)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"]
+    done = subprocess.run(command, cwd=out, capture_output=True, text=True)
+    assert done.returncode == 0 and (out / "page.pdf").stat().st_size > 10_000, done.stdout
+
+
 def test_what_latex_would_act_upon_is_escaped():
     assert words.text("golden_retriever") == "golden_retriever" != words.text("_a_")
     assert words.tex("a_b & 5% of $1 #2 {x} ~y ^z \\w") == (
