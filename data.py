@@ -154,7 +154,7 @@ class Loader:
                 "BatchNorm needs two: use another --batch-size, or more images"
             )
         note_copies("validation", dataset.hashes[0][split[1]], dataset.hashes[0][split[0]])
-        for part, idx in (("training", split[0]), ("validation", split[1])):
+        for part, idx in (("training", self.train_idx), ("validation", val_idx)):
             counts = dataset.train_labels[idx].bincount(minlength=len(self.classes))
             if absent := [name for name, n in zip(self.classes, counts, strict=True) if not n]:
                 note(f"no {part} image of {', '.join(absent[:5])} ({len(absent)} classes)")

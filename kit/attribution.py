@@ -83,16 +83,19 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
-    """Raises UserError for a module whose output has not its input's shape: PyTorch would broadcast
-    a gate."""
+    """Raises UserError for a module whose output has not its input's shape and dtype: PyTorch would
+    broadcast a gate."""
     modules = attention_modules(model)
 
     def check(name, forward, x):
         output = forward(x)
-        if (shape := getattr(output, "shape", None)) != x.shape:
+        made, taken = (
+            (getattr(t, "dtype", type(t)), getattr(t, "shape", None)) for t in (output, x)
+        )
+        if made != taken:
             raise UserError(
-                f"{name} ({type(modules[name]).__name__}) makes {shape or type(output)} of "
-                f"{x.shape}: return the input times the gate, in the input's shape"
+                f"{name} ({type(modules[name]).__name__}) makes {made[0]} {made[1]} of {taken[0]} "
+                f"{taken[1]}: return the input times the gate, in the input's shape and dtype"
             )
         return output
 

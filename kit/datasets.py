@@ -71,6 +71,10 @@ class ImageData:
 
     def __post_init__(self):
         """Names what a data set of one's own may have wrong."""
+        names = self.classes
+        if type(names) is not list or len({n for n in names if isinstance(n, str)}) < len(names):
+            words = f"classes must be a list of different strings, not {names!r:.80}"
+            raise UserError(f"{self.source}: {words}")
         for part in ("train", "test"):
             found = [getattr(self, f"{part}_{what}") for what in ("images", "labels")]
             kinds = [(getattr(x, "dtype", type(x)), *getattr(x, "shape", ())) for x in found]

@@ -36,8 +36,8 @@ def write_atomically(path: Path, body: bytes | str, previous: Path | None = None
             file.write(body.encode(errors="backslashreplace") if isinstance(body, str) else body)
             if path.exists():
                 before = path.stat()
-                os.fchmod(file.fileno(), before.st_mode)
-                with suppress(OSError):  # only root may give files away
+                with suppress(OSError):  # some shares have no modes, and only root gives files away
+                    os.fchmod(file.fileno(), before.st_mode)
                     os.fchown(file.fileno(), before.st_uid, before.st_gid)
             file.flush()
             os.fsync(file.fileno())

@@ -13,7 +13,7 @@ from kit.command_line import UserError
 import numpy as np
 import pytest
 import torch
-from conftest import is_one_line, script
+from conftest import is_one_line, script, settings_of
 from PIL import Image
 from torchvision import transforms
 from torchvision.datasets import MNIST, FashionMNIST
@@ -125,6 +125,26 @@ def test_slips_in_a_data_set_of_one_s_own_are_one_line(slip, words, part):
     with pytest.raises(UserError, match=f"^here: {part} .*{words}") as raised:
         datasets.ImageData(*parts, list("abcd"), "here")
     assert is_one_line(str(raised.value))
+
+
+@pytest.mark.parametrize(
+    "classes", [range(4), ["a", "b", "c", "a"], np.array(list("abcd")), "abcd"]
+)
+def test_classes_are_different_strings(classes):
+    """Others would fail when result.json is written, after all of the training."""
+    whole = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 4
+    with pytest.raises(UserError, match=r"^here: classes must be a list of different strings"):
+        datasets.ImageData(*whole, *whole, classes, "here")
+
+
+def test_a_class_that_a_limit_leaves_out_is_named(capsys):
+    images, labels = torch.zeros(200, 1, 8, 8, dtype=torch.uint8), torch.arange(200) % 3
+    labels[data.split_indices(200, 0)[0][100]] = 3  # the only image of d, the 101st to train
+    dataset = datasets.ImageData(images, labels, images[:8], torch.arange(8) % 4, list("abcd"), "")
+    for limit, said in ((["--limit-train", "64"], True), ([], False)):
+        settings = settings_of("--model", "se", "--device", "cpu", *limit)
+        data.Loader(dataset, settings, torch.device("cpu"))
+        assert ("no training image of d (1 classes)" in capsys.readouterr().err) == said
 
 
 def test_training_and_test_images_are_of_one_size():

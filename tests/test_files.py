@@ -52,7 +52,7 @@ def test_many_may_write_the_same_file(tmp_path):
 
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EBADF])
 def test_a_file_system_may_lack_fsync_and_locks(tmp_path, monkeypatch, capsys, number):
-    """Network and shared folders: of folders, or a folder that cannot even be opened."""
+    """Network and shared folders: of folders, modes, or a folder that cannot even be opened."""
 
     def missing(*_):
         raise OSError(number, "no such call")
@@ -62,6 +62,7 @@ def test_a_file_system_may_lack_fsync_and_locks(tmp_path, monkeypatch, capsys, n
         os, "fsync", lambda f: missing() if stat.S_ISDIR(os.fstat(f).st_mode) else fsync(f)
     )
     monkeypatch.setattr("fcntl.flock", missing)
+    monkeypatch.setattr(os, "fchmod", missing)
     write_atomically(tmp_path / "a", "1")
     with files.locked(tmp_path):
         write_atomically(tmp_path / "a", "2")

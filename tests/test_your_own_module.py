@@ -14,6 +14,7 @@ import train
 
 import numpy as np
 import pytest
+import torch
 import torch.nn as nn
 from conftest import REPO, is_one_line, metrics_of, stop_at, train_small, unaligned
 
@@ -110,8 +111,13 @@ class Halves(ReturnsGate):
         return x[:, ::2]
 
 
-@pytest.mark.parametrize("module", [ReturnsGate, ReturnsBoth, Halves])
-def test_a_module_that_returns_another_shape_is_named_before_training(
+class Doubles(ReturnsGate):
+    def forward(self, x):
+        return x * torch.ones((), dtype=torch.float64).expand(1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("module", [ReturnsGate, ReturnsBoth, Halves, Doubles])
+def test_a_module_that_returns_another_shape_or_dtype_is_named_before_training(
     module, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setitem(models.MODELS, "mine", (module, "blocks"))
