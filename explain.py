@@ -218,10 +218,12 @@ def main(argv: list[str] | None = None) -> None:
             with noted(f"no {picture}"):
                 draw_model(explained, drawn[0], picture)
             write_json(path, numbers)
+            gates = f"gates replaced by their mean: {numbers['lost']} lost, {numbers['won']} won; "
+            if numbers["test_acc_gates_fixed"] is None:
+                gates = ""  # it has none, or none is known
             print(
                 f"{explained.name}: {numbers['test_acc']:.2f}% of {numbers['test_images']:,} "
-                f"images; gates replaced by their mean: {numbers['lost']} lost, "
-                f"{numbers['won']} won; picture: {picture}"
+                f"images; {gates}picture: {picture}"
             )
         if args.compare:
             with noted(f"no {comparison}"):

@@ -58,9 +58,14 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
     if not studies:
         reasons = "; ".join(problem.words for problem in problems)
         where = f"{args.runs}" + ", which is no folder" * (not args.runs.is_dir())
+        if any(chosen.values()):
+            reasons = reasons or "none with the chosen --dataset, --recipe and --models"
         reasons = reasons or "run `python train.py --model baseline` first"
         raise UserError(f"no finished run below {where}: {one_line(reasons)}")
     name = "benchmark.json"  # either folder may hold it
+    known = {model for study in studies for model in study.runs}
+    unknown = [model for model in args.models or () if model not in known]
+    problems += [Problem(f"--models {name}: no finished run", is_lost=True) for name in unknown]
     costs, damaged = read_rows((out if (out / name).exists() else args.runs) / name)
     problems += damaged
     found = [Findings(study, costs, args.reference, args.margin) for study in studies]
@@ -70,7 +75,7 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
     figures = draw_figures(found[0], there, args.formats)
     explained = explained_pictures(found[0].study, out)
     pictures = {name: body for name, body in figures.items() if name in FIGURES} | explained
-    missing = [problem.words for problem in problems] + missing_of(sections)
+    missing = [problem.words for problem in problems] + missing_of(sections, out)
     report = pages.report_md(found, sections, list(figures), list(explained), there, missing)
     files = {
         **{out / name: body for name, body in figures.items()},
@@ -96,7 +101,7 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
     return sections
 
 
-def missing_of(sections: list[Findings]) -> list[str]:
+def missing_of(sections: list[Findings], out: Path) -> list[str]:
     """What was planned and is not there, and what has not been measured."""
     found = []
     for f in sections:
@@ -106,7 +111,7 @@ def missing_of(sections: list[Findings]) -> list[str]:
             shape = "x".join(map(str, f.study.result["image"]))
             size = f"--width {f.study.result['width']} --image {shape}"
             classes = f"--classes {len(f.study.result['classes'])}"
-            command = f"python benchmark.py {size} {classes} --out with the folder of this report"
+            command = f"python benchmark.py {size} {classes} --out {out}"
             found.append(f"{f.study.title}: no FLOPs and no inference time: run {command}")
     return found
 
@@ -250,9 +255,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--difference", type=float, help="to be detected, in points")
     add("--comparisons", type=int, default=4, help=f"with the reference; {default}")
     args = parser.parse_args(argv)
-    if args.power != bool(args.difference) or (args.sd and not args.power):
+    if args.power != bool(args.difference) or (args.sd is not None and not args.power):
         parser.error("--power and --difference go together; --sd only with them")
-    points = [args.difference or 1, args.sd or 1]
+    points = [args.difference or 1, 1 if args.sd is None else args.sd]
     sensible = min(points) > 0 and max(points) <= 100 and 1e-3 <= points[0] / points[1] <= 1e3
     if not (sensible and 1 <= args.comparisons <= 1000):
         parser.error("--difference and --sd are in points, above 0 and up to 100, the first 0.001 "

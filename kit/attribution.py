@@ -78,7 +78,8 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules()
-        if re.search(r"\battention(_before_bn2)?$", name) and not isinstance(module, nn.Identity)
+        if re.fullmatch(r"(layer\d\.\d\.)?attention(_before_bn2)?", name)
+        and not isinstance(module, nn.Identity)
     }
 
 

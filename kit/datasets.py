@@ -72,8 +72,9 @@ class ImageData:
     def __post_init__(self):
         """Names what a data set of one's own may have wrong."""
         names = self.classes
-        if type(names) is not list or len({n for n in names if isinstance(n, str)}) < len(names):
-            words = f"classes must be a list of different strings, not {names!r:.80}"
+        different = {name for name in names if isinstance(name, str)}
+        if type(names) is not list or len(different) < max(2, len(names)):
+            words = f"classes must be a list of two or more different strings, not {names!r:.80}"
             raise UserError(f"{self.source}: {words}")
         for part in ("train", "test"):
             found = [getattr(self, f"{part}_{what}") for what in ("images", "labels")]
@@ -157,7 +158,7 @@ def load_npz(path: Path, _: Path) -> ImageData:
     parts, values = [], np.unique(np.append(train_and_val[1], test[1]))
     for images, labels in (train_and_val, test):
         grey_or_rgb = images.ndim >= 3 and images.shape[3:] in ((), (1,), (3,))
-        one_label = labels.dtype.kind in "iu" and labels.size == len(images)
+        one_label = labels.dtype.kind in "iu" and labels.size == len(images) > 0
         if images.dtype != np.uint8 or not grey_or_rgb or not one_label:
             found = f"{images.dtype} {images.shape} with labels {labels.dtype} {labels.shape}"
             raise UserError(

@@ -101,14 +101,11 @@ def image() -> dict | None:
 
 def source_hashes(names=SOURCES) -> dict[str, str]:
     """sha256 of these scripts when this process began, and of each definition at their tops:
-    functions, classes, constants, entries of tables. Comments and docstrings do not count."""
+    functions, classes, constants, entries of tables."""
     found = {}
     for name in names:
         found[name] = hashlib.sha256(AT_START[name]).hexdigest()
         for node in ast.parse(AT_START[name]).body:
-            for inner in ast.walk(node):
-                if isinstance(inner, (ast.FunctionDef, ast.ClassDef)) and ast.get_docstring(inner):
-                    del inner.body[0]
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
                 parts = {node.name: node}
             elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):

@@ -298,7 +298,7 @@ def read_rows(path: Path) -> tuple[list[dict], list[Problem]]:
         return rows, []
     except Exception as error:  # whatever a damaged file leads to
         again = "delete it, and run python benchmark.py again"
-        return [], [Problem(f"{path} left out, it is damaged ({in_one_line(error)}): {again}")]
+        return [], [Problem(f"{path} is damaged ({in_one_line(error)}): {again}")]
 
 
 def read_explained(run: FinishedRun, problems: list[Problem]) -> dict | None:

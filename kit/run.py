@@ -62,7 +62,8 @@ class Run:
             runs.lock(self.folder, self.stack)
             self.lock = runs.lock_of(self.folder)
             if not s.overwrite and (there := completed(self.folder, self.config)):
-                remove(self.folder, *STATES)  # it may have been killed before these went
+                if not there.config.get("keep_last"):  # a flag of earlier code
+                    remove(self.folder, *STATES)  # it may have been killed before these went
                 changes = changes_since(there.env, {"sha256": source_hashes()})
                 print(f"already complete: {self.folder}{in_brackets(changes)}")
                 self.result = there.result

@@ -81,8 +81,9 @@ class FinishedRun:
     def settings(self) -> dict:
         """What must be the same in all runs of a study, test labels aside; see `different`."""
         of_model = {"model", "seed", "position", "reduction", "precision", "mode"}
-        found = {k: v for k, v in self.config.items() if k not in NO_SETTING | of_model}
-        of_result = {key: self.result[key] for key in ("test_images", "image", "overrides")}
+        unlike = NO_SETTING - {"overrides", "chosen"} | of_model
+        found = {k: v for k, v in self.config.items() if k not in unlike}
+        of_result = {key: self.result[key] for key in ("test_images", "image")}
         return found | of_result | {"classes": len(self.result["classes"])}
 
 
@@ -147,7 +148,7 @@ def completed(folder: Path, config: dict) -> FinishedRun | None:
 # Everything else in it counts, so that a new setting cannot be forgotten.
 NO_SETTING = {
     "command", "data_dir", "dataset", "runs", "device", "target_acc", "overwrite", "keep_last",
-    "dry_run", "overrides", "quick", "base_model", "auto_precision",
+    "dry_run", "overrides", "chosen", "quick", "base_model", "auto_precision",
 }  # fmt: skip
 CIRCUMSTANCES = ("device", "torch", "precision", "mode")  # should be the same, as the code
 
@@ -156,12 +157,13 @@ def different(there: dict, here: dict, ignore: Iterable[str] = ()) -> list[str]:
     """In words, which settings are not the same `there` as they are `here`: two config.json, or
     parts of them.
 
-    A setting that only one of them has counts if that one chose it (it is among its overrides), and
-    is not off (None, 0, False): a new setting leaves finished runs what they are. That its code is
-    new the verdict says.
+    A setting that only one of them has counts if that one chose it, by a flag or its recipe, and is
+    not off (None, 0, False): a new setting leaves finished runs what they are. That its code is new
+    the verdict says.
     """
-    chosen = there.get("overrides", {}) | here.get("overrides", {})
-    known = there.keys() & here.keys() | chosen.keys()
+    known = there.keys() & here.keys()
+    for config in (there, here):
+        known |= {*config.get("overrides", ()), *config.get("chosen", ())}
     special = {"data": "other images or labels"}
     return [
         special.get(key) or f"{key} {there.get(key) or 'none'} instead of {here.get(key) or 'none'}"

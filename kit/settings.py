@@ -134,6 +134,8 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
     # What differs from the recipe: the report keeps such runs apart.
     own = recipe | dict(width=WIDTH, precision=choose_precision("auto", settings.device))
     settings.overrides = {k: v for k in own if (v := getattr(settings, k)) != own[k]}
+    # What is not at its default, by a flag or by the recipe.
+    settings.chosen = [k for k, (value, _) in table.items() if getattr(settings, k) != value]
     # A smoke test is shorter than its recipe: the report says so wherever it shows its figures.
     length = ("epochs", "patience", "limit_train", "limit_test")  # 0: without a limit
     settings.quick = settings.recipe == "quick" or any(

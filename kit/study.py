@@ -14,7 +14,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import redirect_stderr
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,9 +66,10 @@ class Training(Job):
             train.parse(list(map(str, [*command[1:], *more]))) for more in ([], [*s.flags, *flags])
         )
         if any(getattr(plain, key) != getattr(run, key) for key in OF_THE_RUN):
-            raise ValueError("no model, dataset, recipe, seed, runs, dry-run or overwrite")
+            what = "model, dataset, recipe, seed, runs, dry-run or overwrite"
+            raise ValueError(f"FLAGS: they may not set {what}")
         if "/" in run.dataset and not os.path.exists(run.dataset):
-            raise ValueError(f"there is no folder {run.dataset}")
+            raise ValueError(f"DATASET: there is no folder {run.dataset}")
         parts = run.dataset_name, run.recipe, run.model, f"seed{run.seed}"
         log = runs / "logs" / f"{'.'.join(parts)}.log"
         name, folder = f"{run.model}, seed {run.seed}", runs.joinpath(*parts)
@@ -195,7 +196,7 @@ def settings_of(what: str, planning: bool, gpus: list[str], gpu: str, fail) -> S
         if not re.fullmatch(form, value):
             fail(f"{name}: {value!r}: {advice}")
         setattr(s, name.lower(), value)
-    s.models, s.seeds = (list(dict.fromkeys(given.split())) for given in (s.models, s.seeds))
+    s.models = list(dict.fromkeys(s.models.split()))
     s.out, s.jobs = Path(s.out), int(s.jobs)
     s.runs = s.out / "runs" if what == "study" else Path(s.runs)
     s.shard, s.shards = map(int, s.shard.split("/"))
@@ -205,11 +206,15 @@ def settings_of(what: str, planning: bool, gpus: list[str], gpu: str, fail) -> S
         rows = [(s.recipe, *rows[0][1:])]  # that table alone
     said = io.StringIO()  # by argparse
     try:
+        s.seeds = list(dict.fromkeys(map(int, s.seeds.split())))
         s.flags = shlex.split(s.flags)
-        with redirect_stderr(said):
+        with redirect_stderr(said), redirect_stdout(said):
             s.tables = [training(s, *row) for row in rows]
-    except (SystemExit, ValueError) as error:
-        why = said.getvalue().rpartition("error: ")[2].strip() or error
+    except ValueError as error:
+        unread = [name for name in ("seeds", "flags") if isinstance(getattr(s, name), str)]
+        fail(f"{unread[0].upper()}: {error}" if unread else str(error))
+    except SystemExit:
+        why = said.getvalue().partition("error: ")[2].strip() or "--help is not for runs"
         fail(f"MODELS, SEEDS, RECIPE, DATASET or FLAGS: {why}")
     return s
 

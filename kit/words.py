@@ -202,7 +202,7 @@ def stopping_sentence(f: Findings) -> str:
         f"Runs trained for {min(every)} to {max(every)} epochs (mean: {means}). Over all "
         f"{len(every)} runs, epochs and test accuracy correlate with r = {f.stopping:+.2f}"
     )
-    matters = f.stopping > 2 / len(every) ** 0.5  # about the 5% level
+    matters = abs(f.stopping) > 2 / len(every) ** 0.5  # about the 5% level
     return found + (": a difference may come from when training stopped." if matters else ".")
 
 

@@ -128,12 +128,12 @@ def test_slips_in_a_data_set_of_one_s_own_are_one_line(slip, words, part):
 
 
 @pytest.mark.parametrize(
-    "classes", [range(4), ["a", "b", "c", "a"], np.array(list("abcd")), "abcd"]
+    "classes", [range(4), ["a", "b", "c", "a"], np.array(list("abcd")), "abcd", ["a"]]
 )
 def test_classes_are_different_strings(classes):
     """Others would fail when result.json is written, after all of the training."""
     whole = torch.zeros(8, 3, 16, 16, dtype=torch.uint8), torch.arange(8) % 4
-    with pytest.raises(UserError, match=r"^here: classes must be a list of different strings"):
+    with pytest.raises(UserError, match=r"^here: classes must be a list of two or more"):
         datasets.ImageData(*whole, *whole, classes, "here")
 
 
@@ -194,6 +194,10 @@ def test_labels_of_medmnist_s_form_are_the_classes(tmp_path):
     ("changes", "words"),
     [
         ({"shape": (28, 28, 28)}, "volumes and several labels per image are not read"),
+        (
+            {"test_images": np.zeros((0, 28, 28), np.uint8), "test_labels": np.zeros(0, int)},
+            "not uint8 (0, 28, 28)",
+        ),
         ({"shape": (28, 28, 28, 3)}, "volumes and several labels per image are not read"),
         ({"shape": (28, 28, 4)}, "volumes and several labels per image are not read"),
         ({"train_images": np.zeros((60, 28, 28)), "val_images": np.zeros((9, 28, 28))}, "float64"),
@@ -224,7 +228,7 @@ def test_test_images_among_the_training_images_are_counted(monkeypatch, capsys):
     train = torch.randint(0, 256, (50, 1, 4, 4), dtype=torch.uint8, generator=generator)
     test = torch.cat([train[[3, 3, 7]], 255 - train[:4]])
     labels = torch.zeros(50, dtype=torch.int64)
-    dataset = datasets.ImageData(train, labels, test, labels[:7], ["a"], "here")
+    dataset = datasets.ImageData(train, labels, test, labels[:7], ["a", "b"], "here")
     monkeypatch.setitem(data.DATASETS, "mnist", lambda _: dataset)
     data.load_dataset("mnist")
     error = capsys.readouterr().err

@@ -326,14 +326,3 @@ def test_the_lock_has_every_requirement_and_a_sha256_of_every_package():
         if not line.startswith("#"):
             name, version = line.split("==")
             assert locked[name] == {version}
-
-
-def test_a_definition_is_its_code_and_not_its_words(monkeypatch):
-    """Comments and docstrings may be edited; anything else in a definition is other code."""
-
-    def digest(docstring, comment, value):
-        script = f'class Gate:\n    """{docstring}"""\n\n    x = {value}  # {comment}\n'
-        monkeypatch.setitem(environment.AT_START, "gate.py", script.encode())
-        return environment.source_hashes(["gate.py"])["gate.py: Gate"]
-
-    assert digest("A", "B", 1) == digest("New", "Other", 1) != digest("A", "B", 2)

@@ -16,7 +16,7 @@ from kit.runs import different, read_run
 
 import numpy as np
 import pytest
-from conftest import copy_run, unaligned
+from conftest import copy_run, settings_of, unaligned
 
 FULL = {"quick": False, "overrides": {}, "width": 64}
 ACCURACIES = {"baseline": [92.0, 92.1, 92.2], "se": [93.1, 93.2, 93.4], "se_static": [92, 93, 92.5]}
@@ -110,6 +110,14 @@ def test_a_new_setting_that_was_chosen_counts(runs):
     assert len(json.loads((runs.parent / "out/summary.json").read_text())["studies"]) == 2
     old, new = (read_run(folder_of(runs, model, 0)).settings for model in ("baseline", "se"))
     assert different(new, old) == ["momentum 0.5 instead of none"]
+
+
+def test_a_new_setting_that_the_recipe_turns_on_counts(runs):
+    change(folder_of(runs, "se", 1), "config", clip=1.0, chosen=["clip"])
+    finding, _, _ = found_in(runs)
+    assert "Left out, se seed 1:** it has other settings: clip 1.0 instead of none" in finding
+    settings = settings_of("--model", "se", "--recipe", "short", "--lr", "0.01", "--device", "cpu")
+    assert settings.chosen == ["epochs", "lr", "anneal", "patience", "tested"]
 
 
 def test_other_data_or_labels_are_not_paired(runs):

@@ -526,7 +526,7 @@ def test_a_damaged_benchmark_is_named_and_left_out(tmp_path, content):
     (tmp_path / "benchmark.json").write_text(content)
     rows, (problem,) = read_rows(tmp_path / "benchmark.json")
     assert rows == [] and is_one_line(problem.words) and "benchmark.json" in problem.words
-    assert "left out" in problem.words
+    assert "is damaged (" in problem.words
     assert "run python benchmark.py again" in problem.words
 
 
@@ -535,7 +535,7 @@ def test_a_report_without_a_damaged_benchmark(study):
     (out / "benchmark.json").write_text("{")
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
-    assert "benchmark.json left out, it is damaged" in text and row_of(text, "se")[1] == "3"
+    assert "benchmark.json is damaged (" in text and row_of(text, "se")[1] == "3"
 
 
 def test_without_benchmark_it_says_so(study):

@@ -11,6 +11,7 @@ import sys
 import explain
 import models
 import train
+from kit import attribution
 
 import numpy as np
 import pytest
@@ -99,6 +100,24 @@ class ReturnsGate(nn.Module):
 
     def forward(self, x):
         return x.mean((2, 3), keepdim=True).sigmoid()
+
+
+class HasAttention(ReturnsGate):
+    """A right module with a part that is called attention."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.attention = nn.Conv2d(channels, 1, 1)
+
+    def forward(self, x):
+        return x * self.attention(x).sigmoid()
+
+
+def test_a_part_of_a_module_may_be_called_attention(monkeypatch):
+    monkeypatch.setitem(models.MODELS, "mine", (HasAttention, "blocks"))
+    model = models.build_model("mine", width=4)
+    assert len(attribution.attention_modules(model)) == 8
+    attribution.check_shapes(model, torch.zeros(2, 1, 28, 28))
 
 
 class ReturnsBoth(ReturnsGate):
