@@ -54,7 +54,7 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
     if not (dataset and ("/" in dataset or folder.is_dir() or folder.suffix == ".npz")):
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, a folder or an .npz")
     if folder.name in DATASETS or not is_name(folder.name) or not shows(str(folder)):
-        raise ValueError(f"{printable(folder)}: rename it ({NAMES}; {known} are taken)")
+        raise ValueError(f"{printable(folder)}: rename it: {NAMES}; {known} are taken")
     return str(folder), folder.name
 
 

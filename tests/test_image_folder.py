@@ -258,7 +258,7 @@ def test_images_of_one_value_are_normalised_to_numbers(tmp_path):
 def test_mean_and_std_are_exact():
     images = torch.randint(0, 256, (50, 3, 5, 4), dtype=torch.uint8)
     pixels, labels = images.double() / 255, torch.zeros(50, dtype=torch.int64)
-    ours = ImageData(images, labels, images, labels, ["a"], "here")
+    ours = ImageData(images, labels, images, labels, ["a", "b"], "here")
     for found, expected in (
         (ours.mean, pixels.mean((0, 2, 3))), (ours.std, pixels.std((0, 2, 3), False)),
     ):  # fmt: skip
