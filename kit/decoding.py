@@ -92,8 +92,8 @@ def decode(folder: Path, paths: list[Path], image_size: int | None) -> tuple[np.
     raise_if_large(folder, 2 * math.prod(shape))  # twice while they are written, too
     images = np.empty(shape, np.uint8)
 
-    def fill(path, image):  # cropped in the middle, where the size is another
-        shown = np.asarray(ImageOps.fit(pixels(path, grey), size, Image.Resampling.BILINEAR))
+    def fill(path, image):
+        shown = np.asarray(pixels(path, grey, size))
         image[:] = shown if grey else shown.transpose(2, 0, 1)
 
     in_threads(fill, paths, images)
@@ -145,8 +145,8 @@ def header(path: Path):
         return size, mode, frames, mode[0] == "I" or ";16" in raw
 
 
-def pixels(path: Path, grey: bool) -> Image.Image:
-    """What a viewer shows, of mode L or RGB."""
+def pixels(path: Path | str, grey: bool, size: tuple[int, int]) -> Image.Image:
+    """What a viewer shows, of mode L or RGB, scaled to (width, height), cropped in the middle."""
     # From an open file: by its name Pillow maps a TIFF into memory, wrongly if it is to be turned.
     with open(path, "rb") as file, Image.open(file) as image:
         image.load()
@@ -165,7 +165,7 @@ def pixels(path: Path, grey: bool) -> Image.Image:
             # Alpha that is 0 everywhere is none: TGA and BMP have a fourth byte that may be unused.
             if image.getchannel("A").getextrema()[1] or of not in ("TGA", "BMP"):
                 image = Image.alpha_composite(white, image)
-        return image.convert("L" if grey else "RGB")
+        return ImageOps.fit(image.convert("L" if grey else "RGB"), size, Image.Resampling.BILINEAR)
 
 
 def raise_if_large(where: Path, needed: int) -> None:

@@ -7,6 +7,7 @@ import tempfile
 
 import data
 import train
+from kit.decoding import pixels
 from kit.fast import channels_last
 from models import build_model
 
@@ -398,17 +399,50 @@ def test_adam_is_adam():
         assert torch.allclose(layer.weight.double(), weight, rtol=1e-6, atol=1e-8)
 
 
+(CODE_ELSEWHERE,) = re.findall(
+    r"```python\n(import json.*?)```", (REPO / "docs/running.md").read_text(), re.DOTALL
+)
+
+
 def test_a_trained_model_is_used_elsewhere_as_the_docs_say(finished_run, fashion_mnist, tmp_path):
-    (code,) = re.findall(r"```python\n(import json.*?)```", (REPO / "docs/running.md").read_text(),
-                         re.DOTALL)  # fmt: skip
     tested = data.stratified(fashion_mnist.test_labels, 100)
     predicted = np.load(finished_run / "test_predictions.npy")
     for i in (0, 41, 99):
         picture = tmp_path / "image.png"
         Image.fromarray(fashion_mnist.test_images[tested[i], 0].numpy()).save(picture)
         variables = f"run, picture = {str(finished_run)!r}, {str(picture)!r}"
-        done = script("-c", f"{variables}\n{code}")
+        done = script("-c", f"{variables}\n{CODE_ELSEWHERE}")
         assert done.stdout.strip() == fashion_mnist.classes[predicted[i]], done.stderr
+
+
+def test_a_picture_elsewhere_is_read_as_in_training(tmp_path, capsys):
+    """Transparent, turned by its EXIF, larger: the same pixels, and the class that the run says."""
+    generator, exif = np.random.default_rng(0), Image.Exif()
+    exif[0x112] = 6
+    for name in ("cat", "dog"):
+        (tmp_path / "pets" / name).mkdir(parents=True)
+        for i in range(12):
+            image = generator.integers(0, 256, (20, 30, 4)).astype(np.uint8)
+            image[..., :3] //= 1 + (name == "cat")
+            Image.fromarray(image, "RGBA").resize((30 + i, 20)).save(
+                tmp_path / "pets" / name / f"{i}.png", exif=exif if i % 2 else Image.Exif()
+            )
+    flags = ["--dataset", str(tmp_path / "pets"), "--data-dir", str(tmp_path), "--batch-size", "4"]
+    flags += ["--image-size", "16", "--width", "4", "--epochs", "2", "--device", "cpu"]
+    assert train.main(["--model", "se", *flags, "--runs", str(tmp_path / "runs")]) == 0
+    run = tmp_path / "runs/pets/published/se/seed0"
+    dataset = data.load_dataset(str(tmp_path / "pets"), tmp_path, 16)
+    paths = sorted((tmp_path / "pets").glob("*/*.png"), key=lambda path: path.name)
+    for i, label in enumerate(np.load(run / "test_predictions.npy")):
+        (same,) = [
+            path for path in paths
+            if np.array_equal(
+                np.asarray(pixels(path, False, (16, 16))).transpose(2, 0, 1), dataset.test_images[i]
+            )
+        ]  # fmt: skip
+        capsys.readouterr()
+        exec(CODE_ELSEWHERE, {"run": str(run), "picture": str(same)})
+        assert capsys.readouterr().out.strip() == dataset.classes[label]
 
 
 def test_balanced_accuracy_is_sklearn_s():
