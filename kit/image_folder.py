@@ -59,7 +59,12 @@ def load_folder(
     left_out = defaultdict(set)
     train, test, how = train_and_test(folder, left_out)
     images, said = decoded(folder, [*train, *test], image_size, data_dir, keep=fetch)
-    if masks := masks_among(train | test, images):
+    masks, variants = masks_and_variants(train | test, images)
+    if len(variants) > 0.1 * len(images):
+        some = f"{len(variants):,} images ({printable(min(variants).relative_to(folder))}, ...)"
+        note(f"{some} are called like another but for a word: variants of a training image in the "
+             "test set inflate accuracy")  # fmt: skip
+    if masks:
         left_out["mask of the image beside it"] = masks
         images = images[[path not in masks for path in (*train, *test)]]
         train, test = ({p: part[p] for p in part if p not in masks} for part in (train, test))
@@ -252,9 +257,10 @@ def divided(images: Labelled) -> tuple[Labelled, Labelled]:
     return train, {path: name for path, name in images.items() if path in test}
 
 
-def masks_among(labelled: Labelled, images: np.ndarray) -> set[Path]:
-    """Series of two-tone images, each beside one of more tones in its class that has the same name
-    but for a word or folder: x_mask.png and x.png, masks/x.png and images/x.png."""
+def masks_and_variants(labelled: Labelled, images: np.ndarray) -> tuple[set[Path], set[Path]]:
+    """Series of images, each beside one in its class that has the same name but for a word or
+    folder: x_mask.png and x.png, masks/x.png and images/x.png. Masks have two tones, beside one of
+    more; others may be variants, such as x_flipped.png."""
 
     def two_tones(i):
         tones = np.sort(np.bincount(images[i].ravel() >> 3, minlength=32))
@@ -270,5 +276,11 @@ def masks_among(labelled: Labelled, images: np.ndarray) -> set[Path]:
                 for i in set(alike) - {j}:
                     key = paths[i].parent, paths[i].suffix, re.sub(r"\d", "", word)
                     series[key].append((paths[i], two_tones(i) and not two_tones(j)))
-    masks = (each for each in series.values() if np.mean([is_mask for _, is_mask in each]) > 0.9)
-    return {path for each in masks for path, _ in each}
+    masks, variants = set(), set()
+    for (_, _, word), each in series.items():
+        found = {path for path, _ in each}
+        if np.mean([is_mask for _, is_mask in each]) > 0.9:
+            masks |= found
+        elif word:
+            variants |= found
+    return masks, variants

@@ -374,7 +374,10 @@ def test_copies_and_drawings_are_no_masks(tmp_path, capsys, other, tones):
                 Image.fromarray(pixels).save(path)
     read = data.load_dataset(str(tmp_path / "set"))
     assert len(read.train_images) + len(read.test_images) == 32
-    assert "mask" not in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "mask" not in error
+    # Variants by their names: which of them are one image's nobody can know, but it is said.
+    assert ("16 images (a/0_flip.png, ...) are called like another" in error) == ("flip" in other)
 
 
 @pytest.mark.parametrize("where", ["set", "copy/of/it"])
