@@ -35,7 +35,14 @@ from operator import itemgetter
 from pathlib import Path
 
 from kit import fast, training_speed
-from kit.command_line import UserError, exit_code, in_one_line, make_parser, table
+from kit.command_line import (
+    UserError,
+    exit_code,
+    in_one_line,
+    is_out_of_memory,
+    make_parser,
+    table,
+)
 from kit.environment import device_name, source_hashes
 from kit.files import check_writable, locked, write_atomically, write_json
 from kit.preflight import choose_device, preflight
@@ -173,13 +180,12 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
         try:
             ready.append((*prepare(case, images), []))
         except Exception as error:  # compilers and drivers raise what they like
-            why = in_one_line(error)
-            wrong = isinstance(error, UserError) or "out of memory" in why
+            wrong = isinstance(error, UserError) or is_out_of_memory(error)
             if case["mode"] == "eager" and not wrong:
                 raise  # eager mode has neither: it would be a bug
             kind = "error" if wrong else "note"
-            line = f"{kind}: {case['model']}, mode {case['mode']}, {about} left out: {why}"
-            tqdm.write(line, file=sys.stderr)  # above the progress bar
+            line = f"{kind}: {case['model']}, mode {case['mode']}, {about} left out: "
+            tqdm.write(line + in_one_line(error), file=sys.stderr)  # above the progress bar
             failed |= wrong
     fast.set_up_torch(precision)  # one that failed may have left other flags
     for _ in bar(range(repeats), f"{about}: timing"):

@@ -191,10 +191,9 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
         axes.set(xlabel="epoch", ylabel=name, xlim=(1, longest))
     add_legend(both[1])
     if max(map(len, study.runs.values())) > 1:
-        explained = (
-            "mean over seeds, band from lowest to highest; dashed: seeds that trained longer"
-        )
-        figure.supxlabel(explained, fontsize=9)
+        uneven = len({len(run.metrics) for run in study.all_runs}) > 1
+        longer = "; dashed: seeds that trained longer" * uneven
+        figure.supxlabel(f"mean over seeds, band from lowest to highest{longer}", fontsize=9)
     return figure
 
 

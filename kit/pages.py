@@ -34,7 +34,7 @@ Near-constant: a standard deviation below 0.01 across images."
 MEASURED = (
     "A seed fixes the split, the order of the images and the backbone's initial weights, for all "
     "models alike.",
-    "The test set is used once, after training, and never to choose anything.",
+    "The test set is used only after training, and never to choose weights or settings of a run.",
 )
 LIMITS = (
     "Seeds measure how much training varies on these images with this recipe. Other data sets or "
@@ -51,6 +51,7 @@ def bullets(lines) -> str:
 
 
 def shown(figures: list[str], *wanted: str) -> list[str]:
+    """A block for each of the wanted figures that is there."""
     return [f"![{words.caption(name)}]({name})" for name in wanted if name in figures]
 
 
@@ -136,6 +137,7 @@ def study_blocks(f: Findings, figures: list[str], explained: list[str]) -> list[
 
 
 def timed(f: Findings) -> str:
+    """How inference was timed: in eager mode, and in the fastest."""
     device, ways = words.text(f.timed["device"]), [f.timed, *list(f.fastest.values())[:1]]
     how = " and ".join(map(words.how, ways))
     return f"Inference: batch {f.timed['batch_size']}, {device}, {how}"
@@ -156,6 +158,7 @@ def without_verdict(f: Findings) -> str:
 
 
 def compared_blocks(there: dict, figures: list[str]) -> list[str]:
+    """The first study and another set of runs; there: see report.compare_runs."""
     both = there["here"].study, there["there"].study
     here, other = (f"{study.title}; {words.devices(study)}" for study in both)
     says = "Here against there, paired by seed; Holm's correction over this table."
