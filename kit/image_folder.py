@@ -62,8 +62,8 @@ def load_folder(
     masks, variants = masks_and_variants(train | test, images)
     if len(variants) > 0.1 * len(images):
         some = f"{len(variants):,} images ({printable(min(variants).relative_to(folder))}, ...)"
-        note(f"{some} are called like another but for a word: variants of a training image in the "
-             "test set inflate accuracy")  # fmt: skip
+        note(f"{some} are called like another but for a word or the format: variants of a training "
+             "image in the test set inflate accuracy")  # fmt: skip
     if masks:
         left_out["mask of the image beside it"] = masks
         images = images[[path not in masks for path in (*train, *test)]]
@@ -260,7 +260,7 @@ def divided(images: Labelled) -> tuple[Labelled, Labelled]:
 def masks_and_variants(labelled: Labelled, images: np.ndarray) -> tuple[set[Path], set[Path]]:
     """Series of images, each beside one in its class that has the same name but for a word or
     folder: x_mask.png and x.png, masks/x.png and images/x.png. Masks have two tones, beside one of
-    more; others may be variants, such as x_flipped.png."""
+    more; others may be variants, such as x_flipped.png, or x.png beside x.jpg."""
 
     def two_tones(i):
         tones = np.sort(np.bincount(images[i].ravel() >> 3, minlength=32))
@@ -274,13 +274,17 @@ def masks_and_variants(labelled: Labelled, images: np.ndarray) -> tuple[set[Path
         for word in [*words, *re.findall("^[a-zA-Z]+[ _.-]+", stem), ""]:
             for j in named.get((around, of, stem.replace(word, "")), ()):
                 for i in set(alike) - {j}:
-                    key = paths[i].parent, paths[i].suffix, re.sub(r"\d", "", word)
-                    series[key].append((paths[i], two_tones(i) and not two_tones(j)))
+                    path, other = paths[i], paths[j]
+                    # One image in two formats is one and a variant of it.
+                    beside = path.parent == other.parent and path.suffix > other.suffix
+                    what = re.sub(r"\d", "", word) or path.suffix * beside
+                    is_mask = two_tones(i) and not two_tones(j)
+                    series[path.parent, path.suffix, what].append((path, other, is_mask))
     masks, variants = set(), set()
-    for (_, _, word), each in series.items():
-        found = {path for path, _ in each}
-        if np.mean([is_mask for _, is_mask in each]) > 0.9:
-            masks |= found
-        elif word:
-            variants |= found
+    for each in series.values():
+        if np.mean([is_mask for *_, is_mask in each]) > 0.9:
+            masks.update(path for path, *_ in each)
+    for (*_, what), each in series.items():
+        if what:
+            variants.update(path for path, other, _ in each if not masks & {path, other})
     return masks, variants

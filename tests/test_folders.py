@@ -342,6 +342,7 @@ def mask(path, size):
         ("{c}/{c} ({i}).png", "{c}/{c} ({i})_mask_1.png"),
         ("{c}/{i}.png", "{c}/mask_{i}.png"),
         ("{c}/x{i}.bmp", "{c}/x{i}.png"),
+        ("{c}/x{i}.png", "{c}/x{i}.bmp"),
         ("train/{c}/p{i}/slice.png", "train/{c}/p{i}/slice_seg.png"),
     ],
 )
@@ -358,10 +359,14 @@ def test_masks_are_no_images(tmp_path, capsys, image, its_mask):
         make(folder / "test", {"normal": 2, "tumour": 2}, size=(80, 80), seed=1)
     read = data.load_dataset(str(folder))
     assert len(read.train_images) + len(read.test_images) == 16 + 4 * ("train" in image)
-    assert "left out: mask of the image beside it: 16 (" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "left out: mask of the image beside it: 16 (" in error
+    assert "are called like another" not in error  # nor are their images variants of the masks
 
 
-@pytest.mark.parametrize("other", ["{c}/{i}_flip.png", "{c}/two/{i}.png", "{c}/{i} (1).png"])
+@pytest.mark.parametrize(
+    "other", ["{c}/{i}_flip.png", "{c}/{i}.tif", "{c}/two/{i}.png", "{c}/{i} (1).png"]
+)
 @pytest.mark.parametrize("tones", [2, 200])
 def test_copies_and_drawings_are_no_masks(tmp_path, capsys, other, tones):
     generator = np.random.default_rng(0)
@@ -377,7 +382,9 @@ def test_copies_and_drawings_are_no_masks(tmp_path, capsys, other, tones):
     error = capsys.readouterr().err
     assert "mask" not in error
     # Variants by their names: which of them are one image's nobody can know, but it is said.
-    assert ("16 images (a/0_flip.png, ...) are called like another" in error) == ("flip" in other)
+    first = other.format(c="a", i=0)
+    expected = "flip" in other or "tif" in other
+    assert (f"16 images ({first}, ...) are called like another" in error) == expected
 
 
 @pytest.mark.parametrize("where", ["set", "copy/of/it"])
