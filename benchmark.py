@@ -1,24 +1,24 @@
 """What a model costs: parameters, FLOPs, memory, and inference time in every mode.
 
-    python benchmark.py                          # every model and mode, batches of 1 and 64
+    python benchmark.py                          # every model and mode, batch sizes 1 and 64
     python benchmark.py --models baseline se --modes eager --batch-sizes 64
     python benchmark.py --batch-sizes 1 64 1024 --out /tmp/sweep
-    python benchmark.py --image 3x32x32 --classes 100       # as for CIFAR-100
-    python benchmark.py --like runs/cifar100/published/se/seed0         # as for a finished run
-    python benchmark.py --train --models baseline se        # training steps, and a plain loop's
+    python benchmark.py --image 3x32x32 --classes 100       # for CIFAR-100
+    python benchmark.py --like runs/cifar100/published/se/seed0         # shapes of a finished run
+    python benchmark.py --train --models baseline se        # training steps against a plain loop's
 
-Writes OUT/benchmark.json, and its gist as OUT/benchmark.md, after each batch size and precision:
---keep resumes after a stop. Other rows that are there stay. Batches of 64 of all models take four
-minutes on two CPU cores.
+Writes OUT/benchmark.json and a summary, OUT/benchmark.md, after each batch size and precision:
+--keep resumes a stopped benchmark. Existing rows of other cases are kept. Batch size 64 takes four
+minutes for all models on two CPU cores.
 
-Measured is inference on float32 images that are already on the device, in evaluation mode, with
-random weights: no data loading, no pre-processing. The modes are those of kit/fast.py: `eager` is
-the published way, in the precision `default` (PyTorch's own flags: TF32 convolutions; on a CPU that
-is fp32). The others use the channels_last layout, and compiled models have frozen weights and
-BatchNorm folded into the convolutions. Figures are medians over many batches after a warm-up, the
-device synchronised at both ends of each; compiling and capturing are off the clock. Models and
-modes take turns, so a machine that slows down slows them all. A mode whose logits differ from those
-of eager fp32 by more than TOLERANCE is left out, and the exit code is 1.
+Inference is timed in evaluation mode with random weights, on float32 images already on the device:
+no data loading, no preprocessing. The modes are those of kit/fast.py. `eager` in precision
+`default` is as published (PyTorch's own flags: TF32 convolutions; fp32 on a CPU). The other modes
+use the channels_last layout; compiled models have frozen weights and BatchNorm folded into the
+convolutions. Times are medians over many batches after a warm-up, with the device synchronised
+before and after each; compilation and graph capture are not timed. Models and modes take turns, so
+a slowdown of the machine affects them all. If a mode's logits differ from those of eager fp32 by
+more than TOLERANCE, it is left out and the exit code is 1.
 
 --train writes OUT/benchmark_train.json and .md instead, after every turn: kit/training_speed.py.
 """
@@ -58,21 +58,21 @@ import torch.nn as nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-IMAGE = "1x28x28"  # channels, height, width: as published
+IMAGE = "1x28x28"  # channels, height, width, as published
 CLASSES = 10
 PRECISIONS = (fast.DEFAULT, *fast.PRECISIONS)
-# Of logits, relative to the largest one.
+# Largest error of a logit, relative to the largest logit.
 TOLERANCE = {"default": 2e-2, "fp32": 1e-4, "tf32": 2e-2, "bf16": 1e-1}
-REPEATS = {"cuda": (1000, 200), "cpu": (200, 10)}  # of one image (enough for a p99), of more
-SOURCES = ("models.py", "kit/attention.py", "kit/fast.py")  # an edit makes another model or mode
+REPEATS = {"cuda": (1000, 200), "cpu": (200, 10)}  # batch size 1 (enough for a p99), larger
+SOURCES = ("models.py", "kit/attention.py", "kit/fast.py")  # editing one changes a model or mode
 SETTING = ("device", "torch", "width", "image", "classes")  # what rows of one table share
-# Which row it is: a new one takes the place of the one that is there.
+# A row's key: a new row replaces the old one with the same key.
 place = itemgetter(*SETTING, "batch_size", "precision", "model", "mode")
 PERCENTILES = {"_p10": 10, "": 50, "_p90": 90, "_p99": 99}
 
 
 def shape_of(image: str) -> tuple[int, int, int]:
-    """(3, 32, 32) of "3x32x32". Raises ValueError with one line."""
+    """(3, 32, 32) from "3x32x32". Raises ValueError (one line)."""
     if not re.fullmatch(r"[1-9]\d{0,3}(x[1-9]\d{0,3}){2}", image, re.ASCII):
         raise ValueError(f"--image {image}: give channels x height x width, such as {IMAGE}")
     return tuple(map(int, image.split("x")))
@@ -80,11 +80,10 @@ def shape_of(image: str) -> tuple[int, int, int]:
 
 @functools.cache
 def count(name: str, width: int = 64, image: str = IMAGE, classes: int = CLASSES) -> dict[str, int]:
-    """Parameters, and the FLOPs of one image by two counts.
+    """Parameters, and FLOPs per image by two conventions.
 
-    `flops` is the published convention, 2 x the MACs that thop counts: it counts modules, BatchNorm
-    and pooling among them, but nothing that is called as a function. `flops_aten` is exact for
-    convolutions and matrix products, and leaves out everything else.
+    `flops` is as published, 2 x thop's MACs: modules, including BatchNorm and pooling, but no
+    functional calls. `flops_aten`: exact for convolutions and matrix products, nothing else.
     """
     model = build(name, width, image, classes)
     zeros = torch.zeros(1, *shape_of(image))
@@ -95,10 +94,10 @@ def count(name: str, width: int = 64, image: str = IMAGE, classes: int = CLASSES
 
 
 def build(name: str, width: int, image: str = IMAGE, classes: int = CLASSES) -> nn.Module:
-    """The model in evaluation mode; BatchNorms and weights that start at 0 get random values.
+    """The model in evaluation mode, with BatchNorms and all-zero parameters randomised.
 
-    At their initial values BatchNorms pass on their input, and CBAM's spatial gate and GC are
-    constant: the check of the logits would not notice a mode that computes them wrongly.
+    Initially BatchNorms are the identity, and CBAM's spatial gate and GC are constant: the logits
+    would not reveal a mode that computes them wrongly.
     """
     model = build_model(name, classes, shape_of(image)[0], width, seed=0)
     generator = torch.Generator().manual_seed(0)
@@ -113,12 +112,11 @@ def build(name: str, width: int, image: str = IMAGE, classes: int = CLASSES) -> 
 
 
 def prepare(case: dict, images: torch.Tensor) -> tuple[dict, Callable]:
-    """(a row of benchmark.json without its times, images -> float32 logits: compiled, captured and
-    warm, for images of this shape only).
+    """(row of benchmark.json without times, function: images of this shape -> float32 logits).
 
-    Raises UserError if the logits are wrong, and whatever compilers and drivers raise.
-    Peak memory: weights, activations and workspace of one batch, as counted by PyTorch's allocator;
-    of eager mode alone, for compiling and capturing need memory of their own.
+    The function is compiled, captured and warmed up. Raises UserError if the logits are wrong, and
+    whatever compilers and drivers raise. Peak memory: weights, activations and workspace of one
+    batch in PyTorch's allocator; eager mode only, since compilation and capture need more.
     """
     mode, precision, device = case["mode"], case["precision"], images.device
     cuda, eager = device.type == "cuda", mode == "eager"
@@ -142,7 +140,7 @@ def prepare(case: dict, images: torch.Tensor) -> tuple[dict, Callable]:
         forward = fast.compiled(forward, device, options={"freezing": True})
     if "graph" in mode:
         forward = fast.Graphed(forward, images)
-    error = ((forward(images) - expected).abs().max() / expected.abs().max()).item()  # waits
+    error = ((forward(images) - expected).abs().max() / expected.abs().max()).item()  # synchronises
     seconds = time.perf_counter() - start
     if not error <= TOLERANCE[precision]:
         raise UserError(f"logits differ from those of eager fp32, relative error {error:.1e}")
@@ -155,7 +153,7 @@ def prepare(case: dict, images: torch.Tensor) -> tuple[dict, Callable]:
 
 
 def seconds_per_call(function: Callable, argument: torch.Tensor) -> float:
-    """Wall time of function(argument), the device synchronised at both ends."""
+    """Wall time of function(argument), synchronised before and after."""
     wait = torch.cuda.synchronize if argument.is_cuda else lambda: None
     wait()
     start = time.perf_counter()
@@ -166,9 +164,9 @@ def seconds_per_call(function: Callable, argument: torch.Tensor) -> float:
 
 @torch.no_grad()
 def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bool]:
-    """(rows, whether anything failed) of cases of one batch size and precision.
+    """(rows, whether anything failed) for one batch size and precision.
 
-    What does not run here, has no memory or gives wrong logits is left out and named on stderr.
+    Cases that do not run, run out of memory or give wrong logits are left out and named on stderr.
     """
     size, precision, repeats = (cases[0][key] for key in ("batch_size", "precision", "repeats"))
     about, bar = f"{precision}, batch {size}", functools.partial(tqdm, disable=None, leave=False)
@@ -179,15 +177,15 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
     for case in bar(cases, f"{about}: setting up"):
         try:
             ready.append((*prepare(case, images), []))
-        except Exception as error:  # compilers and drivers raise what they like
+        except Exception as error:  # compilers and drivers can raise anything
             wrong = isinstance(error, UserError) or is_out_of_memory(error)
             if case["mode"] == "eager" and not wrong:
-                raise  # eager mode has neither: it would be a bug
+                raise  # eager mode uses neither: this is a bug
             kind = "error" if wrong else "note"
             line = f"{kind}: {case['model']}, mode {case['mode']}, {about} left out: "
             tqdm.write(line + in_one_line(error), file=sys.stderr)  # above the progress bar
             failed |= wrong
-    fast.set_up_torch(precision)  # one that failed may have left other flags
+    fast.set_up_torch(precision)  # a failed case may have changed the flags
     for _ in bar(range(repeats), f"{about}: timing"):
         for _, forward, seconds in ready:
             seconds.append(seconds_per_call(forward, images))
@@ -199,14 +197,14 @@ def measure(cases: list[dict], args: argparse.Namespace) -> tuple[list[dict], bo
 
 
 def save(path: Path, rows: list[dict], markdown: Callable) -> str:
-    """Writes PATH.json, and as PATH.md its gist, which is returned."""
+    """Writes PATH.json and a summary, PATH.md, which it returns."""
     write_json(path.with_suffix(".json"), rows)
     write_atomically(path.with_suffix(".md"), text := markdown(rows))
     return text
 
 
 def order(row: dict) -> tuple:
-    """Where it stands in benchmark.json."""
+    """Sort key in benchmark.json."""
     known = [*PRECISIONS, *MODELS, *fast.MODES]
     names = [row[key] for key in ("precision", "model", "mode")]
     ranks = [known.index(name) if name in known else len(known) for name in names]
@@ -214,7 +212,7 @@ def order(row: dict) -> tuple:
 
 
 def markdown(rows: list[dict]) -> str:
-    """benchmark.md: for each batch size and precision a table with a line for each model."""
+    """benchmark.md: a table per batch size and precision, with a line per model."""
     about = "{}, torch {}, width {}, images {}, {} classes.\n"
     costs, text, setting = itemgetter("model", "params", "flops_aten", "flops"), "", None
     for key, group in itertools.groupby(rows, itemgetter(*SETTING, "batch_size", "precision")):
@@ -222,7 +220,7 @@ def markdown(rows: list[dict]) -> str:
         if here != setting:
             text += "\n\n" * bool(text) + about.format(*here)
             setting = here
-        models = {}  # what a mode does not change -> mode -> milliseconds
+        models = {}  # (what all modes share) -> mode -> milliseconds
         for row in group:
             models.setdefault(costs(row), {})[row["mode"]] = row["ms_per_image"]
         base = next((times for (name, *_), times in models.items() if name == "baseline"), {})
@@ -241,7 +239,7 @@ def markdown(rows: list[dict]) -> str:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The settings; device, modes and precisions resolved. Exits with 2 on wrong usage."""
+    """Settings with resolved device, modes and precisions. Exits with 2 on wrong usage."""
     parser = make_parser(__doc__)
     add, default, size = parser.add_argument, "default: %(default)s", number(int, 1, 1e9)
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="MODEL", help="or all")
@@ -285,7 +283,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         precision
         for precision in (fast.PRECISIONS if args.train else (fast.DEFAULT, "fp32", "bf16"))
         if not fast.why_not("eager", precision, args.device)
-        and (args.device.type, precision) != ("cpu", "bf16")  # slower on most: ask for it
+        and (args.device.type, precision) != ("cpu", "bf16")  # slower on most, so only on request
     ]  # fmt: skip
     for mode, precision in itertools.product(args.modes, args.precisions):
         if impossible := fast.why_not(mode, precision, args.device):
@@ -295,7 +293,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @exit_code
 def main(argv: list[str] | None = None) -> int:
-    """The script, with `argv` in place of the command line; the exit code."""
+    """Runs the script with `argv` as its command line; the exit code."""
     args = parse(argv)
     check_writable(args.out)
     preflight(args.device, args.out)
@@ -320,15 +318,15 @@ def main(argv: list[str] | None = None) -> int:
         for problem in problems:  # its rows would be lost
             raise UserError(problem.words)
         rows, new, failed = sorted(there, key=order), 0, False
-        if args.keep:  # what this code has measured, as often
+        if args.keep:  # skip what this code has measured as often
             cases = [c for c in cases if not any(c.items() <= row.items() for row in rows)]
         for _, group in itertools.groupby(cases, itemgetter("precision", "batch_size")):
             group = list(group)
             found, wrong = measure(group, args)
             failed, new = failed | wrong, new + len(found)
-            again = set(map(place, group))  # what fails now has no row of earlier code either
+            again = set(map(place, group))  # a case that fails now loses its old row too
             rows = sorted([*found, *(r for r in rows if place(r) not in again)], key=order)
-            save(args.out / "benchmark", rows, markdown)  # now already, for --keep after a stop
+            save(args.out / "benchmark", rows, markdown)  # so that --keep can resume
         print(save(args.out / "benchmark", rows, markdown))
     print("MFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs.")
     print(f"Written to {args.out / 'benchmark.json'}: {new} of {len(rows)} rows are new.")

@@ -1,18 +1,18 @@
-"""What a trained model looks at: Grad-CAM, the gates of its attention, and what they are worth.
+"""What a trained model looks at: Grad-CAM, its gates, and their effect on accuracy.
 
     python explain.py --run runs/fashion_mnist/published/se/seed0
     python explain.py --checkpoint PATH/best.pt --images 3 17 42
-    python explain.py --compare RUN RUN RUN           # and models side by side on the same images
+    python explain.py --compare RUN RUN RUN           # also compares models on the same images
 
 Writes explain.json and explain.png into each run's folder, where report.py finds them; --compare
-also writes OUT/explain_compare.png. The pictures show Grad-CAM of the predicted class, gates that
-depend on the position, and each channel's mean gate by class, for --images: by default for each
-class the first that the (first) model gets right, and wrong. Half a minute for a model of full
-width on two CPU cores. The data folder that a run's config.json names is only read.
+also writes OUT/explain_compare.png. The pictures show Grad-CAM of the predicted class and spatial
+gates for --images (by default, per class, the first image that the first model classifies correctly
+and the first that it misclassifies), and each channel's mean gate by class. Takes half a minute for
+a full-width model on two CPU cores. The data folder named in config.json is only read.
 
 Numbers, over --limit-test images: mean, spread and saturation of the gates, and the accuracy with
 every gate replaced by its mean over the images (gate ablation). A run is explained with its own
-weights and images: if too many predictions are not those that it left, it is refused.
+weights and images, and refused if too many predictions differ from those it saved.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 CLASSES_SHOWN = 10
-TOLERANCE = 0.01  # share of predictions that rounding may change: a run may have been in bfloat16
+TOLERANCE = 0.01  # share of predictions that rounding may change: a run may have used bfloat16
 
 
 def read_finished(folder: Path) -> FinishedRun:
@@ -49,11 +49,11 @@ def read_finished(folder: Path) -> FinishedRun:
 
 
 def load_dataset(runs: list[FinishedRun], args) -> tuple[data.ImageData, torch.Tensor]:
-    """(what all the runs were trained on, indices of the test images used). Raises UserError."""
+    """(the runs' common data set, indices of the test images to use). Raises UserError."""
     config = runs[0].config
     name, folder = args.dataset or config["dataset"], args.data_dir or Path(config["data_dir"])
     try:
-        # A config.json may name any folder: nothing is written there.
+        # A config.json may name any folder: write nothing there.
         dataset = data.load_dataset(
             name, folder, config.get("image_size"), fetch=bool(args.data_dir)
         )
@@ -67,14 +67,14 @@ def load_dataset(runs: list[FinishedRun], args) -> tuple[data.ImageData, torch.T
 
 
 def load_model(run: FinishedRun, dataset: data.ImageData) -> nn.Module:
-    """The model with the weights that were tested. Raises UserError."""
+    """The model with its tested weights. Raises UserError."""
     config, path = run.config, run.folder / "best.pt"
     shape = len(dataset.classes), dataset.test_images.shape[1], config["width"]
     try:
         place = config.get("position"), config.get("reduction")
         model = build_model(config["base_model"], *shape, None, *place)
         model.load_state_dict(checkpoint.load(path))
-    except Exception as error:  # damaged files raise what they like
+    except Exception as error:  # damaged files can raise anything
         raise UserError(
             f"{path} does not load as {config['model']} ({in_one_line(error)}): train it (Git "
             "keeps no weights)"
@@ -83,7 +83,7 @@ def load_model(run: FinishedRun, dataset: data.ImageData) -> nn.Module:
 
 
 def check_predictions(run: FinishedRun, dataset, idx, predictions) -> None:
-    """Raises UserError if `predictions` of the test images `idx` are not those of the run."""
+    """Raises UserError if `predictions` of `idx` differ from the run's beyond TOLERANCE."""
     if run.predictions is None:
         note = "has no test_predictions.npy to compare with"
         return print(f"note: {run.folder} {note}", file=sys.stderr)
@@ -99,10 +99,8 @@ def check_predictions(run: FinishedRun, dataset, idx, predictions) -> None:
 
 
 def explain(run: FinishedRun, dataset: data.ImageData, idx, images: list[int] | None, device):
-    """(content of explain.json, what is drawn), over the test images idx; images: to be shown.
-
-    Raises UserError.
-    """
+    """(content of explain.json, of its picture) over test images `idx`; images: those to draw.
+    Raises UserError."""
     model = load_model(run, dataset).to(device)
     mean_and_std = dataset.mean_and_std(run.config.get("normalize"), device)
 
@@ -148,7 +146,7 @@ def explain(run: FinishedRun, dataset: data.ImageData, idx, images: list[int] | 
 
 
 def chosen(labels: torch.Tensor, right: torch.Tensor) -> list[int]:
-    """For each of the first classes the first image that is right, then the first that is wrong."""
+    """The first correct image of each class shown, then the first misclassified one of each."""
     return [
         i
         for group in (right, ~right)
@@ -158,7 +156,7 @@ def chosen(labels: torch.Tensor, right: torch.Tensor) -> list[int]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """The settings, the device resolved. Exits with 2 on wrong usage."""
+    """Settings with resolved device. Exits with 2 on wrong usage."""
     parser = make_parser(__doc__)
     add, default = parser.add_argument, "default: %(default)s"
     which = parser.add_mutually_exclusive_group(required=True)
@@ -191,7 +189,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 @exit_code
 def main(argv: list[str] | None = None) -> None:
-    """The script, with `argv` in place of the command line."""
+    """Runs the script with `argv` as its command line."""
     args = parse(argv)
     set_up_torch("fp32")
     runs = list(map(read_finished, args.runs))
@@ -200,7 +198,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.keep and all(path.is_file() for path in [*files, *[comparison] * args.compare]):
         return print(f"kept: {', '.join(map(str, files))}")
     with ExitStack() as stack:
-        for run in runs:  # nobody trains it again meanwhile
+        for run in runs:  # so that nobody retrains it meanwhile
             check_writable(run.folder, "copy the run to a folder of your own")
             lock(run.folder, stack)
         if args.compare:
@@ -212,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
         images, drawn = args.images, []
         for run, path in tqdm(list(zip(runs, files, strict=True)), disable=None, leave=False):
             numbers, explained = explain(run, dataset, idx, images, args.device)
-            images = numbers["images"]  # the other models are shown the same
+            images = numbers["images"]  # the same for the other models
             drawn.append(explained)
             picture = path.with_suffix(".png")
             with noted(f"no {picture}"):
@@ -220,7 +218,7 @@ def main(argv: list[str] | None = None) -> None:
             write_json(path, numbers)
             gates = f"gates replaced by their mean: {numbers['lost']} lost, {numbers['won']} won; "
             if numbers["test_acc_gates_fixed"] is None:
-                gates = ""  # it has none, or none is known
+                gates = ""  # no gates, or none recognised
             print(
                 f"{explained.name}: {numbers['test_acc']:.2f}% of {numbers['test_images']:,} "
                 f"images; {gates}picture: {picture}"

@@ -2,23 +2,23 @@
 
     python report.py                                  # runs/ -> results/
     python report.py --runs DIR --out DIR             # either may hold benchmark.json
-    python report.py --recipe short --reference se    # one study; another model to compare with
+    python report.py --recipe short --reference se    # one study; another reference model
     python report.py --compare DIR                    # with another recipe, precision or GPU
     python report.py --formats png pdf svg            # figures for a paper; its table: results.tex
-    python report.py --out results/mine --readme README.md     # rewrites the README's blocks
-    python report.py --power --difference 0.2         # how many seeds? by the spread in runs/
+    python report.py --out results/mine --readme README.md     # updates the README's blocks
+    python report.py --power --difference 0.2         # seeds needed, given the spread in runs/
 
-Reads files alone and needs no torch: copy the small files of a run folder to a laptop and it works
-there, in a few seconds. Every model is compared with the baseline, seed by seed, and gets a verdict
-(kit/verdicts.py). Writes report.md, the same as one page with its figures inside (report.html),
+Reads only files and needs no torch: copy the small files of each run folder to a laptop, and it
+takes a few seconds there. Every model is compared with the baseline seed by seed and gets a verdict
+(kit/verdicts.py). Writes report.md, report.html (the same on one page, figures included),
 results.csv, results.tex, summary.json and figures.
 
-A study is one data set, one recipe and the same explicit settings; only its runs are compared. The
-first one has verdicts and most runs. One shorter than its recipe is marked as a smoke test.
+A study is one data set, one recipe and the same explicit settings. Only its runs are compared. The
+first study has verdicts and most runs. A study shorter than its recipe is marked as a smoke test.
 
---readme rewrites what stands between these lines of a file (OUT relative to that file):
+--readme replaces the text between these lines of a file (OUT relative to that file):
     <!-- report.py: OUT --> and <!-- end of OUT -->              the results in brief
-    <!-- explain.py: OUT --> and <!-- end of explain.py -->      the table of gates
+    <!-- explain.py: OUT --> and <!-- end of explain.py -->      the gate table
 """
 
 import argparse
@@ -52,7 +52,7 @@ CSV_COLUMNS = (
 
 
 def make_report(args: argparse.Namespace) -> list[Findings]:
-    """Writes all files of the report; returns what the studies show, in order. Raises UserError."""
+    """Writes every file of the report; returns the findings of its sections. Raises UserError."""
     out, chosen = args.out, dict(dataset=args.dataset, recipe=args.recipe, model=args.models)
     studies, problems = read_studies(args.runs, args.reference, **chosen)
     if not studies:
@@ -87,22 +87,22 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
     }
     readmes = [path.resolve() for path in args.readme]
     for path in readmes:
-        with_blocks(path, out, found[0])  # or an error before anything is written
+        with_blocks(path, out, found[0])  # raises before anything is written
     check_writable(out)
     with locked(out, "report.*", "results.*", "summary.json", *FIGURES):
-        for name in FIGURES:  # those of an earlier report
+        for name in FIGURES:  # from an earlier report
             for path in {(out / name).with_suffix(f".{kind}") for kind in FORMATS} - files.keys():
                 path.unlink(missing_ok=True)
-        for path, body in files.items():  # names of folders, and so texts, may hold anything
+        for path, body in files.items():  # folder names, and so texts, may not be valid UTF-8
             write_atomically(path, body.encode(errors="replace") if isinstance(body, str) else body)
     for path in readmes:
-        with locked(path.parent):  # somebody may have edited it meanwhile
+        with locked(path.parent):  # someone may have edited it meanwhile
             write_atomically(path, with_blocks(path, out, found[0]))
     return sections
 
 
 def missing_of(sections: list[Findings], out: Path) -> list[str]:
-    """What was planned and is not there, and what has not been measured."""
+    """Planned but unfinished runs, and studies without measured costs."""
     found = []
     for f in sections:
         for model, seeds in f.missing.items():
@@ -117,14 +117,14 @@ def missing_of(sections: list[Findings], out: Path) -> list[str]:
 
 
 def compare_runs(here: Findings, folder: Path, problems: list[Problem]) -> dict | None:
-    """The first study compared with another set of runs; adds to the problems."""
+    """Compares the first study with runs in `folder`; appends to `problems`."""
     studies, others = read_studies(folder, here.reference, dataset=[here.study.dataset])
     problems += others
     if not studies:
         nothing = f"--compare {folder}: no finished run on {here.study.dataset} below it"
         problems.append(Problem(nothing, is_lost=True))
         return None
-    # Its runs with the same recipe and settings, or else its first study.
+    # Prefer the same recipe and settings; otherwise take the first study.
     studies.sort(key=lambda study: study.title != here.study.title)
     for study in studies[1:]:
         problems.append(Problem(f"--compare {folder}: {study.title} there is not compared"))
@@ -147,21 +147,21 @@ def compare_runs(here: Findings, folder: Path, problems: list[Problem]) -> dict 
 
 
 def explained_pictures(study: Study, out: Path) -> dict[str, bytes]:
-    """{link from the report: PNG}: the models side by side, and each of those with gates."""
+    """{link from the report: PNG}: models side by side, then each model with gates."""
     runs = [run for run in study.all_runs if run.explained]
     paths = [out / "explain_compare.png"] if len(runs) > 1 else []
     shown = [run for run in runs if run.explained["gates"]] or runs[:1]
     paths += [run.folder / "explain.png" for run in shown]
     found = {}
     for path in paths:
-        if path.is_file() and not path.is_symlink():  # a stranger's link may lead anywhere
+        if path.is_file() and not path.is_symlink():  # an untrusted link may point anywhere
             link = quote(Path(os.path.relpath(path, out)).as_posix())
             found[link] = path.read_bytes()
     return {link: body for link, body in found.items() if body.startswith(b"\x89PNG")}
 
 
 def with_blocks(readme: Path, out: Path, found: Findings) -> str:
-    """The text of `readme` with the blocks of this report replaced."""
+    """`readme` with the report's blocks replaced. Raises UserError."""
     folder = Path(os.path.relpath(out.resolve(), readme.parent)).as_posix()
     gates, brief = f"<!-- explain.py: {folder} -->", pages.readme_block(found, folder)
     blocks = {
@@ -192,7 +192,7 @@ def with_blocks(readme: Path, out: Path, found: Findings) -> str:
 
 
 def results_csv(studies: list[Study]) -> str:
-    """One line a run."""
+    """A row per run."""
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, CSV_COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
@@ -203,7 +203,7 @@ def results_csv(studies: list[Study]) -> str:
 
 
 def summary_json(found: list[Findings], costs: list[dict], there: dict | None) -> str:
-    """Every figure of the report, for programs to read."""
+    """Every number in the report, machine-readable."""
 
     def plain(found) -> dict:
         return vars(found) | ({"verdict": found.verdict} if isinstance(found, Comparison) else {})
@@ -272,8 +272,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def print_seeds(args: argparse.Namespace) -> None:
-    """How many seeds a difference takes, by --sd or by the runs that are there."""
-    sd = args.sd and args.sd * 2**0.5  # of differences, if a pair's accuracies do not correlate
+    """Prints seeds needed for --difference, given --sd or the spread in --runs."""
+    sd = args.sd and args.sd * 2**0.5  # of differences, if paired accuracies are uncorrelated
     if not sd:
         chosen = dict(dataset=args.dataset, recipe=args.recipe, model=args.models)
         studies, _ = read_studies(args.runs, args.reference, **chosen)
@@ -287,7 +287,7 @@ def print_seeds(args: argparse.Namespace) -> None:
 
 @exit_code
 def main(argv: list[str] | None = None) -> None:
-    """The script, with `argv` in place of the command line."""
+    """Runs the script with `argv` as its command line."""
     args = parse(argv)
     if args.power:
         return print_seeds(args)

@@ -1,9 +1,9 @@
 """Where a model looks, and what its attention does: Grad-CAM (arXiv 1610.02391) and gates.
 
 A gate is what an attention module multiplies its input by: output / input, averaged over the
-positions of each channel (a number per channel) or over the channels of each position (a map). Of
-modules that add something, like GC, or replace a convolution, like `sk`, nothing is said. Models
-are in evaluation mode.
+positions of each channel (a number per channel) or over the channels of each position (a map).
+Modules that add something, like GC, or replace a convolution, like `sk`, are skipped. Models are in
+evaluation mode.
 """
 
 import copy
@@ -18,12 +18,11 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 LAYERS = ("layer3", "layer4")
-PIXELS = 196_000  # of a batch: 250 images of 28x28
+PIXELS = 196_000  # per batch: 250 images of 28x28
 
 
 def wrapped(model: nn.Module, names, wrapper) -> nn.Module:
-    """A copy of the model in which wrapper(name, forward, x) stands for forward(x) of the modules
-    of these names."""
+    """A copy of the model, with wrapper(name, forward, x) as the forward of the named modules."""
     model = copy.deepcopy(model)
     for name in names:
         module = model.get_submodule(name)
@@ -32,7 +31,7 @@ def wrapped(model: nn.Module, names, wrapper) -> nn.Module:
 
 
 def batches_of(images: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Of fewer images where they are larger, as in train.evaluate."""
+    """Batches, smaller for larger images, as in train.evaluate."""
     return images.split(max(1, PIXELS // images[0, 0].numel()))
 
 
@@ -45,8 +44,8 @@ def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> dict:
     """{layer: maps (N, h, w)} of the evidence for `classes` (N,) in normalised images (N, C, H, W).
 
-    relu(sum_k a_k A_k), a_k the mean of d score / d A_k over positions, the score a logit (eq. 1
-    and 2). A map of zeros is empty: no evidence for the class.
+    relu(sum_k a_k A_k): a_k is the mean of d score / d A_k over positions, the score is a logit
+    (eq. 1 and 2). A map of zeros is empty: no evidence.
     """
     maps, activations = {layer: [] for layer in LAYERS}, {}
 
@@ -57,7 +56,7 @@ def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> d
     model, batches = wrapped(model, LAYERS, keep), batches_of(images)
     for batch, of_batch in zip(batches, classes.split(len(batches[0])), strict=True):
         with torch.enable_grad():
-            # The weights may need no gradient: those of an EMA, for example.
+            # The weights may not require gradients: an EMA's, for example.
             score = model(batch.clone().requires_grad_()).gather(1, of_batch[:, None]).sum()
             gradients = torch.autograd.grad(score, [activations[layer] for layer in LAYERS])
         for layer, gradient in zip(LAYERS, gradients, strict=True):
@@ -67,7 +66,7 @@ def grad_cam(model: nn.Module, images: torch.Tensor, classes: torch.Tensor) -> d
 
 
 def scaled(maps: torch.Tensor) -> torch.Tensor:
-    """Each map from 0 to 1; one that is the same everywhere becomes 1, an empty one stays 0."""
+    """Each map scaled to [0, 1]; a constant map becomes 1, an empty one stays 0."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     stretched = (maps - low) / (high - low).clamp(min=1e-12)
     return torch.where(high > low, stretched, (high > 0).to(maps.dtype))
@@ -84,8 +83,7 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
-    """Raises UserError for a module whose output has not its input's shape and dtype: PyTorch would
-    broadcast a gate."""
+    """Raises UserError if a module changes shape or dtype: PyTorch would broadcast a gate."""
     modules = attention_modules(model)
 
     def check(name, forward, x):
@@ -107,8 +105,8 @@ def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
 def gates_by_batch(model: nn.Module, images: torch.Tensor):
     """Yields (probabilities (N, num_classes), {module: gates (N, C, H, W)}) of normalised images.
 
-    Gates are NaN where the input is (nearly) 0: inactive. A module gates if its output is 0
-    wherever its input is 0; of the others nothing is said.
+    Gates are NaN (inactive) where the input is nearly 0. A module counts as a gate if its output
+    is 0 wherever its input is 0; others are skipped.
     """
     gates, is_gate = {}, {}
 
@@ -143,12 +141,12 @@ def gates_of(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, dict
 
 
 def replaced(model: nn.Module, means: dict[str, torch.Tensor]) -> nn.Module:
-    """A copy of the model that multiplies by these mean gates in place of its own gates."""
+    """A copy of the model with its gates replaced by these means."""
     return wrapped(model, means, lambda name, forward, x: x * means[name])
 
 
 def by_stage(gates: dict[str, torch.Tensor]) -> dict[str, list[torch.Tensor]]:
-    """{stage: the gates of its modules}."""
+    """{stage: its modules' gates}."""
     stages = defaultdict(list)
     for name, gate in gates.items():
         stages[name.split(".")[0] if name.startswith("layer") else "classifier"].append(gate)
@@ -167,7 +165,7 @@ def gate_maps_of(model: nn.Module, images: torch.Tensor) -> dict[str, torch.Tens
 
 
 def gate_numbers(gates: dict[str, torch.Tensor]) -> dict[str, dict]:
-    """{stage: numbers} from the gates (N, C) of each module; without stages that are inactive."""
+    """{stage: statistics} of the modules' gates (N, C); inactive stages are left out."""
     numbers = {}
     for stage, of_modules in by_stage(gates).items():
         every = torch.cat(of_modules, dim=1)

@@ -1,4 +1,4 @@
-"""What the models of a study cost: rows of benchmark.json that fit it, and training in its runs."""
+"""What a study's models cost: matching rows of benchmark.json, and training in its runs."""
 
 from dataclasses import dataclass
 from statistics import median
@@ -9,24 +9,24 @@ from kit.runs import edited
 
 @dataclass
 class Cost:
-    """By name: params, flops (FlopCounterMode's), inference and fastest (ms an image, eager and in
-    the fastest mode), training (seconds an epoch), memory (MB). None: not measured."""
+    """Keys: params, flops (FlopCounterMode's), inference and fastest (ms/image, eager and in the
+    fastest mode), training (s/epoch), memory (MB). None: not measured."""
 
     values: dict[str, float | None]
-    ratios: dict[str, float | None]  # how many times the baseline's that is
-    inference_spread: tuple[float, float] | None  # p10 / p90 of the baseline to p90 / p10
+    ratios: dict[str, float | None]  # relative to the baseline's
+    inference_spread: tuple[float, float] | None  # p10 / baseline's p90, p90 / baseline's p10
 
 
 def measured(study: Study, rows: list[dict], fastest: bool = False) -> dict[str, dict]:
-    """{model: its row} at this study's width and images, and batch 64, or else the largest.
+    """{model: its row} for this study's width and images, at batch size 64 or the largest.
 
-    Measured the published way: eager, with PyTorch's default flags (on a CPU that is fp32).
-    fastest: in the compiled or captured mode and the precision that time the baseline lowest.
+    As published: eager, with PyTorch's default flags (fp32 on a CPU).
+    fastest: in the compiled or captured mode and precision that are fastest for the baseline.
     """
     result = study.result
     own = (result["width"], "x".join(map(str, result["image"])), len(result["classes"]))
     rows = [row for row in rows if (row["width"], row["image"], row["classes"]) == own]
-    # Times are compared on one machine: that of the runs, or else that of most rows.
+    # Compare times from one machine: the runs' own, or else the one with most rows.
     machines = [(row["device"], row["torch"]) for row in rows]
     of_runs = {(run.result["device"], run.env["torch"]) for run in study.all_runs}
     machine = max(machines, key=lambda m: (m in of_runs, machines.count(m)), default=None)
@@ -47,7 +47,7 @@ def measured(study: Study, rows: list[dict], fastest: bool = False) -> dict[str,
 
 
 def by_other_code(study: Study, costs: dict[str, dict]) -> dict[str, list[str]]:
-    """{model: scripts that were edited between its runs and its row}, as far as that is known."""
+    """{model: scripts edited between its runs and its row}, as far as is known."""
     found = {}
     for model, row in costs.items():
         codes = [run.env["sha256"] for run in study.runs.get(model, [])]
@@ -59,10 +59,8 @@ def by_other_code(study: Study, costs: dict[str, dict]) -> dict[str, list[str]]:
 
 
 def relative(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
-    """Of every model that was trained or timed, the baseline first if it is there.
-
-    Training times only where every run is known to have had its GPU to itself.
-    """
+    """Costs of every trained or timed model, the baseline first if present. Training times only if
+    every run is known to have had its GPU to itself."""
     found, base, base_row = {}, {}, costs.get("baseline")
     one_device = len({device_of(run.result) for run in study.all_runs}) == 1
     alone = one_device and all(run.env.get("shared_gpu") is False for run in study.all_runs)

@@ -1,4 +1,4 @@
-"""The figures of a report: PNG, in colours that colour-blind readers tell apart."""
+"""The report's figures, in a colour-blind-safe palette."""
 
 import io
 from statistics import mean
@@ -9,17 +9,17 @@ from kit.plots import plt
 from kit.results import PUBLISHED
 from kit.words import flag, one_line, verdict
 
-# Okabe and Ito's palette (olive for its yellow, which is lost in print) and a mark each, by the
-# order of the models in the table.
+# Okabe and Ito's palette (olive instead of yellow, which fades in print) and markers, assigned to
+# models in table order.
 COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999933", "#000000"]
-FORMATS = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}  # what would tell two apart
-MARKS = "os^vPX<"  # seven, so that colour and mark do not come round together
+FORMATS = {"png": "Software", "pdf": "CreationDate", "svg": "Date"}  # metadata to omit: it varies
+MARKS = "os^vPX<"  # seven, so that colours and markers do not repeat together
 
 
 def draw_figures(found: Findings, there: dict | None, formats=("png",)) -> dict[str, bytes]:
-    """{file name: figure} of one study's findings, PNG and other formats; without those that have
-    no data or that fail. there: another set of runs that it is compared with, see report.py."""
-    # The published models first, run or not: a model keeps its style from report to report.
+    """{file name: figure} of one study, as PNG and other `formats`; figures without data or that
+    fail are left out. there: what it is compared with, see report.compare_runs."""
+    # Published models first, trained or not: a model has the same style in every report.
     models = dict.fromkeys([*PUBLISHED, *found.models, *found.costs])
     styles = {
         model: dict(color=COLORS[i % len(COLORS)], marker=MARKS[i % len(MARKS)], ls="", capsize=4)
@@ -39,8 +39,7 @@ def draw_figures(found: Findings, there: dict | None, formats=("png",)) -> dict[
 
 
 def draw_differences(found: Findings, styles: dict) -> plt.Figure:
-    """Differences from the reference: pairs as dots, the interval the verdict rests on, the margin
-    as a band."""
+    """Differences from the reference: pairs as dots, corrected interval, margin as a band."""
     reference = found.study.accuracies(found.reference)
     pairs = {
         model: [found.study.accuracies(model)[seed] - reference[seed] for seed in c.seeds]
@@ -51,7 +50,7 @@ def draw_differences(found: Findings, styles: dict) -> plt.Figure:
 
 
 def draw_compared(there: dict, styles: dict) -> plt.Figure:
-    """Of each model, the runs here against those there."""
+    """Per model, the runs here against those there."""
     here, other = there["here"].study, there["there"].study
     pairs = {
         model: [here.accuracies(model)[seed] - other.accuracies(model)[seed] for seed in c.seeds]
@@ -62,7 +61,7 @@ def draw_compared(there: dict, styles: dict) -> plt.Figure:
 
 
 def differences(comparisons: dict, pairs: dict, styles, label: str, margin: float) -> plt.Figure:
-    """pairs: model -> the difference of each seed, in points, as is the margin."""
+    """pairs: model -> difference per seed; it and `margin` are in points."""
     figure, axes = frame(7, 1.6 + 0.6 * len(comparisons))
     axes.axvspan(-margin, margin, color="0.93", zorder=0)
     axes.axvline(0, color="0.6", lw=1)
@@ -81,7 +80,7 @@ def differences(comparisons: dict, pairs: dict, styles, label: str, margin: floa
 
 
 def draw_accuracy(found: Findings, styles: dict) -> plt.Figure:
-    """Mean with standard deviation, every seed a dot, the published figure a diamond."""
+    """Mean and standard deviation; seeds as dots, published accuracy as a diamond."""
     explained, published = "test accuracy (%)", found.published
     figure, axes = bars(found.models)
     if any(summary["n"] > 1 for summary in found.models.values()):
@@ -100,7 +99,7 @@ def draw_accuracy(found: Findings, styles: dict) -> plt.Figure:
 
 
 def draw_params(found: Findings, styles: dict) -> plt.Figure:
-    """Over the parameters that a model has more than the baseline."""
+    """Test accuracy against parameters relative to the baseline."""
     base = found.models["baseline"]["params"]
     extra = {model: 100 * (s["params"] / base - 1) for model, s in found.models.items()}
     return draw_against(found, styles, extra, "extra parameters (%)")
@@ -116,12 +115,12 @@ def draw_latency(found: Findings, styles: dict) -> plt.Figure:
 
 
 def draw_against(found, styles, x, xlabel, spread=None, rings=()) -> plt.Figure:
-    """Test accuracy over `x`; rings are the Pareto front."""
+    """Test accuracy against `x`; rings: Pareto front."""
     figure, axes = frame(8, max(4.5, 1 + 0.25 * len(x)))
     for model in x:
         accuracy, sd = (found.models[model][f"test_acc_{key}"] for key in ("mean", "sd"))
         xerr, label = spread and spread[model], model + flag(spread and found.stale.get(model))
-        style = styles[model] | {"mfc": "none", "mew": 1.8}  # so that no mark hides another
+        style = styles[model] | {"mfc": "none", "mew": 1.8}  # so that no marker hides another
         axes.errorbar(x[model], accuracy, yerr=sd, xerr=xerr, label=label, **style)
         if model in rings:
             axes.plot(x[model], accuracy, "o", ms=14, mfc="none", mec="black")
@@ -134,7 +133,7 @@ def draw_against(found, styles, x, xlabel, spread=None, rings=()) -> plt.Figure:
 
 
 def draw_epochs(found: Findings, styles: dict) -> plt.Figure:
-    """Every run, where runs stop at different epochs."""
+    """Accuracy against epochs, one marker per run."""
     figure, axes = frame(8, 4.5)
     for model, runs in found.study.runs.items():
         epochs = [run.result["epochs_run"] for run in runs]
@@ -147,7 +146,7 @@ def draw_epochs(found: Findings, styles: dict) -> plt.Figure:
 
 
 def draw_time(found: Findings, styles: dict) -> plt.Figure:
-    """A bar per model, measured the published way."""
+    """One bar per model, timed as published."""
     rows, first = found.costs, found.timed
     models = [model for model in styles if model in rows]
     figure, axes = bars([m + flag(found.stale.get(m)) for m in models])
@@ -169,7 +168,7 @@ def spread_of(row: dict) -> list[list[float]]:
 
 
 def draw_curves(found: Findings, styles: dict) -> plt.Figure:
-    """Validation accuracy and training loss by epoch: the mean over seeds, and their range."""
+    """Validation accuracy and training loss by epoch: mean and range over seeds."""
     study = found.study
     size = (11, max(4, 1 + 0.25 * len(study.runs)))
     figure, both = plt.subplots(1, 2, figsize=size, layout="constrained")
@@ -179,7 +178,7 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
         for model, runs in study.runs.items():
             curves = [[row[key] for row in run.metrics] for run in runs]
             values, color = list(zip(*curves, strict=False)), styles[model]["color"]
-            epochs = range(1, len(values) + 1)  # that all seeds have; what is left, each alone
+            epochs = range(1, len(values) + 1)  # common to all seeds; the rest: one line per seed
             axes.plot(epochs, list(map(mean, values)), color=color, label=model)
             for curve in curves:
                 rest = range(len(values), len(curve) + 1)
@@ -198,12 +197,12 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
 
 
 def frame(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
-    """Without a title, which is for the caption to say."""
+    """Without a title: the caption has one."""
     return plt.subplots(figsize=(width, height), layout="constrained")
 
 
 def bars(models) -> tuple[plt.Figure, plt.Axes]:
-    """A frame with a line per model, the first on top."""
+    """A frame with a row per model, the first on top."""
     figure, axes = frame(7, max(3, 1.5 + 0.4 * len(models)))
     axes.set_yticks(range(len(models)), models)
     axes.invert_yaxis()
@@ -214,7 +213,7 @@ def add_legend(axes, **options) -> None:
     axes.legend(fontsize=9, loc="upper left", bbox_to_anchor=(1, 1), **options)
 
 
-FIGURES = {  # file name -> (what draws it, whether there is data for it)
+FIGURES = {  # file name -> (drawing function, whether it has data)
     "test_accuracy.png": (draw_accuracy, lambda found: found.models),
     "inference_time.png": (draw_time, lambda found: found.costs),
     "accuracy_vs_params.png": (draw_params, lambda found: "baseline" in found.models),

@@ -1,6 +1,6 @@
-"""What a study shows, in numbers: each model's spread, its difference from the baseline, its cost.
+"""A study's results in numbers: each model's spread, difference from the baseline, and cost.
 
-Everything is worked out here once; words.py and pages.py put it into words, figures.py draws.
+Everything is computed here, once. words.py and pages.py describe it, figures.py draws it.
 """
 
 import itertools
@@ -14,8 +14,8 @@ from kit.verdicts import Comparison
 
 import numpy as np
 
-CONTROL = "_static"  # se_static is the control of se: same parameters, gates that ignore the input
-SEEDS_BY_CLASS = 10  # with fewer a class would have to differ by tens of points
+CONTROL = "_static"  # se_static is se's control: same parameters, gates that ignore the input
+SEEDS_BY_CLASS = 10  # with fewer, only differences of tens of points would be significant
 
 
 @dataclass
@@ -27,32 +27,30 @@ class ByClass:
 
 @dataclass
 class Spread:
-    """How much accuracy varies over seeds, in points, and what that means for a next study."""
+    """How much accuracy varies over seeds, in points, and the seeds a study needs."""
 
     over_seeds: float  # standard deviation, pooled over the models
-    from_images: float | None  # of that, what the finite test set makes by itself
-    of_difference: float  # of a paired difference, pooled over the comparisons
+    from_images: float | None  # what the finite test set alone would give
+    of_difference: float  # standard deviation of paired differences, pooled over comparisons
     interval: tuple[float, float]  # 95%
     difference_from_images: float | None
-    detectable: float  # minimum detectable difference with the seeds that are there
-    seeds_needed: dict[float, tuple[int, int, int]]  # points -> seeds; by the interval's ends
+    detectable: float  # minimum detectable difference with the seeds at hand
+    seeds_needed: dict[float, tuple[int, int, int]]  # points -> seeds; by `interval`'s ends
 
 
 class Findings:
-    """Everything about one study."""
-
     def __init__(self, study: Study, cost_rows: list[dict], reference="baseline", margin=None):
         self.study, self.reference = study, reference
         self.margin = margin or verdicts.MARGIN
         self.level = verdicts.LEVEL / study.looks(reference)
         self.explained = [run.explained for run in study.all_runs if run.explained]
-        self.lost: list[str] = []  # runs that may belong to a verdict and cannot be read, in words
-        # Beside a smoke test or other settings, the published figures would only mislead.
+        self.lost: list[str] = []  # unreadable runs that a verdict may depend on, in words
+        # Next to a smoke test or other settings, published numbers would mislead.
         like_it = not study.result["quick"] and study.overrides.keys() <= {"precision", "mode"}
         self.published = study.published if like_it else {}
         self.balance = balance_of(study)
-        # By model, in the order of the table: its summary, its comparison with the reference and
-        # with its control (each set corrected together).
+        # By model, in table order: summary, comparison with the reference, comparison with the
+        # control (each set corrected together).
         self.models = {model: summarize(runs) for model, runs in study.runs.items()}
         others = [model for model in self.models if model != reference]
         self.against = self.compare({model: (model, reference) for model in others})
@@ -62,25 +60,25 @@ class Findings:
         self.unjudged = [m for m in others if m not in self.against and reference in self.models]
         self.spread = spread_of(study, self.against, reference, self.level)
         self.by_class = self.compare_classes()
-        # Correlation of epochs trained and test accuracy, over the runs of all models.
+        # Correlation of epochs trained with test accuracy, over all runs.
         runs = [run.result for run in study.all_runs]
         of_runs = [[result[key] for result in runs] for key in ("epochs_run", "test_acc")]
         self.stopping = verdicts.correlation(*of_runs) if len(runs) >= 10 else None
-        # Its row of benchmark.json, and what follows from it.
+        # By model: row of benchmark.json, and what follows from it.
         self.costs = costs.measured(study, cost_rows)
         self.fastest = costs.measured(study, cost_rows, fastest=True)
         self.stale = costs.by_other_code(study, self.costs)
         self.relative = costs.relative(study, self.costs, self.fastest)
         self.front = self.pareto_front()
-        # Batch size, mode, precision and device of all of `costs`.
+        # Batch size, mode, precision and device, the same for all `costs`.
         self.timed = next(iter(self.costs.values()), None)
         self.missing = {
             m: left for m in in_table_order(study.planned) if (left := study.missing(m))
         }
 
     def compare(self, pairs: dict, other: Study | None = None) -> dict[str, Comparison]:
-        """{name: (model, reference)} to comparisons, corrected over all; the reference is in
-        `other`. Those with less than two seeds in common are not among them."""
+        """{name: (model, reference in `other`)} -> {name: comparison}, corrected over all. Pairs
+        with fewer than two common seeds are left out."""
         study, there = self.study, other or self.study
         values = {
             name: (study.accuracies(model), there.accuracies(reference))
@@ -97,7 +95,7 @@ class Findings:
         return found
 
     def compare_classes(self) -> ByClass | None:
-        """None with few seeds, or where a run's predictions are not there."""
+        """None with few seeds, or if a run's predictions are missing."""
         study = self.study
         models = [m for m, c in self.against.items() if len(c.seeds) >= SEEDS_BY_CLASS]
         runs = [run for model in [self.reference, *models] for run in study.runs.get(model, [])]
@@ -123,8 +121,8 @@ class Findings:
         )
 
     def pareto_front(self) -> list[str]:
-        """The models of which none other is shown to be faster and shown to be at least as accurate
-        (better or equivalent). Shown faster: p10 to p90 of inference times do not overlap."""
+        """Models that no other dominates. Dominating: better or equivalent, and faster (p10 to p90
+        of inference times do not overlap)."""
         timed = [m for m in self.models if m in self.costs]
         if len(timed) < 2 or not self.against:
             return []
@@ -150,7 +148,7 @@ class Findings:
 
 
 def summarize(runs: list[FinishedRun]) -> dict:
-    """Over the seeds of one model. sd: the sample standard deviation (n - 1); None for one run."""
+    """One model over its seeds. sd: the sample standard deviation (n - 1); None for one run."""
     accuracies = [run.result["test_acc"] for run in runs]
     means = ("test_acc_last", "val_acc", "train_seconds")
     return {
@@ -168,8 +166,8 @@ def summarize(runs: list[FinishedRun]) -> dict:
 
 
 def balance_of(study: Study) -> tuple[float, dict[str, float]] | None:
-    """(share of the largest class, each model's balanced accuracy, the mean over classes), percent;
-    None unless that class has more than twice an equal share, and where predictions are missing."""
+    """(largest class's share, balanced accuracy (mean over classes) by model), in percent; None if
+    that class has at most twice an equal share, or if predictions are missing."""
     if not same_labels(study.all_runs):
         return None
     labels = study.all_runs[0].labels
@@ -184,7 +182,7 @@ def balance_of(study: Study) -> tuple[float, dict[str, float]] | None:
 
 
 def compared(values: dict, step, level: float, margin: float) -> dict[str, Comparison]:
-    """{name: (accuracies, the reference's)} to comparisons. step(name): one image in points."""
+    """{name: (accuracies, reference's)} -> comparisons. step(name): one image in points."""
     both = ((name, verdicts.compare(*v, step(name))) for name, v in values.items())
     found = {name: comparison for name, comparison in both if comparison}
     verdicts.correct(list(found.values()), level)
@@ -194,13 +192,13 @@ def compared(values: dict, step, level: float, margin: float) -> dict[str, Compa
 
 
 def same_labels(runs: list[FinishedRun]) -> bool:
-    """Whether the predictions of these runs are there, and of the same images."""
+    """Whether all runs have predictions, with the same test labels."""
     labels = runs[0].labels
     return all(r.correct is not None and np.array_equal(r.labels, labels) for r in runs)
 
 
 def spread_of(study: Study, against: dict, reference: str, level: float) -> Spread | None:
-    """None without a comparison of three seeds or more."""
+    """None unless a comparison has three or more seeds."""
     several = {model: c for model, c in against.items() if len(c.seeds) > 2}
     if not several:
         return None
@@ -237,11 +235,11 @@ def rms(values) -> float:
 
 
 def ablation(row: dict) -> tuple[float, tuple[float, float]] | None:
-    """(points gained when gates are replaced by their mean, 95% interval); None: no gates.
+    """(points gained by replacing gates with their mean, 95% interval); None: no gates.
 
-    Of n test images `won` are correct only with gates replaced, `lost` only with them intact. The
-    interval is Wald's for paired proportions with 1/2 added to each cell (Agresti and Min,
-    Statistics in Medicine 24, 2005), which says something even where no image changes.
+    `won` test images are correct only with gates replaced, `lost` only with gates intact. This is
+    Wald's interval for paired proportions with 1/2 added to each cell (Agresti and Min,
+    Statistics in Medicine 24, 2005), which is informative even if no image changes.
     """
     if row.get("test_acc_gates_fixed") is None:
         return None

@@ -1,6 +1,6 @@
-"""How a report is laid out: report.md, the same as one HTML page, results.tex, a README's blocks.
+"""Layout of the report: report.md, the same as one HTML page, results.tex and README blocks.
 
-The sentences are in words.py, the tables in report_tables.py. What is laid out is a list of blocks:
+The sentences are in words.py, the tables in report_tables.py. A layout is a list of blocks:
 paragraphs, tables, lists and pictures. Empty ones are left out.
 """
 
@@ -51,7 +51,7 @@ def bullets(lines) -> str:
 
 
 def shown(figures: list[str], *wanted: str) -> list[str]:
-    """A block for each of the wanted figures that is there."""
+    """One block per wanted figure that exists."""
     return [f"![{words.caption(name)}]({name})" for name in wanted if name in figures]
 
 
@@ -62,9 +62,9 @@ def report_md(
     found: list[Findings], sections: list[Findings], figures: list[str], explained: list[str],
     there: dict | None, missing: list[str],
 ) -> str:  # fmt: skip
-    """found: one per study; sections: those with a section of their own, the first with figures.
+    """found: one per study; sections: those that get a section, the first with figures.
 
-    explained: links to the pictures of explain.py. there: see report.compare_runs.
+    explained: links to explain.py's pictures. there: see report.compare_runs.
     """
     runs = [run for f in found for run in f.study.all_runs]
     blocks = ["# Does attention earn its keep in ResNet-18?"]
@@ -86,7 +86,7 @@ def report_md(
 
 
 def study_blocks(f: Findings, figures: list[str], explained: list[str]) -> list[str]:
-    """A study: the answer first, then what it rests on."""
+    """A study: the answer first, then the evidence."""
     n_images = f"{f.study.result['test_images']:,}"
     table_says = (
         "Test accuracy: mean ± sample standard deviation over seeds, in percent of "
@@ -137,14 +137,14 @@ def study_blocks(f: Findings, figures: list[str], explained: list[str]) -> list[
 
 
 def timed(f: Findings) -> str:
-    """How inference was timed: in eager mode, and in the fastest."""
+    """How inference was timed: eager, and in the fastest mode."""
     device, ways = words.text(f.timed["device"]), [f.timed, *list(f.fastest.values())[:1]]
     how = " and ".join(map(words.how, ways))
     return f"Inference: batch {f.timed['batch_size']}, {device}, {how}"
 
 
 def left_out(f: Findings, text=words.text) -> list[str]:
-    """What is not in the table, and what its marks † stand for."""
+    """What the table leaves out, and what its marks † mean."""
     lines = [f"**Left out, {text(who(r))}:** {text(why)}." for why, r in f.study.left_out.items()]
     return [*lines, *map(text, f.lost), *(f"† {text(line)}" for line in words.notes(f))]
 
@@ -158,7 +158,7 @@ def without_verdict(f: Findings) -> str:
 
 
 def compared_blocks(there: dict, figures: list[str]) -> list[str]:
-    """The first study and another set of runs; there: see report.compare_runs."""
+    """The first study against other runs; there: see report.compare_runs."""
     both = there["here"].study, there["there"].study
     here, other = (f"{study.title}; {words.devices(study)}" for study in both)
     says = "Here against there, paired by seed; Holm's correction over this table."
@@ -174,7 +174,7 @@ def compared_blocks(there: dict, figures: list[str]) -> list[str]:
 
 
 def limits_of(found: list[Findings]) -> list[str]:
-    """Of the models that are in the report."""
+    """Limits of the models in the report."""
     models = {model for f in found for model in f.models}
     limits = []
     if models & {"se", "cbam_blocks"}:
@@ -186,7 +186,7 @@ def limits_of(found: list[Findings]) -> list[str]:
     return limits
 
 
-# --- In brief, as a page, for a paper -------------------------------------------------------------
+# --- Terminal, README, HTML, LaTeX ----------------------------------------------------------------
 
 
 def for_terminal(f: Findings) -> str:
@@ -212,7 +212,7 @@ def readme_block(f: Findings, folder: str) -> str:
 
 
 def page_html(report: str, pictures: dict[str, bytes]) -> str:
-    """report.md as one self-contained page. pictures: {link: PNG}, all that it shows."""
+    """report.md as one self-contained page. pictures: {link: PNG}, all it shows."""
     converter = markdown.Markdown(extensions=["tables", "fenced_code"])
     converter.preprocessors.deregister("html_block")  # raw HTML stays text
     converter.inlinePatterns.deregister("html")
@@ -228,7 +228,7 @@ def page_html(report: str, pictures: dict[str, bytes]) -> str:
 
 
 def results_tex(f: Findings) -> str:
-    """Every model of the study against the reference, with a legend of its own."""
+    """Every model of the study against the reference, with a legend."""
     rows, mark = [], r"\textsuperscript{*}"
     for model, s in f.models.items():
         c, ratios = f.against.get(model), f.relative[model].ratios

@@ -1,7 +1,7 @@
-"""The pictures of explain.py: images with Grad-CAM and gate maps, and every channel's gate.
+"""explain.py's pictures: images with Grad-CAM and gate maps, and every channel's gate.
 
-A picture is a column of axes: bands of up to COLUMNS images, a row each for the images and for
-everything that is laid over them, then the strips of all gates. One unit is an image's width.
+A picture is a column of axes: bands of up to COLUMNS images, with one row for the images and one
+per map, then the strips of all gates. The unit of length is a column's width.
 """
 
 import io
@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-COLUMNS, TILE = 10, 0.93  # images side by side; an image's width, as a part of its column
-WIDTH, NAME, FONT_SIZE = 6.5, 0.52, 7  # of the page and of a class name, inches; points
-LINE = 0.23  # of text, in columns
-LEGIBLE = 20  # so many classes have their names at the strips
+COLUMNS, TILE = 10, 0.93  # images per row; an image's width relative to its column's
+WIDTH, NAME, FONT_SIZE = 6.5, 0.52, 7  # widths of page and class names, inches; points
+LINE = 0.23  # height of a line of text
+LEGIBLE = 20  # with more classes, strips have no class names
 COLOURS = matplotlib.colormaps["cividis"].with_extremes(bad="lightgrey")
 STYLE = {
     "font.size": FONT_SIZE, "figure.titlesize": 10, "axes.titlesize": FONT_SIZE,
@@ -39,24 +39,23 @@ All gates have the scale above: a stage's last module; grey: no input (inactive)
 
 @dataclass
 class Explained:
-    """What is drawn of one model. Everything is on the CPU."""
+    """What to draw for one model. Everything is on the CPU."""
 
-    name: str  # in words
+    name: str  # in words, for titles
     classes: list[str]
     images: torch.Tensor  # uint8 (n, H, W, 3)
     labels: torch.Tensor  # (n,)
     probabilities: torch.Tensor  # (n, classes)
     cams: dict[str, torch.Tensor]  # layer -> maps (n, h, w), each from 0 to 1
     gate_maps: dict[str, torch.Tensor]  # stage -> (n, h, w)
-    gates_by_class: dict[str, torch.Tensor]  # stage -> mean gates (classes, C), NaN: not seen
+    gates_by_class: dict[str, torch.Tensor]  # stage -> mean gates (classes, C), NaN: no images
 
     def __post_init__(self):
         self.classes = [shortened(name, NAME, FONT_SIZE) for name in self.classes]
 
 
 def draw_model(e: Explained, first: Explained, path: Path) -> None:
-    """Every image, its Grad-CAM and gate maps, and the channels' gates of each class. The first
-    model chose the images."""
+    """Images with Grad-CAM and gate maps, and gates by class. Model `first` chose the images."""
     rows = [("image", e.images, e)]
     rows += [(f"Grad-CAM\n{k}", over_image(e.images, maps), None) for k, maps in e.cams.items()]
     rows += [(f"gate, {k}\n{span(maps)}", maps, None) for k, maps in e.gate_maps.items()]
@@ -65,7 +64,7 @@ def draw_model(e: Explained, first: Explained, path: Path) -> None:
 
 
 def draw_comparison(models: list[Explained], path: Path) -> None:
-    """Every image, and where each model finds evidence for its prediction."""
+    """Images, and where each model finds evidence for its prediction."""
     rows = [("image", models[0].images, None)]
     for e in models:
         name = "\n".join(shortened(part, 1, FONT_SIZE) for part in e.name.split(", "))
@@ -75,14 +74,14 @@ def draw_comparison(models: list[Explained], path: Path) -> None:
 
 def over_image(images: torch.Tensor, heat: torch.Tensor) -> np.ndarray:
     """Maps (n, h, w) from 0 to 1 over uint8 images (n, H, W, 3): float (n, H, W, 3)."""
-    empty = (heat.amax((1, 2)) <= 0)[:, None, None, None]  # the image is pale, without colours
+    empty = (heat.amax((1, 2)) <= 0)[:, None, None, None]  # drawn pale, without colours
     heat = F.interpolate(heat[:, None], images.shape[1:3], mode="bilinear")[:, 0]
     grey = images.float().mean(3, keepdim=True).numpy() / 255
     return 0.35 * grey + 0.65 * np.where(empty, 0.83, COLOURS(heat.numpy())[..., :3])
 
 
 def gate_scale(gates: list[torch.Tensor]) -> plt.Normalize:
-    """From 0 to 1, however little gates vary; wider where they are no sigmoids."""
+    """0 to 1, however little gates vary; wider for gates outside that range."""
     every = np.concatenate([[0, 1], *(g.flatten() for g in gates)])
     return plt.Normalize(math.floor(np.nanmin(every) + 1e-3), math.ceil(np.nanmax(every) - 1e-3))
 
@@ -93,9 +92,9 @@ def span(gates: torch.Tensor) -> str:
 
 @plt.rc_context(STYLE)
 def draw(title: str, e: Explained, rows: list, path: Path, norm=None, gates=None) -> None:
-    """Bands of images that `e` gets right or wrong, each with all rows; below, strips of `gates`.
+    """Bands of images that `e` gets right, then wrong, each with all rows; strips of `gates`.
 
-    rows: (name, images (n, h, w, 3) or gates (n, h, w), whose predictions stand below or None).
+    rows: (name, images (n, h, w, 3) or gates (n, h, w), model of the predictions below or None).
     """
     right, panels = e.probabilities.argmax(1) == e.labels, []
     for heading, chosen in (("Correctly classified", right), ("Misclassified", ~right)):
@@ -104,7 +103,7 @@ def draw(title: str, e: Explained, rows: list, path: Path, norm=None, gates=None
     height = TILE * e.images.shape[1] / e.images.shape[2]
     strip = LINE * (0.5 + (len(e.classes) if len(e.classes) <= LEGIBLE else 12))
     heights = [height] * len(panels) + [strip, LINE] * bool(gates)
-    # Higher than it needs to be: `compressed` and `tight` leave out what is too much.
+    # Taller than needed: `compressed` and `tight` cut off the excess.
     size = WIDTH, 2 + sum(heights) + 0.5 * len(heights)
     layout = {"figsize": size, "layout": "compressed", "height_ratios": heights}
     figure, grid = plt.subplots(len(heights), **layout)
@@ -133,7 +132,7 @@ def draw(title: str, e: Explained, rows: list, path: Path, norm=None, gates=None
 
 
 def draw_strips(axes, bar, gates: dict, classes: list[str], height: float, norm) -> None:
-    """Mean gates (classes, C) of each stage, and in `bar` the colours of all gates."""
+    """Each stage's mean gates (classes, C), and their colour bar in `bar`."""
     step = COLUMNS / len(gates)
     for k, of_stage in enumerate(gates.values()):
         ordered = of_stage[:, of_stage.nanmean(0).argsort()].numpy()

@@ -1,12 +1,11 @@
-"""matplotlib as our figures need it: without window, LaTeX and the user's matplotlibrc, and with
-fonts for the class names."""
+"""matplotlib for our figures: no window, LaTeX or user's matplotlibrc; fonts for class names."""
 
 import logging
 import os
 import sys
 from contextlib import suppress
 
-os.environ["MPLBACKEND"] = "Agg"  # before the import, which fails for one that is not installed
+os.environ["MPLBACKEND"] = "Agg"  # before the import, which fails if the user's backend is missing
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -25,14 +24,14 @@ MEASURE = RendererAgg(1, 1, dpi=200)
 
 
 def legible(names: list[str]) -> list[str]:
-    """The names, with fonts for all their characters set; else numbers from 0 on, and a note."""
+    """The names, with fonts set for all their characters; failing that, numbers, and a note."""
     missing = {ord(c) for c in "".join(names) if not c.isspace()}
     families = list(plt.rcParams["font.family"])
     own = [font_manager.findfont(font_manager.FontProperties(family=[f])) for f in families]
-    # Last Resort has a box for every character.
+    # The Last Resort font has a box for every character.
     others = {font.fname for font in font_manager.fontManager.ttflist if "Last" not in font.name}
     for path in [*own, *sorted(others)]:
-        with suppress(RuntimeError, OSError):  # coloured pictures; a font that is no longer there
+        with suppress(RuntimeError, OSError):  # colour bitmaps; a deleted font
             font = FT2Font(path)
             if missing and (found := missing & font.get_charmap().keys()):
                 missing -= found
@@ -46,7 +45,7 @@ def legible(names: list[str]) -> list[str]:
 
 
 def shortened(name: str, width: float, size: float) -> str:
-    """The name in one line, its middle left out if it is wider than `width` inches; size: pt."""
+    """The name on one line, its middle cut if wider than `width` inches; size in points."""
     name, font = " ".join(name.split()), font_manager.FontProperties(size=size)
     for kept in range(len(name), -1, -1):
         left_out = "…" if kept < len(name) else ""

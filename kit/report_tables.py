@@ -1,4 +1,4 @@
-"""The tables of a report, in Markdown."""
+"""The report's tables, in Markdown."""
 
 from kit import words
 from kit.command_line import table
@@ -8,7 +8,7 @@ from kit.verdicts import Comparison
 
 
 def columns(found: dict[str, list[str | None]]) -> str:
-    """A table of the columns that hold something."""
+    """A table without the empty columns."""
     kept = {name: cells for name, cells in found.items() if any(cells)}
     rows = zip(*kept.values(), strict=True)
     return table([list(kept), *([cell or "-" for cell in row] for row in rows)])
@@ -29,7 +29,7 @@ def difference(f: Findings, model: str) -> str | None:
 
 
 def main_table(f: Findings, seeds: bool = True) -> str:
-    """Answer and price in at most six columns; five in a README."""
+    """Verdict and cost in at most six columns; five in a README."""
     models = list(f.models)
     verdicts = [f.against.get(model) for model in models]
     return columns({
@@ -45,7 +45,7 @@ def main_table(f: Findings, seeds: bool = True) -> str:
 
 
 def published_table(f: Findings) -> str:
-    """The four published quantities beside ours."""
+    """The four published quantities and ours."""
 
     def both(model, key, ours, form=".2f"):
         return f"{words.fmt(f.published.get(model, {}).get(key))} / {words.fmt(ours, form)}"
@@ -89,7 +89,7 @@ def cost_table(f: Findings) -> str:
 
 
 def class_table(f: Findings) -> str:
-    """Points per class; bold where significant. Of many classes those with a significant one."""
+    """Points per class, bold if significant; of many classes, only rows with a bold one."""
     found, models = f.by_class, list(f.by_class.against)
     rows = [["class", f"`{f.reference}` %", *(f"`{model}`{f.study.mark}" for model in models)]]
     for i, name in enumerate(found.classes):

@@ -1,7 +1,7 @@
-"""All that report.py may compare: finished runs in studies, and rows of benchmark.json.
+"""What report.py compares: finished runs, grouped into studies, and rows of benchmark.json.
 
-Needs no torch. A run folder lies anywhere below --runs and is what its result.json says. What is
-damaged or does not fit the others is named in one line and left out.
+Needs no torch. Run folders may be anywhere below --runs: result.json says what they are. Damaged
+or incompatible runs are left out, with a line that says why.
 """
 
 import json
@@ -54,23 +54,23 @@ EXPLAINED = dict(
 
 class Problem(NamedTuple):
     words: str
-    is_lost: bool = False  # a run that may belong to a verdict cannot be read
+    is_lost: bool = False  # a run that a verdict may depend on is unreadable
 
 
 @dataclass
 class Study:
-    """Runs that may be compared: one data set, one recipe, the same explicit settings."""
+    """Comparable runs: one data set, one recipe, the same explicit settings."""
 
     dataset: str
     recipe: str
     overrides: dict
-    runs: dict[str, list[FinishedRun]]  # model -> its runs by seed
-    left_out: dict[str, list[FinishedRun]]  # why -> runs that are no result or cannot be compared
-    plans: list[dict]  # of RUNS/plan.json, those of this study
+    runs: dict[str, list[FinishedRun]]  # model -> its runs, sorted by seed
+    left_out: dict[str, list[FinishedRun]]  # reason -> invalid or incomparable runs
+    plans: list[dict]  # this study's entries of RUNS/plan.json
 
     @property
     def planned(self) -> dict[str, set[int]]:
-        """model -> the seeds that were planned."""
+        """model -> planned seeds."""
         found = {}
         for plan in self.plans:
             for model in plan["models"]:
@@ -78,8 +78,7 @@ class Study:
         return found
 
     def looks(self, reference: str) -> int:
-        """How often results may have been looked at before more seeds were planned: plans of one
-        and the same model, the reference aside."""
+        """Possible looks at results: the most plans for any model except the reference."""
         counts = Counter(model for plan in self.plans for model in plan["models"])
         return max((n for model, n in counts.items() if model != reference), default=1)
 
@@ -88,7 +87,7 @@ class Study:
 
     @property
     def mark(self) -> str:
-        """What stands behind every model's name: another length or another network."""
+        """Suffix of every model's name: smoke test, or another width."""
         width = f"width {self.overrides['width']}" if "width" in self.overrides else ""
         marks = ", ".join(filter(None, ["smoke test" * self.result["quick"], width]))
         return f" ({marks})" if marks else ""
@@ -99,7 +98,7 @@ class Study:
 
     @property
     def published(self) -> dict[str, dict]:
-        """The published rows for this data set and recipe; of a study of other models, one."""
+        """Published rows for this data set and recipe; for other models, the baseline's."""
         if self.dataset != "fashion_mnist" or self.recipe not in ("published", "quick"):
             return {}
         of_others = len(self.runs) > 1 and self.runs.keys() & PUBLISHED.keys() == {"baseline"}
@@ -112,13 +111,13 @@ class Study:
         return f"{self.dataset}, recipe {self.recipe}{changed}{smoke_test}"
 
     def has_verdict(self, reference: str) -> bool:
-        """Whether some model has two seeds in common with the reference."""
+        """Whether any model shares two seeds with the reference."""
         seeds = self.by_seed(reference).keys()
         return any(len(seeds & self.by_seed(m).keys()) > 1 for m in self.runs if m != reference)
 
     @property
     def result(self) -> dict:
-        """Of the first run: width, quick, image, classes and test_images are those of all."""
+        """The first run's; width, quick, image, classes and test_images are common to all."""
         return self.all_runs[0].result
 
     def by_seed(self, model: str) -> dict[int, FinishedRun]:
@@ -131,11 +130,8 @@ class Study:
 def read_studies(
     runs_dir: Path, reference: str = "baseline", **chosen
 ) -> tuple[list[Study], list[Problem]]:
-    """All studies below `runs_dir`, and the problems met on the way, in words.
-
-    First comes what has verdicts against the reference, full length and most runs. chosen: the
-    dataset, recipe and models that count; None: all.
-    """
+    """(studies below `runs_dir`, problems). Studies with verdicts against the reference come first,
+    then full length, then most runs. chosen: values of result.json to include; None: all."""
     groups, problems = {}, []
     try:
         plans = read_plans(runs_dir)
@@ -155,7 +151,7 @@ def read_studies(
             key = [run.result[key] for key in ("dataset", "recipe", "quick")]
             overrides = json.dumps(run.result["overrides"], sort_keys=True)
             groups.setdefault((*key, overrides), []).append(run)
-        except Exception as error:  # whatever a damaged file leads to
+        except Exception as error:  # damaged files can raise anything
             reason = f"its files are damaged or contradict each other ({in_one_line(error)})"
             again = "train it again with --overwrite"
             problems.append(Problem(f"{folder} left out, {reason}: {again}", is_lost=True))
@@ -177,8 +173,8 @@ def read_studies(
 
 
 def run_folders(runs_dir: Path, problems: list[Problem]) -> list[Path]:
-    """At any depth, hidden folders aside: those with a result.json and those of unfinished runs.
-    Adds those that cannot be read to the problems."""
+    """Folders of finished and unfinished runs, at any depth but not in hidden folders. Appends
+    unreadable folders to `problems`."""
 
     def unreadable(error: OSError) -> None:
         if runs_dir.is_dir():
@@ -192,10 +188,9 @@ def run_folders(runs_dir: Path, problems: list[Problem]) -> list[Path]:
             found.add(path)
         seen.add(path.resolve())
         inside = [path / each for each in folders if each[0] != "."]
-        # A link to where this has been may be circular.
+        # A link to a visited folder may be circular.
         folders[:] = [p.name for p in inside if not (p.is_symlink() and p.resolve() in seen)]
-    # The highest comes first, so that of a run and a copy of it the run is kept; of a run and links
-    # to it, the run.
+    # Shallowest first: keep the original, not its copies or links.
     linked = sorted(found, key=lambda path: path.resolve() == path.absolute())
     real = {path.resolve(): path for path in linked}
     return sorted(
@@ -204,7 +199,7 @@ def run_folders(runs_dir: Path, problems: list[Problem]) -> list[Path]:
 
 
 def comparable(runs: list[FinishedRun]) -> tuple[dict, dict]:
-    """({model: its runs by seed}, {why: runs that are left out}) of the runs of one study."""
+    """({model: its runs, sorted by seed}, {reason: runs left out}) for one study."""
     left_out, kept = {}, {}
     for run in alike(runs, left_out):
         first = kept.setdefault((run.result["model"], run.seed), run)
@@ -226,8 +221,8 @@ def epochs_of(folder: Path) -> int:
 
 
 def alike(runs: list[FinishedRun], left_out: dict[str, list[FinishedRun]]) -> list[FinishedRun]:
-    """Those with the settings, data and test labels that most have, and of those with equal
-    numbers the baseline; the others are left out."""
+    """Runs with the most common settings, data and test labels (in a tie, a baseline's). Adds the
+    others to `left_out`."""
     usual = most_common(runs, lambda run: json.dumps(run.settings, sort_keys=True)).settings
     found = []
     for run in runs:
@@ -246,7 +241,7 @@ def alike(runs: list[FinishedRun], left_out: dict[str, list[FinishedRun]]) -> li
 
 
 def most_common(runs: list[FinishedRun], key) -> FinishedRun:
-    """One of those whose key most have; of keys with equal numbers, that of a baseline."""
+    """A run with the most common key; in a tie, a baseline's."""
     keys = [str(key(run)) for run in runs]
     n = Counter(keys)
     return max(
@@ -257,7 +252,7 @@ def most_common(runs: list[FinishedRun], key) -> FinishedRun:
 def of_one_model(
     runs: list[FinishedRun], left_out: dict[str, list[FinishedRun]]
 ) -> list[FinishedRun]:
-    """Those that are results: of one size, and no two of them with the same mistakes."""
+    """One model's valid runs: of one size, no two with the same mistakes."""
     sizes = Counter(run.result["params"] for run in runs).most_common()
     usual = sizes[0][0] if len(sizes) == 1 or sizes[0][1] > sizes[1][1] else None
     found = []
@@ -276,8 +271,8 @@ def of_one_model(
 
 
 def same_mistakes(run: FinishedRun, other: FinishedRun) -> bool:
-    """Whether one is a copy of the other: in its history, seconds included, or in its predictions,
-    where so many are wrong that it is no chance."""
+    """Whether one is a copy of the other: same history, seconds included, or same predictions with
+    too many errors for a coincidence."""
     if run.metrics == other.metrics:
         return True
     if not np.array_equal(run.predictions, other.predictions) or run.predictions is None:
@@ -291,18 +286,18 @@ def in_table_order(models) -> list[str]:
 
 
 def read_rows(path: Path) -> tuple[list[dict], list[Problem]]:
-    """The rows of a benchmark.json, all or none; what is wrong with it, in words."""
+    """(rows of a benchmark.json, none if it is damaged; the problems with it)."""
     try:
         rows = [check(row, COST) for row in (read_json(path) if path.exists() else [])]
         json.dumps(rows, allow_nan=False)
         return rows, []
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # damaged files can raise anything
         again = "delete it, and run python benchmark.py again"
         return [], [Problem(f"{path} is damaged ({in_one_line(error)}): {again}")]
 
 
 def read_explained(run: FinishedRun, problems: list[Problem]) -> dict | None:
-    """What explain.py found of the run; adds to the problems if that is damaged."""
+    """The run's explain.json, if any; appends to `problems` if it is damaged."""
     path = run.folder / "explain.json"
     try:
         found = read_json(path, EXPLAINED) if path.exists() else None

@@ -1,11 +1,11 @@
-"""How long a training step takes: train.py's own in every mode and precision, and a plain loop's.
+"""How long a training step takes: train.py's in every mode and precision, against a plain loop's.
 
-`python benchmark.py --train` measures it. The plain loop is the one most people write: PIL
-transforms in a DataLoader without workers, PyTorch's default flags and layout, eager, an optimizer
-that is not fused, `.item()` in every step. How much of that is decoding images shows the same loop
-on images that are resident on the device. All of them train the same models on the same random
-images in one process and take turns, so that a machine that slows down slows them all; each turn
-begins with untimed steps. A ratio is taken within a turn; given are its median and its range.
+`python benchmark.py --train` runs this. The plain loop is the one most people write: PIL transforms
+in a DataLoader without workers, PyTorch's default flags and layout, eager, an unfused optimizer,
+`.item()` in every step. The same loop on images resident on the device shows how much of its time
+goes into decoding. All train the same models on the same random images in one process and take
+turns, so a slowdown of the machine affects them all. Each turn starts with untimed steps. Ratios
+are taken within each turn; the table gives their median and range.
 """
 
 import io
@@ -27,7 +27,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 PLAIN, RESIDENT = "plain loop", "plain loop, resident data"
-STEPS = {"cuda": (100, 20), "cpu": (3, 1)}  # of a turn: timed, and before them untimed
+STEPS = {"cuda": (100, 20), "cpu": (3, 1)}  # per turn: timed; untimed before them
 
 
 class PilImages(Dataset):
@@ -49,7 +49,7 @@ class PilImages(Dataset):
 
 
 def plain_steps(model, loader, optimizer, device) -> Iterator[tuple[float, int]]:
-    """One epoch of the training loop as most people write it: each step's loss, and its images."""
+    """One epoch of the plain loop; yields each step's loss and number of images."""
     criterion = torch.nn.CrossEntropyLoss()
     model.train()
     for images, labels in loader:
@@ -62,7 +62,7 @@ def plain_steps(model, loader, optimizer, device) -> Iterator[tuple[float, int]]
 
 
 def our_turn(dataset: ImageData, flags: list) -> tuple[Callable, Run]:
-    """(function of a number of steps, their run): train.py's step, in the mode of these flags."""
+    """(turn(steps), its run): train.py's training step with these flags."""
     settings = train.parse(list(map(str, flags)))
     loader, model, optimizer, scheduler, ema, forward, step = train.prepare(settings, dataset)
     with redirect_stdout(io.StringIO()), Run(settings, dataset.digest) as run:
@@ -81,8 +81,7 @@ def our_turn(dataset: ImageData, flags: list) -> tuple[Callable, Run]:
 
 
 def plain_turn(model, dataset: ImageData, batch_size: int, device, resident=False) -> Callable:
-    """turn(steps): so many steps of the plain loop; its images are decoded and normalised one by
-    one, or as a batch on the device, where they are resident."""
+    """turn(steps) of the plain loop. resident: batches normalised on the device, none decoded."""
     model, images, labels = model.to(device), dataset.train_images, dataset.train_labels
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     if resident:
@@ -104,7 +103,7 @@ def plain_turn(model, dataset: ImageData, batch_size: int, device, resident=Fals
 
 
 def random_images(n: int) -> ImageData:
-    """Of the size of Fashion-MNIST's: what they show changes no time."""
+    """Fashion-MNIST-sized; their content does not affect the time."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(0, 256, (n, 1, 28, 28), dtype=torch.uint8, generator=generator)
     labels = torch.arange(n) % 10
@@ -112,7 +111,7 @@ def random_images(n: int) -> ImageData:
 
 
 def measure(args, common: dict) -> Iterator[list[dict]]:
-    """After each turn the rows of benchmark_train.json; common: what all of them share."""
+    """Yields the rows of benchmark_train.json after each turn; common: what all share."""
     steps, untimed = STEPS[args.device.type]
     cases, device = [], args.device
     for size, model in itertools.product(args.batch_sizes, args.models):
@@ -132,7 +131,7 @@ def measure(args, common: dict) -> Iterator[list[dict]]:
             cases.append((row | case, turn, []))
     for turn in range(args.repeats or 7):
         for _, take, seconds in cases[:: 1 if turn % 2 else -1]:
-            take(untimed)  # clocks and caches as in training
+            take(untimed)  # bring clocks and caches to a steady state
             start = time.perf_counter()
             take(steps)
             seconds.append(time.perf_counter() - start)
@@ -140,7 +139,7 @@ def measure(args, common: dict) -> Iterator[list[dict]]:
 
 
 def summarized(cases: list[tuple[dict, Callable, list[float]]]) -> list[dict]:
-    """The rows with what the turns so far have shown."""
+    """The rows with the results of all turns so far."""
     rows, yardstick = [], {}
     for row, _, seconds in cases:
         plain = yardstick.setdefault((row["model"], row["batch_size"]), seconds)  # the first

@@ -1,4 +1,4 @@
-"""A study in sentences: what report.md, results.tex, the README and the terminal say."""
+"""A study in sentences, for report.md, results.tex, the README and the terminal."""
 
 import re
 from collections import Counter
@@ -10,11 +10,11 @@ from kit.results import Study
 from kit.runs import FinishedRun
 from kit.verdicts import VERDICTS, Comparison
 
-# What Markdown would act upon; an underscore inside a word means nothing to it.
+# What Markdown would interpret; it ignores underscores inside words.
 SPECIAL = re.compile(r"[\\`*\[\]|#<~$]|(?<![^\W_])_|_(?![^\W_])|&(?=#?\w+;)")
 TEX = {"\\": r"\textbackslash{}", "^": r"\^{}", "~": r"\~{}"}
 UNSEEN = re.compile(r"[\x00-\x20\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
-FEW = 5  # pairs: a verdict from fewer says so
+FEW = 5  # pairs: a verdict based on fewer says so
 
 # --- Values ---------------------------------------------------------------------------------------
 
@@ -24,20 +24,20 @@ def one_line(value) -> str:
 
 
 def text(value) -> str:
-    """What comes from outside, as one line that Markdown shows as it is, whatever it holds."""
-    as_entity = "<~$&"  # Markdown has no backslash for these
+    """Untrusted text as one line, escaped so that Markdown shows it verbatim."""
+    as_entity = "<~$&"  # Markdown cannot escape these by backslash
     line = one_line(value)
     return SPECIAL.sub(lambda m: f"&#{ord(m[0])};" if m[0] in as_entity else "\\" + m[0], line)
 
 
 def tex(value) -> str:
-    """As text that LaTeX prints as it is; what pdflatex has no character for is a question mark."""
+    """Escaped for LaTeX; characters that pdflatex cannot print become question marks."""
     line = one_line(value).encode("latin-1", errors="replace").decode("latin-1")
     return re.sub(r"[\\{}$&#^_~%]", lambda m: TEX.get(m[0], "\\" + m[0]), line)
 
 
 def caption(picture: str) -> str:
-    """In words; one in a run's folder is called by model and seed."""
+    """From a path; in a run's folder, with model and seed."""
     name = " ".join(unquote(picture)[:-4].split("/")[-3:])
     return text(name.replace("_", " ").replace(" vs ", " against "))
 
@@ -55,7 +55,7 @@ def p_value(p: float) -> str:
 
 
 def flag(reasons) -> str:
-    """Marks what is not as it should be; a line below says why."""
+    """A mark if there are `reasons`; a note below gives them."""
     return " †" if reasons else ""
 
 
@@ -100,8 +100,7 @@ def names_of(f: Findings, verdict: str) -> str:
 
 
 def mean_and_sd(f: Findings, model: str) -> tuple[float, float | None]:
-    """Over the seeds that the comparison has, so that differences add up; over all seeds of the
-    reference. sd: None for one run."""
+    """Over the compared seeds, so that differences add up, or else all. sd: None for one run."""
     found, c = f.study.accuracies(model), f.against.get(model)
     own = [found[seed] for seed in (c.seeds if c else found)]
     return mean(own), stdev(own) if len(own) > 1 else None
@@ -146,7 +145,7 @@ def sentence(f: Findings, model: str) -> str:
 
 
 def inference(f: Findings, model: str) -> str:
-    """Times the baseline's: eager, and in the fastest mode."""
+    """Relative to the baseline: eager, and fastest mode."""
     ratios = f.relative[model].ratios
     if not ratios["inference"]:
         return "-"
@@ -174,7 +173,7 @@ def control_sentence(f: Findings, model: str) -> str:
 
 
 def spread_sentences(f: Findings) -> list[str]:
-    """Where the spread comes from, and how many seeds it takes."""
+    """Sources of the spread, and the number of seeds needed."""
     s = f.spread
     by_images = f"the {f.study.result['test_images']:,} test images alone would give"
     alone = f"; {by_images} {s.from_images:.2f}" if s.from_images else ""
@@ -194,7 +193,7 @@ def spread_sentences(f: Findings) -> list[str]:
 
 
 def stopping_sentence(f: Findings) -> str:
-    """Where runs stop at different epochs: is that what makes them differ?"""
+    """If runs stop at different epochs: does that explain differences?"""
     epochs = {model: summary["epochs_run"] for model, summary in f.models.items()}
     every = [n for of_model in epochs.values() for n in of_model]
     means = ", ".join(f"`{model}` {mean(of_model):.0f}" for model, of_model in epochs.items())
@@ -247,7 +246,7 @@ def notes(f: Findings) -> list[str]:
 
 
 def environments(runs: list[FinishedRun]) -> list[str]:
-    """What the runs were made with, each kind with their number; what changed in mid-run."""
+    """The runs' hardware and software, with counts; what changed in mid-run."""
     counted = Counter(map(environment, runs)).items()
     lines = [f"{n} run{'s' * (n > 1)}: {words}" for words, n in counted]
     if dates := sorted({str(run.env["date"]) for run in runs if "date" in run.env}):
