@@ -248,22 +248,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--modes", nargs="+", choices=fast.MODES, metavar="MODE",
         help=f"of {', '.join(fast.MODES)}; default: all that the device can run")  # fmt: skip
     add("--precisions", nargs="+", choices=PRECISIONS, metavar="PRECISION",
-        help=f"of {', '.join(PRECISIONS)}; default: fp32; on a GPU default fp32 bf16")  # fmt: skip
+        help=f"of {', '.join(PRECISIONS)}; default: fp32, on a GPU also default, bf16")  # fmt: skip
     add("--repeats", type=size,
-        help="timed batches; default: 10 (GPU: 200), of one image 200 (1000); with --train turns: 7"
+        help="timed batches; default: 10 (GPU: 200), of one image 200 (1000); --train: turns, 7"
     )  # fmt: skip
     add("--width", type=size, default=64, help=f"channels of the first stage; {default}")
     add("--image", default=IMAGE, help=f"channels x height x width; {default}")
     add("--classes", type=size, default=CLASSES, help=default)
-    add("--like", type=Path, metavar="RUN", help="take these three from a finished run")
+    add("--like", type=Path, metavar="RUN", help="these three from a finished run")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
     add("--out", type=Path, default=Path("results"), help=f"folder; {default}")
-    add("--keep", action="store_true", help="do not measure again what this code has measured here")
+    add("--keep", action="store_true", help="skip what this code has measured here already")
     args = parser.parse_args(argv)
     try:
         if args.like:
             if (args.width, args.image, args.classes) != (64, IMAGE, CLASSES):
-                parser.error("--like RUN has --width, --image and --classes: give one or the other")
+                parser.error("--like sets --width, --image and --classes: do not give both")
             run = read_run(args.like).result
             args.width, args.classes = run["width"], len(run["classes"])
             args.image = "x".join(map(str, run["image"]))
@@ -273,7 +273,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.batch_sizes = args.batch_sizes or ([64] if args.train else [1, 64])
     others = args.keep or (args.image, args.classes) != (IMAGE, CLASSES)
     if args.train and (others or fast.DEFAULT in (args.precisions or [])):
-        parser.error("--train takes no --keep, --image, --classes, default precision")
+        parser.error("--train cannot have --keep, --image, --classes or the default precision")
     if not args.modes:
         args.modes = [mode for mode in fast.MODES if not fast.why_not(mode, "fp32", args.device)]
         if missing := fast.why_no_compiler(args.device):
@@ -327,8 +327,8 @@ def main(argv: list[str] | None = None) -> int:
             again = set(map(place, group))  # a case that fails now loses its old row too
             rows = sorted([*found, *(r for r in rows if place(r) not in again)], key=order)
             save(args.out / "benchmark", rows, markdown)  # so that --keep can resume
-        print(save(args.out / "benchmark", rows, markdown))
-    print("MFLOPs: convolutions and matrix products, exactly. GFLOPs: 2 x thop's MACs.")
+        print(markdown(rows))
+    print("MFLOPs: exact for convolutions and matrix products. GFLOPs: 2 x thop's MACs.")
     print(f"Written to {args.out / 'benchmark.json'}: {new} of {len(rows)} rows are new.")
     return 1 if failed or not rows else 0
 

@@ -4,12 +4,12 @@
     python data.py --data-dir /datasets           # ... or find it there
     python data.py --dataset cifar10
     python data.py --dataset path/to/folder       # any folder of images: see kit/image_folder.py
-    python data.py --dataset path/to/NAME.npz     # MedMNIST, and files in its form
+    python data.py --dataset path/to/NAME.npz     # MedMNIST, or a file in its format
 
-The first time it downloads 30 MB. There is no DataLoader: the images stay on the device as uint8,
-and a batch is an index into them.
+The first call downloads 30 MB. There is no DataLoader: the images stay on the device as uint8, and
+a batch is an index into them.
 
-To add a data set: write a function `data_dir -> ImageData`, add one line to DATASETS.
+To add a data set: write a function `data_dir -> ImageData` and add a line to DATASETS.
 """
 
 import os
@@ -39,17 +39,14 @@ DATASETS = {
 
 
 def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
-    """(a name of DATASETS or an absolute path, the name its results go by).
-
-    Raises ValueError with one line that says what is wrong.
-    """
+    """(a key of DATASETS or an absolute path, the name of its results). Raises ValueError."""
     is_folder = dataset not in DATASETS and not dataset.endswith(".npz")
     if image_size is not None and not (is_folder and 1 <= image_size <= 4096):
         what = f"is for folders of images, from 1 to 4096: not {image_size} for {dataset!r}"
         raise ValueError(f"--image-size {what}")
     if dataset in DATASETS:
         return dataset, dataset
-    folder = Path(os.path.abspath(dataset))  # a link's own name, whatever its target is called
+    folder = Path(os.path.abspath(dataset))  # a link is named after itself, not its target
     known = ", ".join(DATASETS)
     if not (dataset and ("/" in dataset or folder.is_dir() or folder.suffix == ".npz")):
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, a folder or an .npz")
@@ -61,9 +58,9 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
 def load_dataset(
     name: str, data_dir: Path | str = "data", image_size: int | None = None, fetch: bool = True
 ) -> ImageData:
-    """A data set of DATASETS, fetched into `data_dir` where it is missing; a folder or an .npz.
+    """A data set of DATASETS, downloaded to `data_dir` if missing; a folder or an .npz.
 
-    image_size: of the images of a folder, in pixels. Without `fetch` nothing is written.
+    image_size: pixels, for folders of images. Without `fetch` nothing is written.
     """
     try:
         name, _ = resolve(name, image_size)
@@ -79,7 +76,7 @@ def load_dataset(
     dataset = load(Path(data_dir), **asked)
     note_copies("test", *dataset.hashes[::-1])
     labels = np.append(dataset.train_labels, dataset.test_labels)
-    # The number of each distinct image, and where each of those numbers comes first.
+    # image: a number for each distinct image; first: where that number first occurs.
     _, first, image = np.unique(np.append(*dataset.hashes), return_index=True, return_inverse=True)
     if n := np.isin(image, image[labels != labels[first[image]]]).sum():
         note(f"{n:,} images have two labels (identical pixels, another class): accuracy is lowered")
@@ -96,15 +93,15 @@ def note_copies(part: str, hashes: np.ndarray, train_hashes: np.ndarray) -> None
 
 
 def split_indices(n: int, seed: int, val_fraction: float = 0.1) -> tuple[Tensor, Tensor]:
-    """A random split of range(n) into int64 (train_idx, val_idx), fixed by `seed` alone."""
+    """A random split of range(n) into int64 (train_idx, val_idx), given by `seed` alone."""
     order = torch.from_numpy(np.random.default_rng(seed).permutation(n))
     n_val = max(1, round(n * val_fraction))
     return order[n_val:], order[:n_val]
 
 
 def sampling_order(labels: Tensor) -> Tensor:
-    """A fixed permutation of the indices into `labels` (N,): any first n of them have nearly the
-    class proportions of all. The same for every model and seed."""
+    """A permutation of the indices into `labels` (N,), the same for every model and seed. Any
+    first n of them have nearly the overall class proportions."""
     order = np.random.default_rng(0).permutation(len(labels))
     drawn, rank = labels.numpy()[order], np.empty(len(labels))
     for label, size in zip(*np.unique(drawn, return_counts=True), strict=True):
@@ -113,14 +110,14 @@ def sampling_order(labels: Tensor) -> Tensor:
 
 
 def stratified(labels: Tensor, n: int) -> Tensor:
-    """Sorted indices into `labels` (N,) of n images; a larger sample contains the smaller ones."""
+    """Sorted indices into `labels` (N,) of n images; larger samples contain smaller ones."""
     return sampling_order(labels)[:n].sort().values
 
 
 def shuffled(indices: Tensor, seed: int, epoch: int) -> Tensor:
-    """`indices` in the order of one epoch, fixed by (seed, epoch) alone: there is no state to save.
+    """`indices` in the order of one epoch, given by (seed, epoch) alone: no state to save.
 
-    Epochs start at 1: default_rng((seed, 0)) equals default_rng(seed), which made the split.
+    Epochs start at 1: default_rng((seed, 0)) equals default_rng(seed), which draws the split.
     """
     order = np.random.default_rng((seed, epoch)).permutation(len(indices))
     return indices[torch.from_numpy(order)]
@@ -129,15 +126,15 @@ def shuffled(indices: Tensor, seed: int, epoch: int) -> Tensor:
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 (N, C, H, W) -> float32: (images / 255 - mean) / std.
 
-    In eager mode bit for bit what torchvision's ToTensor and Normalize give. The 255 is a tensor
-    because CUDA turns a division by a number into a multiplication by its rounded reciprocal.
+    In eager mode bit for bit equal to torchvision's ToTensor and Normalize. 255 is a tensor because
+    CUDA replaces division by a number with multiplication by its rounded reciprocal.
     """
     scale = torch.full((), 255.0, device=images.device)
     return (images / scale).sub_(mean).div_(std)
 
 
 class Loader:
-    """The images of a run, all of them on its device as bytes, and the batches of its epochs."""
+    """A run's images, all on its device as uint8, and the batches of its epochs."""
 
     def __init__(self, dataset: ImageData, settings, device: torch.device):
         self.seed, self.batch_size = settings.seed, settings.batch_size
@@ -147,7 +144,7 @@ class Loader:
             self.train_idx = self.train_idx[: settings.limit_train]
             val_idx = val_idx[: max(settings.batch_size, settings.limit_train // 9)]
         self.n_train = len(self.train_idx)
-        self.steps = -(-self.n_train // self.batch_size)  # per epoch, the last partial batch too
+        self.steps = -(-self.n_train // self.batch_size)  # per epoch, with the last partial batch
         if self.n_train < 2 or 1 in (self.batch_size, self.n_train % self.batch_size):
             raise UserError(
                 f"{self.n_train:,} training images leave a batch of one image or none, and "
@@ -183,8 +180,8 @@ class Loader:
         return list(zip(idx.split(self.batch_size), aug_params.split(self.batch_size), strict=True))
 
     def batch(self, idx: Tensor, aug_params: Tensor):
-        """(images augmented and normalised, float32 (N, C, H, W); their labels (N,); with CutMix
-        the weight (N,) of an image's own label, else None)."""
+        """(augmented and normalised images, float32 (N, C, H, W); labels (N,); with CutMix the
+        weight (N,) of each image's own label, else None)."""
         images = self.augmentation.of_pixels(self.images[idx], aug_params)
         images, weight = self.augmentation.of_normalized(self.normalize(images), aug_params)
         return images, self.labels[idx], weight
@@ -193,7 +190,7 @@ class Loader:
         return normalize(images, self.mean, self.std)
 
     def mean_over_images(self, losses: Tensor) -> float:
-        """Of an epoch, from the mean losses of its batches: float64 (batches,)."""
+        """An epoch's mean loss from those of its batches, float64 (batches,)."""
         sizes = torch.full_like(losses, self.batch_size)
         sizes[-1] = self.n_train - (len(losses) - 1) * self.batch_size
         return (losses @ sizes).item() / self.n_train
@@ -201,7 +198,6 @@ class Loader:
 
 @exit_code
 def main(argv: list[str] | None = None) -> None:
-    """The script, with `argv` in place of the command line."""
     parser = make_parser(__doc__)
     add, default = parser.add_argument, "default: %(default)s"
     known = f"{', '.join(DATASETS)}, a folder or .npz; {default}"

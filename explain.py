@@ -58,10 +58,10 @@ def load_dataset(runs: list[FinishedRun], args) -> tuple[data.ImageData, torch.T
             name, folder, config.get("image_size"), fetch=bool(args.data_dir)
         )
     except UserError as error:
-        raise UserError(f"{error}; --dataset and --data-dir say where the images are now") from None
+        raise UserError(f"{error}; if the images have moved, use --dataset and --data-dir") from None
     for run in runs:
         if run.config["data"] != dataset.digest:
-            raise UserError(f"{run.folder} was trained on other images or labels than {name}")
+            raise UserError(f"{run.folder} was not trained on the images and labels of {name}")
     n = min(args.limit_test, *(run.result["test_images"] for run in runs))
     return dataset, data.stratified(dataset.test_labels, n)
 
@@ -76,8 +76,8 @@ def load_model(run: FinishedRun, dataset: data.ImageData) -> nn.Module:
         model.load_state_dict(checkpoint.load(path))
     except Exception as error:  # damaged files can raise anything
         raise UserError(
-            f"{path} does not load as {config['model']} ({in_one_line(error)}): train it (Git "
-            "keeps no weights)"
+            f"{path} does not load as {config['model']} ({in_one_line(error)}): train it first "
+            "(weights are not in Git)"
         ) from None
     return channels_last(model).eval()
 
@@ -91,8 +91,8 @@ def check_predictions(run: FinishedRun, dataset, idx, predictions) -> None:
     differ = (run.predictions[torch.searchsorted(own, idx)] != predictions.cpu().numpy()).sum()
     if differ > max(1, TOLERANCE * len(idx)):
         raise UserError(
-            f"{run.folder}: {differ:,} of {len(idx):,} predictions are not those of the run: "
-            "weights, code or images are others than when it was trained"
+            f"{run.folder}: {differ:,} of {len(idx):,} predictions differ from the run's: "
+            "weights, code or images have changed since it was trained"
         )
     if differ:
         print(f"note: {run.folder}: {differ:,} of {len(idx):,} predictions differ", file=sys.stderr)
@@ -110,7 +110,7 @@ def explain(run: FinishedRun, dataset: data.ImageData, idx, images: list[int] | 
     labels, batch = dataset.test_labels[idx].to(device), normalized(idx)
     probabilities, gates, means = attribution.gates_of(model, batch)
     if not probabilities.isfinite().all():
-        raise UserError(f"{run.folder}: its outputs are not all finite")
+        raise UserError(f"{run.folder}: the model outputs NaN or infinity")
     if unknown := len(attribution.attention_modules(model).keys() - means.keys()):
         what = f"{unknown} modules do not gate their input"
         print(f"note: {run.result['model']}: {what}: nothing is said of them", file=sys.stderr)
@@ -166,19 +166,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     checkpoint = {"type": lambda path: Path(path).parent, "nargs": 1, "dest": "runs"}
     which.add_argument("--checkpoint", metavar="PATH", help="the best.pt in it", **checkpoint)
     which.add_argument("--compare", type=Path, nargs="+", dest="runs", metavar="RUN", help="runs")
-    add("--images", type=int, nargs="+", metavar="I", help="to show: of the test set, from 0")
-    add("--limit-test", type=int, default=2000, help=f"test images, up to the run's; {default}")
+    add("--images", type=int, nargs="+", metavar="I", help="indices of test images to show, from 0")
+    add("--limit-test", type=int, default=2000, help=f"test images to use, at most the run's; {default}")
     add("--dataset", help="a name or the images' folder; default: the run's")
     add("--data-dir", type=Path, help="default: the run's")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")
-    add("--out", type=Path, default=Path("results"), help=f"of the comparison; {default}")
-    add("--keep", action="store_true", help="do nothing for runs that are explained already")
+    add("--out", type=Path, default=Path("results"), help=f"folder of the comparison; {default}")
+    add("--keep", action="store_true", help="skip runs that are explained already")
     args = parser.parse_args(argv)
     if args.limit_test < 1 or min(args.images or [0]) < 0:
         parser.error("--limit-test must be at least 1, --images at least 0")
     args.compare = len(args.runs) > 1
     if len(set(map(Path.resolve, args.runs))) < len(args.runs):
-        parser.error("--compare: a run is named twice")
+        parser.error("--compare: a run is given twice")
     try:
         args.device = choose_device(args.device)
         data.resolve(args.dataset or "fashion_mnist")

@@ -1,15 +1,15 @@
-"""SE, CBAM and the ResNet-18 that they sit in, written out by hand, and the table of models.
+"""SE, CBAM and their ResNet-18 backbone, written from scratch, and the table of models.
 
     python models.py                    # every model with its parameter count
 
 The backbone is torchvision's ResNet-18 adapted to small images (He, Zhang, Ren, Sun, CVPR 2016,
 arXiv 1512.03385): `conv1` is 3x3 with stride 1, and there is no max-pooling, so on 28x28 images the
-stages work at 28x28, 14x14, 7x7 and 4x4. The keys of its `state_dict` are torchvision's: weights
-load from a torchvision model that is adapted in the same way, and back.
+stages work at 28x28, 14x14, 7x7 and 4x4. `state_dict` keys are torchvision's: weights can be loaded
+from a torchvision model adapted in the same way, and back.
 
-To add a module: a class `Module(channels)` whose output has the shape of its input (N, C, H, W),
-and a line in ATTENTION. It is then a model of its own, with the module in every block; a line in
-MODELS puts it elsewhere. The further modules of ATTENTION: kit/attention.py.
+To add a module: write a class `Module(channels)` that keeps the input shape (N, C, H, W), and add a
+line to ATTENTION. This makes a model with the module in every block; a line in MODELS puts it
+elsewhere. The other modules of ATTENTION are in kit/attention.py.
 """
 
 import inspect
@@ -51,10 +51,7 @@ class SE(nn.Module):
 
 
 class ChannelGate(nn.Module):
-    """CBAM's channel attention: sigmoid(MLP(avg over H, W) + MLP(max over H, W)), eq. 2.
-
-    The two share one MLP.
-    """
+    """CBAM's channel attention: sigmoid(MLP(avg over H, W) + MLP(max over H, W)), eq. 2."""
 
     def __init__(self, channels: int, reduction: int = 16):
         super().__init__()
@@ -76,7 +73,7 @@ class SpatialGate(nn.Module):
     """CBAM's spatial attention: sigmoid(BN(conv7x7([max over C, mean over C]))), eq. 3.
 
     As in the authors' code: max comes first, the convolution has no bias, and the BatchNorm (not in
-    the paper's formula) starts with weight 0 and momentum 0.01, so that the gate opens at 0.5.
+    the paper's formula) has momentum 0.01 and initial weight 0, so the gate starts at 0.5.
     """
 
     def __init__(self):
@@ -97,9 +94,8 @@ class SpatialGate(nn.Module):
 class CBAM(nn.Module):
     """Convolutional Block Attention Module (Woo, Park, Lee, Kweon, ECCV 2018, arXiv 1807.06521).
 
-    The channel gate, then the spatial gate (eq. 1). (N, C, H, W) -> (N, C, H, W). As in the
-    authors' repository, with biases in the MLP. timm's differs: no biases, mean before max, and a
-    BatchNorm weight of 1.
+    The channel gate, then the spatial gate (eq. 1). (N, C, H, W) -> (N, C, H, W). The MLP has
+    biases, as in the authors' code. timm has none, mean before max, and a BatchNorm weight of 1.
     """
 
     channel_gate, spatial_gate = ChannelGate, SpatialGate
@@ -113,14 +109,14 @@ class CBAM(nn.Module):
         return self.spatial(self.channel(x))
 
 
-# --- Controls: gates whose input is 1, whatever the image -----------------------------------------
+# --- Controls: gates with a constant input of 1 ---------------------------------------------------
 
 
 class StaticSE(SE):
-    """A control: SE with gates that do not depend on the image, z = 1.
+    """A control: SE with input-independent gates, z = 1.
 
-    The same parameters, FLOPs and operations (the mean is taken and multiplied by 0), but the gate
-    is one learned constant per channel. What SE gains over it is due to attention; what both gain
+    The same parameters, FLOPs and operations (the mean is computed and multiplied by 0), but the
+    gate is a learned constant per channel. SE's gain over it is due to attention; a gain of both
     over the baseline is not.
     """
 
@@ -139,10 +135,10 @@ class StaticSpatialGate(SpatialGate):
 
 
 class StaticCBAM(CBAM):
-    """A control: CBAM with gates that do not depend on the image (see StaticSE).
+    """A control: CBAM with input-independent gates (see StaticSE).
 
-    One learned constant per channel, and one per position: the convolution's padding tells the
-    spatial gate how far the border is, and nothing else.
+    One learned constant per channel, and one per position, which depends only on the distance to
+    the border (through the convolution's padding).
     """
 
     channel_gate, spatial_gate = StaticChannelGate, StaticSpatialGate
@@ -193,7 +189,7 @@ class BasicBlock(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """Four stages of two blocks; `width` channels in the first, doubled in each further one."""
+    """Four stages of two blocks; `width` channels in the first, doubled in each later one."""
 
     def __init__(self, num_classes: int, in_channels: int, width: int):
         super().__init__()
@@ -206,8 +202,8 @@ class ResNet18(nn.Module):
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.attention = nn.Identity()
         self.fc = nn.Linear(8 * width, num_classes)
-        # Kaiming by fan-out, as in torchvision, but for the stem, which keeps PyTorch's default, as
-        # when it is swapped into torchvision's model. By fan-out its outputs are tiny compared with
+        # Kaiming fan-out as in torchvision, except for the stem, which keeps PyTorch's default, as
+        # if swapped into torchvision's model. With fan-out its outputs are tiny relative to
         # BatchNorm's initial running variance of 1: after 30 steps 16% instead of 72% validation.
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module is not self.conv1:
@@ -241,14 +237,14 @@ POSITIONS = (
     "before_bn2",  # in every block, between conv2 and bn2
     "stages",  # after each of the first three stages
     "prepool",  # once, on the last 4x4 map
-    # Once, after the global pooling, as published. On that 1x1 map the mean is the max: CBAM's two
-    # pooled descriptors coincide, and only the middle taps of its 7x7 kernel are ever used.
+    # Once, after global pooling, as published. On this 1x1 map the mean is the max: CBAM's two
+    # pooled descriptors coincide, and only the centre taps of its 7x7 kernel are ever used.
     "classifier",
 )
 
 
 def insert(model: ResNet18, position: str, module: Callable) -> None:
-    """Puts a module at one of POSITIONS, or in place of a convolution."""
+    """Inserts a module at one of POSITIONS, or replaces a convolution."""
     if position == "blocks":
         for block in model.blocks:
             block.attention = module(block.conv2.out_channels)
@@ -262,7 +258,7 @@ def insert(model: ResNet18, position: str, module: Callable) -> None:
         append_to_stage(model.layer4, module)
     elif position == "classifier":
         model.attention = module(model.fc.in_features)
-    elif position == "replace_conv2":  # of the two blocks of the last stage
+    elif position == "replace_conv2":  # in both blocks of the last stage
         for block in model.layer4:
             block.conv2 = module(block.conv2.out_channels)
     elif position == "replace_conv1":  # and its BatchNorm, in every block
@@ -274,7 +270,7 @@ def insert(model: ResNet18, position: str, module: Callable) -> None:
 
 def append_to_stage(stage: nn.Sequential, module: Callable) -> None:
     attention = module(stage[-1].conv2.out_channels)
-    stage.append(nn.Sequential(OrderedDict(attention=attention)))  # its keys: layerS.2.attention.*
+    stage.append(nn.Sequential(OrderedDict(attention=attention)))  # keys: layerS.2.attention.*
 
 
 # name: (module, position)
@@ -283,7 +279,7 @@ MODELS = {
     "se": (SE, "blocks"),
     "cbam_blocks": (CBAM, "blocks"),
     "cbam_classifier": (CBAM, "classifier"),
-    "cbam_prepool": (CBAM, "prepool"),  # as many parameters, on a map that has positions
+    "cbam_prepool": (CBAM, "prepool"),  # as many parameters, on a 4x4 map
     "eca": (ECA, "blocks"),
     "ge": (GE, "blocks"),
     "gc": (GC, "blocks"),
@@ -296,7 +292,7 @@ MODELS = {
     "se_static": (StaticSE, "blocks"),
     "cbam_blocks_static": (StaticCBAM, "blocks"),
 }
-# A module that no model has in its blocks yet: there, under its own name.
+# A module that no model has in every block gets such a model, under its own name.
 in_blocks = {m for m, position in MODELS.values() if position in ("blocks", "replace_conv2")}
 for name, module in ATTENTION.items():
     if module not in in_blocks:
@@ -315,14 +311,14 @@ def build_model(
     """The model `name` of MODELS: images (N, in_channels, H, W) -> logits (N, num_classes).
 
     With one `seed` every model starts from the same backbone weights: attention is added after
-    they have been drawn. A seed leaves the global random state as it was; without one the weights
-    come from it. `position` (of POSITIONS) and `reduction` replace those of the model's attention.
-    Raises ValueError for unknown names and for what the model does not have.
+    they are drawn. A seed leaves the global random state unchanged; without one the weights come
+    from it. `position` (of POSITIONS) and `reduction` override those of the model's attention.
+    Raises ValueError for unknown names and for options that the model lacks.
     """
     module, position = find_module(name, position, reduction)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None:
-            # The CPU's generator alone: torch.manual_seed would reseed the GPUs too.
+            # Only the CPU's generator: torch.manual_seed would reseed the GPUs too.
             torch.default_generator.manual_seed(seed)
         model = ResNet18(num_classes, in_channels, width)
         if module:
@@ -331,7 +327,7 @@ def build_model(
 
 
 def find_module(name: str, position: str | None, reduction: int | None) -> tuple:
-    """(module, position) that build_model takes. Raises ValueError."""
+    """(module, position) for build_model. Raises ValueError."""
     if name not in MODELS:
         raise ValueError(f"unknown model {name!r}: choose from {', '.join(MODELS)}")
     module, own_position = MODELS[name]
@@ -350,7 +346,6 @@ def count_parameters(model: nn.Module) -> int:
 
 @exit_code
 def main(argv: list[str] | None = None) -> None:
-    """The script, with `argv` in place of the command line."""
     make_parser(__doc__).parse_args(argv)
     for name in MODELS:
         print(f"{name:18s} {count_parameters(build_model(name)):>12,}")

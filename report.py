@@ -57,7 +57,7 @@ def make_report(args: argparse.Namespace) -> list[Findings]:
     studies, problems = read_studies(args.runs, args.reference, **chosen)
     if not studies:
         reasons = "; ".join(problem.words for problem in problems)
-        where = f"{args.runs}" + ", which is no folder" * (not args.runs.is_dir())
+        where = f"{args.runs}" + " (not a folder)" * (not args.runs.is_dir())
         if any(chosen.values()):
             reasons = reasons or "none with the chosen --dataset, --recipe and --models"
         reasons = reasons or "run `python train.py --model baseline` first"
@@ -134,7 +134,7 @@ def compare_runs(here: Findings, folder: Path, problems: list[Problem]) -> dict 
     differences = different({key: others.get(key) for key in of_data}, of_data)
     labels = [r.labels for r in here.study.all_runs + studies[0].all_runs if r.labels is not None]
     if differences or not all(np.array_equal(each, labels[0]) for each in labels):
-        why = "; ".join(differences) or "other test labels"
+        why = "; ".join(differences) or "different test labels"
         problems.append(Problem(f"--compare {folder}: not compared, {why}", is_lost=True))
         return None
     models = [model for model in here.models if model in there.models]
@@ -154,10 +154,10 @@ def explained_pictures(study: Study, out: Path) -> dict[str, bytes]:
     paths += [run.folder / "explain.png" for run in shown]
     found = {}
     for path in paths:
-        if path.is_file() and not path.is_symlink():  # an untrusted link may point anywhere
-            link = quote(Path(os.path.relpath(path, out)).as_posix())
-            found[link] = path.read_bytes()
-    return {link: body for link, body in found.items() if body.startswith(b"\x89PNG")}
+        is_own = path.is_file() and not path.is_symlink()  # an untrusted link may point anywhere
+        if is_own and (body := path.read_bytes()).startswith(b"\x89PNG"):
+            found[quote(Path(os.path.relpath(path, out)).as_posix())] = body
+    return found
 
 
 def with_blocks(readme: Path, out: Path, found: Findings) -> str:
@@ -173,20 +173,20 @@ def with_blocks(readme: Path, out: Path, found: Findings) -> str:
         windows = "\r\n" in text
         text = text.replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{readme} is no text: {error}") from error
+        raise UserError(f"{readme} is not UTF-8 text: {error}") from error
     if not any(first in text for first in blocks):
         raise UserError(
-            f"{readme} has no lines '<!-- report.py: {folder} -->' and '<!-- end of {folder} -->': "
-            "the results go in between"
+            f"{readme} lacks the lines '<!-- report.py: {folder} -->' and '<!-- end of {folder} "
+            "-->' that mark where the results go"
         )
     if gates in text and not found.explained:
-        print(f"note: {readme}: its table of gates stays, {out} has none now", file=sys.stderr)
+        print(f"note: {readme}: its table of gates stays: {out} has none now", file=sys.stderr)
         del blocks[gates]
     for first, (last, block) in blocks.items():
         old = f"(?s)(?<={re.escape(first)}\n)(?:(?!<!--).)*(?={re.escape(last)})"  # no marker in it
         parts = re.split(old, text)
         if len(parts) != 1 + text.count(first) or len(parts) > 2:
-            raise UserError(f"{readme} must have '{first}' once, and then '{last}'")
+            raise UserError(f"{readme} must contain '{first}' exactly once, followed by '{last}'")
         text = block.join(parts)
     return text.replace("\n", "\r\n") if windows else text
 
@@ -205,7 +205,9 @@ def results_csv(studies: list[Study]) -> str:
 def summary_json(found: list[Findings], costs: list[dict], there: dict | None) -> str:
     """Every number in the report, machine-readable."""
 
-    def plain(found) -> dict:
+    def plain(found) -> dict | list:
+        if isinstance(found, set):
+            return sorted(found)
         return vars(found) | ({"verdict": found.verdict} if isinstance(found, Comparison) else {})
 
     studies = [
@@ -243,17 +245,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, default=Path("results"), help=f"where to write; {default}")
     add("--dataset", nargs="+", help="only runs on these data sets")
     add("--recipe", nargs="+", help="only runs with these recipes")
-    add("--models", nargs="+", help="only these models, with the reference; say so beforehand")
+    add("--models", nargs="+", help="only these and the reference; decide before you see results")
     add("--reference", default="baseline", help=f"model that others are compared with; {default}")
     add("--margin", type=float, default=MARGIN, metavar="X",
         help=f"points of test accuracy within which models are equivalent; {default}")  # fmt: skip
     add("--compare", type=Path, help="folder of other runs to compare the first study with")
-    add("--formats", nargs="+", choices=FORMATS, default=["png"], help="of the figures; PNG always")
-    add("--readme", type=Path, nargs="+", default=[], help="files whose blocks are rewritten")
-    add("--power", action="store_true", help="print how many seeds --difference takes, no report")
-    add("--sd", type=float, help="over seeds, in points; default: as paired differences in --runs")
-    add("--difference", type=float, help="to be detected, in points")
-    add("--comparisons", type=int, default=4, help=f"with the reference; {default}")
+    add("--formats", nargs="+", choices=FORMATS, default=["png"], help="of the figures; always PNG")
+    add("--readme", type=Path, nargs="+", default=[], help="files whose blocks to update")
+    add("--power", action="store_true", help="only print the seeds that --difference takes")
+    add("--sd", type=float, help="over seeds, in points; default: estimated from --runs")
+    add("--difference", type=float, help="to detect, in points")
+    add("--comparisons", type=int, default=4, help=f"number of them with the reference; {default}")
     args = parser.parse_args(argv)
     if args.power != bool(args.difference) or (args.sd is not None and not args.power):
         parser.error("--power and --difference go together; --sd only with them")
@@ -279,7 +281,7 @@ def print_seeds(args: argparse.Namespace) -> None:
         studies, _ = read_studies(args.runs, args.reference, **chosen)
         found = Findings(studies[0], [], args.reference) if studies else None
         if not (found and found.spread):
-            raise UserError(f"{args.runs} has no three pairs of runs to take --sd from: give --sd")
+            raise UserError(f"{args.runs} has fewer than three pairs of runs: give --sd")
         print(f"{one_line(found.study.title)}:")
         sd = found.spread.of_difference
     print(seeds_in_words(args.difference, sd, args.comparisons))

@@ -1,16 +1,16 @@
-"""Train one model with one recipe and one seed, and leave a folder that explains itself.
+"""Train one model with one recipe and one seed, and save it all in the run's folder.
 
     python train.py --model se                    # the published recipe: up to 50 epochs
-    python train.py --model se --recipe short     # 10 epochs, annealed to 0: for comparisons
+    python train.py --model se --recipe short     # 10 epochs, lr annealed to 0: for comparisons
     python train.py --model se --recipe quick     # smoke test: 1 epoch on 1,920 images
-    python train.py --model se --dry-run          # one batch of each part; keeps no run
+    python train.py --model se --dry-run          # one batch each; keeps no run
     python train.py --model se --target-acc 92    # exit 1 below 92% test accuracy
     tensorboard --logdir runs
 
-The folder is RUNS/<dataset>/<recipe>/<model>/seed<k>/. Ctrl-C and SIGTERM stop a run between two
-steps; the same command resumes it, or says that it is complete. Each epoch prints a line; * marks
-the best validation accuracy so far. Two otherwise idle CPU cores train 65 to 100 images/s: `quick`
-takes half a minute, one epoch of the published recipe 9 to 14 minutes.
+The folder is RUNS/<dataset>/<recipe>/<model>/seed<k>/. Ctrl-C and SIGTERM stop a run after the
+current step; the same command resumes it, or says that it is complete. Each epoch prints a line;
+* marks the best validation accuracy so far. Two otherwise idle CPU cores train 65 to 100 images/s:
+`quick` takes half a minute, one epoch of the published recipe 9 to 14 minutes.
 """
 
 import copy
@@ -61,10 +61,10 @@ PUBLISHED = {name: value for name, (value, _) in SETTINGS.items()}
 RECIPES = {
     "published": PUBLISHED,
     "quick": PUBLISHED | dict(epochs=1, limit_train=1920, limit_test=1000),
-    # Runs of equal length that end at a learning rate of 0 should vary less over seeds, so that
-    # fewer seeds tell two models apart. Validation chooses nothing.
+    # Runs of equal length that end at a learning rate of 0 should vary less between seeds, so fewer
+    # seeds distinguish two models. Validation selects nothing.
     "short": PUBLISHED | dict(epochs=10, anneal="batch", patience=0, tested="last"),
-    # Chosen on validation images at width 16, in 16 epochs of half the images: docs/recipes.md.
+    # Selected on validation images at width 16, 16 epochs on half the images: docs/recipes.md.
     "strong": PUBLISHED
     | dict(patience=50, lr=2e-3, weight_decay=0.05, warmup=3, label_smoothing=0.1, ema=0.999)
     | dict(normalize="data", crop=2, flip=True, erase=0.25),
@@ -74,12 +74,11 @@ RECIPES = {
 
 
 def prepare(settings, dataset):
-    """(loader, model, optimizer, scheduler, ema, forward, step); kit/fast.py may compile `forward`,
-    and then passes it to `step`."""
+    """(loader, model, optimizer, scheduler, ema, forward, step); `forward` may get compiled."""
     device = settings.device
     set_up_torch(settings.precision)
 
-    # Data: all of it stays on the device as bytes, and a batch is an index into it.
+    # Data: all of it stays on the device as uint8, and a batch is an index into it.
     loader = data.Loader(dataset, settings, device)  # splits, shuffles, augments, normalises
 
     # Model, optimizer, schedule.
@@ -88,7 +87,7 @@ def prepare(settings, dataset):
         settings.base_model, len(dataset.classes), loader.channels, settings.width, settings.seed,
         settings.position, settings.reduction,
     ).to(device)  # fmt: skip
-    channels_last(model)  # the layout that convolutions are fastest in
+    channels_last(model)  # the fastest layout for convolutions
     optimizer = adam(model, settings.lr, settings.weight_decay)
     unit = loader.steps if settings.anneal == "batch" else 1  # scheduler steps per epoch
     scheduler = cosine(optimizer, settings.epochs * unit, settings.warmup * unit)
@@ -116,10 +115,10 @@ def prepare(settings, dataset):
 def train(settings, dataset, run: Run) -> dict:
     """Data -> loss -> backward -> step -> validate -> save, then test; returns the accuracies."""
     loader, model, optimizer, scheduler, ema, forward, step = prepare(settings, dataset)
-    eval_model = ema.model if ema else model  # the one that is validated, tested and kept
+    eval_model = ema.model if ema else model  # validated, tested and saved
 
-    # Resume from the run's folder, if it holds a checkpoint. Then compile the step or capture it as
-    # one CUDA graph, where that pays (kit/fast.py): the same computation, up to rounding.
+    # Resume if the run's folder has a checkpoint. Then compile the step or capture it as one CUDA
+    # graph, if that pays (kit/fast.py): the same computation, up to rounding.
     progress = run.restore(loader, model, optimizer, scheduler, ema)
     step = run.speed_up(step, forward)
 
@@ -148,12 +147,12 @@ def train(settings, dataset, run: Run) -> dict:
         stop_if_not_finite(losses, val_loss, epoch, settings.lr)
         row = {
             "epoch": epoch,
-            "lr": float(scheduler.get_last_lr()[0]),  # set per batch: after the epoch
+            "lr": float(scheduler.get_last_lr()[0]),  # if set per batch: after the epoch
             "train_loss": loader.mean_over_images(losses),
             "train_acc": 100 * progress.correct.item() / loader.n_train,
             "val_loss": val_loss,
             "val_acc": accuracy(predictions, loader.validation[1]),
-            "seconds": progress.seconds,  # of training alone, without validation
+            "seconds": progress.seconds,  # without validation
             "images_per_second": loader.n_train / progress.seconds,
         }
         progress.end_epoch(row, eval_model, settings.tested)
@@ -161,7 +160,7 @@ def train(settings, dataset, run: Run) -> dict:
             scheduler.step()
         run.log_and_save()
 
-    # The test set is used only here: with the last weights, and with those that `tested` names.
+    # The test set is used only here: with the last weights, and with those of `tested`.
     tested_model = copy.deepcopy(eval_model)
     tested_model.load_state_dict(progress.best)
     _, last_predictions = evaluate(eval_model, loader, *loader.test, run)
@@ -176,7 +175,7 @@ def train(settings, dataset, run: Run) -> dict:
 
 
 def adam(model, lr: float, weight_decay: float = 0.0) -> torch.optim.Adam:
-    """Fused Adam; with a weight decay AdamW, without decay on biases and BatchNorm.
+    """Fused Adam; with weight decay AdamW, without decay on biases and BatchNorm.
 
     On a GPU the learning rate is a tensor: a CUDA graph would freeze a Python number.
     """
@@ -206,8 +205,8 @@ def cosine(optimizer, steps: int, warmup: int = 0):
 
 
 def cross_entropy(logits, labels, label_weight, smoothing: float):
-    """Mean over the batch. With CutMix image i is mixed with image i - 1: its own label
-    counts with label_weight (N,), the other's with the rest."""
+    """Mean over the batch. CutMix mixes image i with image i - 1: label_weight (N,) is the
+    weight of its own label, the other label has the rest."""
     if label_weight is None:
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
     own, other = (
@@ -238,7 +237,7 @@ def accuracy(predictions, labels) -> float:
 
 
 def balanced_accuracy(predictions, labels) -> float:
-    """Percent: the mean over the classes, whatever their sizes."""
+    """Percent: the unweighted mean over the classes."""
     classes = labels.unique()
     own = [accuracy(predictions[labels == k], labels[labels == k]) for k in classes]
     return sum(own) / len(own)
@@ -263,12 +262,11 @@ def parse(argv: list[str] | None):
 
 @exit_code
 def main(argv: list[str] | None = None) -> int:
-    """The script, with `argv` in place of the command line; the exit code."""
     settings = parse(argv)
     preflight(settings.device, None if settings.dry_run else settings.runs)
     dataset = data.load_dataset(settings.dataset, settings.data_dir, settings.image_size)
     with Run(settings, dataset.digest) as run:
-        # A finished run has its result already.
+        # A finished run already has its result.
         result = run.result or run.complete(train(settings, dataset, run))
     return run.finish(result)
 

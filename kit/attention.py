@@ -1,9 +1,8 @@
-"""Further attention modules, each as its paper and its authors' code have it: see models.py.
+"""Further attention modules, as in their papers and the authors' code; SE and CBAM: models.py.
 
-Weights start as PyTorch starts them unless a module says otherwise; some authors start biases at 0.
-Reductions are rounded down, hidden widths are at least 1, and every module works on maps of 1x1.
-Means and maxima are taken by `mean` and `amax`, not by adaptive pooling: the same values, and
-deterministic backward passes on CUDA.
+Initialisation is PyTorch's default unless a module says otherwise; some authors set biases to 0.
+C / reduction is rounded down, hidden widths are at least 1, and all modules accept 1x1 maps.
+`mean` and `amax` replace adaptive pooling: same values, deterministic backward passes on CUDA.
 """
 
 import math
@@ -16,9 +15,9 @@ import torch.nn.functional as F
 class ECA(nn.Module):
     """Efficient Channel Attention (Wang et al., CVPR 2020, arXiv 1910.03151).
 
-    sigmoid(conv1d_k(mean of x over H and W)) x: a channel's gate sees its own mean and those of its
-    neighbours, k in all. k is (log2 C + 1) / 2, made whole and odd, and at least 3, as in timm: 3,
-    5, 5, 5 for 64 to 512 channels. The authors' ECA-Net18 was trained with 3, 5, 7, 7.
+    sigmoid(conv1d_k(mean of x over H and W)) x: a channel's gate depends on the means of k adjacent
+    channels. k is (log2 C + 1) / 2, truncated, made odd, and at least 3, as in timm: 3, 5, 5, 5 for
+    64 to 512 channels. The authors' ECA-Net18 was trained with 3, 5, 7, 7.
     """
 
     def __init__(self, channels: int):
@@ -35,7 +34,7 @@ class GC(nn.Module):
     """Global Context block (Cao et al., ICCV Workshops 2019, arXiv 1904.11492).
 
     x' = x + W2 relu(LN(W1 z)): one vector is added to all positions. z is the mean of x over H and
-    W, weighted by a softmax over positions. W2 starts at 0, as in the authors' code: x' = x then.
+    W, weighted by a softmax over positions. W2 starts at 0, so x' = x, as in the authors' code.
     """
 
     def __init__(self, channels: int, reduction: int = 16):
@@ -59,9 +58,9 @@ class BAM(nn.Module):
     """Bottleneck Attention Module (Park, Woo, Lee, Kweon, BMVC 2018, arXiv 1807.06514).
 
     (1 + sigmoid(channel(x) + spatial(x))) x, eq. 1 and 2. channel: mean over H and W, two layers.
-    spatial: 1x1, two 3x3 with dilation 4, 1x1 to one channel. They are added as in the paper, where
-    the authors' code multiplies them; BatchNorm and ReLU stand between the layers as in that code,
-    where the paper has a BatchNorm at the end.
+    spatial: 1x1, two 3x3 with dilation 4, 1x1 to one channel. The two are added as in the paper;
+    the authors' code multiplies them. BatchNorm and ReLU are between the layers as in that code;
+    the paper has a BatchNorm at the end.
     """
 
     def __init__(self, channels: int, reduction: int = 16, dilation: int = 4):
@@ -79,7 +78,7 @@ class BAM(nn.Module):
 
     @staticmethod
     def run(x, convs, bns):
-        for conv, bn in zip(convs, bns, strict=False):  # none after the last
+        for conv, bn in zip(convs, bns, strict=False):  # no BatchNorm after the last
             x = F.relu(bn(conv(x)))
         return convs[-1](x)
 
@@ -90,7 +89,7 @@ class BAM(nn.Module):
 
 
 class PositionGate(nn.Module):
-    """Triplet's gate, that of CBAM's positions: sigmoid(BN(conv7x7([max over C, mean over C])))."""
+    """Triplet's gate, as CBAM's spatial gate: sigmoid(BN(conv7x7([max over C, mean over C])))."""
 
     def __init__(self):
         super().__init__()
@@ -106,8 +105,8 @@ class PositionGate(nn.Module):
 class Triplet(nn.Module):
     """Triplet attention (Misra, Nalamada, Arasanipalai, Hou, WACV 2021, arXiv 2010.03045).
 
-    The mean of three gated copies of x: by positions (H, W), and, rotated, by (C, W) and (H, C), so
-    that channels and positions interact. As in the file triplet_attention.py of the authors.
+    The mean of three gated copies of x, with gates over (H, W) and, rotated, over (C, W) and
+    (H, C), so channels and positions interact. As in the authors' triplet_attention.py.
     """
 
     def __init__(self, channels: int):
@@ -125,9 +124,9 @@ class Triplet(nn.Module):
 class Coordinate(nn.Module):
     """Coordinate attention (Hou, Zhou, Feng, CVPR 2021, arXiv 2103.02907).
 
-    sigmoid(row gate) sigmoid(column gate) x, eq. 4 to 9: means over W and over H pass one shared
-    1x1 convolution, BatchNorm and h-swish, then a 1x1 convolution each. The hidden width is
-    C / reduction, but at least 8, as in the authors' code.
+    sigmoid(row gate) sigmoid(column gate) x, eq. 4 to 9: means over W and over H share one 1x1
+    convolution, BatchNorm and h-swish; then each has its own 1x1 convolution. The hidden width is
+    C / reduction, at least 8, as in the authors' code.
     """
 
     def __init__(self, channels: int, reduction: int = 32):
@@ -154,9 +153,9 @@ class GE(nn.Module):
     """Gather-Excite with learned gathering, GE-theta (Hu et al., NeurIPS 2018, arXiv 1810.12348).
 
     sigmoid(up(gather(x))) x: depthwise 3x3 convolutions of stride 2, each with BatchNorm and all
-    but the last with ReLU, shrink the map by `extent`; nearest neighbours scale it up. This is the
-    paper's E8. Its others have one kernel as large as the map, which would depend on the size of
-    images, no parameters, or SE's two layers behind. Of a 4x4 map the last one sees one pixel.
+    but the last with ReLU, shrink the map by `extent`; up is nearest-neighbour. This is the paper's
+    E8. Its other variants have a kernel of the map's size (which depends on the images), no
+    parameters, or SE's two layers after the gather. On a 4x4 map the last conv sees one pixel.
     """
 
     def __init__(self, channels: int, extent: int = 8):
@@ -179,8 +178,8 @@ class SimAM(nn.Module):
     """A Simple, Parameter-Free Attention Module (Yang et al., ICML 2021).
 
     sigmoid(y) x, y = d^2 / (4 (v + lambda)) + 1/2, with d = x - mean and v = sum d^2 / (HW - 1)
-    over a channel's positions: the inverse of eq. 5. lambda is 1e-4, the authors' for CIFAR. A 1x1
-    map has d = v = 0, a constant gate.
+    over a channel's positions: the inverse of eq. 5. lambda is 1e-4, the authors' for CIFAR. On a
+    1x1 map d = v = 0: a constant gate.
     """
 
     def __init__(self, channels: int, regularizer: float = 1e-4):
@@ -194,18 +193,18 @@ class SimAM(nn.Module):
         return x * torch.sigmoid(squares / (4 * (variance + self.regularizer)) + 0.5)
 
 
-# --- In place of a convolution --------------------------------------------------------------------
+# --- Replacements for a convolution ---------------------------------------------------------------
 
 
 class MHSA(nn.Module):
-    """Multi-head self-attention over positions, as in a transformer, in the place of a convolution
-    (BoTNet, Srinivas et al., CVPR 2021, arXiv 2101.11605).
+    """Multi-head self-attention over positions, replacing a convolution (BoTNet, Srinivas et al.,
+    CVPR 2021, arXiv 2101.11605).
 
-    softmax((q k^T + q r^T) / sqrt(d)) v for each head, figure 4; q, k, v by one 1x1 convolution
-    without bias. r is the sum of a row's and a column's embedding of the key's position relative to
-    the query's, shared by all heads. Distances beyond `reach` count as `reach` (Shaw et al. 2018),
-    so that any map will do; up to 8x8 it is the paper's, with embeddings to spare on smaller maps.
-    BoTNet has it in bottleneck blocks, before BatchNorm and ReLU; here BatchNorm alone follows.
+    softmax((q k^T + q r^T) / sqrt(d)) v per head, figure 4; one 1x1 convolution without bias gives
+    q, k, v. r is a row embedding plus a column embedding of the key's offset from the query, shared
+    by all heads. Offsets are clipped to `reach` (Shaw et al. 2018), so maps may have any size; up
+    to 8x8 it is the paper's (smaller maps leave embeddings unused). In BoTNet's bottleneck blocks
+    BatchNorm and ReLU follow; here only BatchNorm.
     """
 
     def __init__(self, channels: int, heads: int = 4, reach: int = 7):
@@ -217,11 +216,11 @@ class MHSA(nn.Module):
         self.columns = nn.Parameter(torch.randn(2 * reach + 1, depth) * depth**-0.5)
 
     def relative(self, embedding: torch.Tensor, length: int) -> torch.Tensor:
-        """(length, length, depth): the embedding of key j's distance from query i."""
+        """(length, length, depth): the embedding of key j's offset from query i."""
         i = torch.arange(length, device=embedding.device)
         distance = (i[None] - i[:, None]).clamp(-self.reach, self.reach)
         distances = torch.arange(-self.reach, self.reach + 1, device=embedding.device)
-        # A product with 0 and 1 rather than an index: fixed order of summation in its backward.
+        # One-hot product, not indexing: its backward sums in a fixed order.
         return (distance[..., None] == distances).to(embedding.dtype) @ embedding
 
     def forward(self, x):
@@ -242,10 +241,10 @@ class MHSA(nn.Module):
 class SelectiveKernel(nn.Module):
     """Selective kernel unit (SKNet, Li, Wang, Hu, Yang, CVPR 2019, arXiv 1903.06586).
 
-    Two branches in place of a convolution: the 3x3 that was there, and a 3x3 of dilation 2, which
-    sees 5x5, each with BatchNorm and ReLU. Their sum, averaged over H and W, gives each channel the
-    softmax weights of the branches, eq. 1 to 6; no biases. In SKNet the convolutions have 32
-    groups. These have one, as the rest of this backbone: about twice the weights of a 3x3.
+    Two branches replace a 3x3 convolution: the original one, and a 3x3 with dilation 2, which sees
+    5x5, each with BatchNorm and ReLU. Their sum, averaged over H and W, determines each channel's
+    softmax weights of the branches, eq. 1 to 6; no biases. SKNet's convolutions have 32 groups.
+    These have one, like the rest of the backbone: about twice the weights of a 3x3.
     """
 
     def __init__(self, conv: nn.Conv2d, bn: nn.BatchNorm2d, reduction: int = 16):

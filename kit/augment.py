@@ -1,7 +1,7 @@
-"""Data augmentation, a batch at a time on the device, each image with parameters of its own.
+"""Batched data augmentation on the device, with random parameters per image.
 
-torchvision.transforms.v2 draws one set of parameters per batch. Here those of an epoch are drawn
-beforehand, from (seed, epoch), one row per image. An augmentation is then a function of images and
+torchvision.transforms.v2 draws one set of parameters per batch. Here an epoch's are drawn in
+advance, from (seed, epoch), one row per image. So an augmentation is a pure function of images and
 parameters: the same in every mode, capturable in a CUDA graph, with no state to save.
 
     augmentation = Augmentation(crop=4, flip=True, cutmix=1.0)
@@ -21,13 +21,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is done to the images of a batch; 0 and False: not done."""
+    """The augmentations of a batch; 0 and False turn one off."""
 
-    crop: int = 0  # pixels of black padding around the image, of which a random crop is taken
-    flip: bool = False  # left to right, each image with probability 1/2
-    randaugment: int = 0  # operations of OPERATIONS per image, one after the other
-    erase: float = 0.0  # share of images in which a rectangle is erased
-    cutmix: float = 0.0  # alpha of the Beta distribution of the label weights
+    crop: int = 0  # pixels of black padding before a random crop
+    flip: bool = False  # horizontally, with probability 1/2 per image
+    randaugment: int = 0  # operations per image, one after the other
+    erase: float = 0.0  # probability of erasing a rectangle, per image
+    cutmix: float = 0.0  # alpha of Beta(alpha, alpha), the label weights
 
     @classmethod
     def of(cls, settings) -> "Augmentation":
@@ -35,13 +35,13 @@ class Augmentation:
 
     @property
     def columns(self) -> list[int]:
-        """How many columns of the random parameters each part reads, in the order of the fields."""
+        """Columns of the random parameters per augmentation, in the order of the fields."""
         used = [bool(self.crop), self.flip, self.randaugment, bool(self.erase), bool(self.cutmix)]
         return [n * columns for n, columns in zip(used, (2, 1, 2, 5, 3), strict=True)]
 
     def make_params(self, n: int, seed: int, epoch: int) -> Tensor:
         """float32 (n, columns) in [0, 1), fixed by (seed, epoch): uniform, label weights Beta."""
-        generator = np.random.default_rng((seed, epoch, 1))  # data.shuffled has (seed, epoch)
+        generator = np.random.default_rng((seed, epoch, 1))  # data.shuffled uses (seed, epoch)
         params = generator.random((n, sum(self.columns)), dtype=np.float32)
         if self.cutmix:  # its first column
             params[:, -3] = generator.beta(self.cutmix, self.cutmix, n)
@@ -59,21 +59,21 @@ class Augmentation:
     def of_normalized(self, images: Tensor, params: Tensor) -> tuple[Tensor, Tensor | None]:
         """Erasing, CutMix: float (N, C, H, W) -> (the same, label weight (N,) or None).
 
-        Erased pixels become 0: the mean with `--normalize data`, else mid-grey. Every image i is
-        mixed with image i - 1 by a weight of its own; the paper uses one for the whole batch.
+        Erased pixels become 0: the mean with `--normalize data`, else mid-grey. CutMix mixes image
+        i with image i - 1, with a weight per image; the paper uses one per batch.
         """
         *_, erased, mixed = params.split(self.columns, 1)
         if self.erase:
             images = erase(images, self.erase, erased)
         if not self.cutmix:
             return images, None
-        own = (~cut(*images.shape[2:], mixed)).float()  # (N, H, W): 1 where image i stays
+        own = (~cut(*images.shape[2:], mixed)).float()  # (N, H, W): 1 where image i is kept
         label_weight, own = own.mean((1, 2)), own[:, None]
         return images * own + images.roll(1, 0) * (1 - own), label_weight
 
 
 def crop_and_flip(images, padding: int, offsets: Tensor, flips: Tensor):
-    """A crop of the image's own size out of the padded image, mirrored with probability 1/2."""
+    """Random crops of the padded images, at their original size, and random flips."""
     n, _, height, width = images.shape
     device = images.device
     rows = torch.arange(height, device=device).expand(n, height)
@@ -99,7 +99,7 @@ def rectangles(height: int, width: int, top, left, bottom, right) -> Tensor:
 
 def erase(images: Tensor, probability: float, u: Tensor) -> Tensor:
     """Random erasing (Zhong et al., AAAI 2020, arXiv 1708.04896): a rectangle of 2 to 33% of the
-    area and a height of 0.3 to 3.3 times its width, as in torchvision, made to fit."""
+    area, 0.3 to 3.3 times as high as wide, as in torchvision, but clamped to fit."""
     height, width = images.shape[2:]
     area = height * width * (0.02 + 0.31 * u[:, 1])
     ratio = 0.3 * (3.3 / 0.3) ** u[:, 2]
@@ -113,8 +113,8 @@ def erase(images: Tensor, probability: float, u: Tensor) -> Tensor:
 
 
 def cut(height: int, width: int, u: Tensor) -> Tensor:
-    """CutMix (Yun et al., ICCV 2019, arXiv 1905.04899): bool (N, H, W), a rectangle of the share
-    1 - u[:, 0] of the area, around a point anywhere, and cut off at the border."""
+    """CutMix (Yun et al., ICCV 2019, arXiv 1905.04899): bool (N, H, W), a rectangle with a share
+    of 1 - u[:, 0] of the area and a random centre, cropped at the border."""
     side = (1 - u[:, 0]).sqrt()
     tall, wide = (side * height).floor(), (side * width).floor()
     row, column = (u[:, 1] * height).floor(), (u[:, 2] * width).floor()
@@ -125,8 +125,8 @@ def cut(height: int, width: int, u: Tensor) -> Tensor:
 # --- RandAugment ----------------------------------------------------------------------------------
 
 # The operations of RandAugment (Cubuk et al., NeurIPS 2020, arXiv 1909.13719) at torchvision's
-# default, magnitude 9 of 30: shears by 0.09, shifts by 14% of the side, turns by 9 degrees,
-# factors of 1 - 0.27 or 1 + 0.27, 7 bits left, values from 70% on inverted.
+# default, magnitude 9 of 30: shear 0.09, translation 14% of the side, rotation 9 degrees, factors
+# 1 - 0.27 or 1 + 0.27, posterize to 7 bits, solarize from 70%.
 OPERATIONS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color",
     "contrast", "sharpness", "posterize", "solarize", "autocontrast", "equalize",
@@ -151,7 +151,7 @@ def randaugment(images: Tensor, which: Tensor, sign: Tensor) -> Tensor:
         "autocontrast": autocontrast(x),
         "equalize": equalize(images).float(),
     }
-    out = moved(x, chosen, sign)  # all are computed for all images; each image takes its own
+    out = moved(x, chosen, sign)  # all operations run on all images; each image selects its own
     for name, result in results.items():
         takes_it = (chosen == OPERATIONS.index(name))[:, None, None, None]
         out = torch.where(takes_it, result, out)
@@ -159,14 +159,14 @@ def randaugment(images: Tensor, which: Tensor, sign: Tensor) -> Tensor:
 
 
 def moved(x: Tensor, chosen: Tensor, sign: Tensor) -> Tensor:
-    """Sheared (from the corner), shifted or turned (around the middle): nearest pixels."""
+    """Shear (from the corner), shift, rotation (around the centre); nearest pixels."""
     height, width = x.shape[2:]
     most = (0.3, 0.3, 150 / 331 * width, 150 / 331 * height, math.pi / 6)
     shear_x, shear_y, shift_x, shift_y, angle = (
         torch.where(chosen == i, sign * MAGNITUDE * value, 0.0) for i, value in enumerate(most, 1)
     )  # in the order of OPERATIONS, after the identity
     cosine, sine = torch.cos(angle), torch.sin(angle)
-    # Where in the image the pixel at (column, row), seen from the middle, comes from.
+    # The source of the pixel at (column, row), both measured from the centre.
     to_column = (cosine, sine + shear_x, shear_x * height / 2 - shift_x.trunc())
     to_row = (shear_y - sine, cosine, shear_y * width / 2 - shift_y.trunc())
     rows = torch.arange(height, device=x.device)[:, None] - (height - 1) / 2
@@ -196,7 +196,7 @@ def luminance(x: Tensor) -> Tensor:
 
 
 def smoothed(x: Tensor) -> Tensor:
-    """Each pixel averaged with weight 5, its eight neighbours with 1; the border as it is."""
+    """3x3 average with weight 5 in the centre, 1 elsewhere; the border stays unchanged."""
     inner = (F.avg_pool2d(x, 3, stride=1) * 9 + 4 * x[:, :, 1:-1, 1:-1]) / 13
     border = torch.ones(x.shape[2:], dtype=torch.bool, device=x.device)
     border[1:-1, 1:-1] = False
@@ -204,7 +204,7 @@ def smoothed(x: Tensor) -> Tensor:
 
 
 def autocontrast(x: Tensor) -> Tensor:
-    """Each channel from its darkest and brightest value to 0 and 255."""
+    """Stretches each channel's values to the range 0 to 255."""
     low, high = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     return torch.where(high > low, (x - low) * (255 / (high - low).clamp(min=1)), x)
 
@@ -212,13 +212,13 @@ def autocontrast(x: Tensor) -> Tensor:
 def equalize(images: Tensor) -> Tensor:
     """Histogram equalisation of each channel, as PIL does it: uint8 -> int64.
 
-    The histogram by sorting: on CUDA, counting with scatter_add_ cannot be captured in a graph.
+    Counts by sorting: on CUDA, scatter_add_ cannot be captured in a graph.
     """
     n, channels = images.shape[:2]
     values = images.reshape(n, channels, -1).long()
     levels = torch.arange(256, device=images.device).expand(n, channels, 256).contiguous()
-    below = torch.searchsorted(values.sort(2).values, levels)  # (N, C, 256): pixels that are darker
-    step = below.gather(2, values.amax(2, keepdim=True)) // 255  # all but the brightest, shared out
+    below = torch.searchsorted(values.sort(2).values, levels)  # (N, C, 256): darker pixels
+    step = below.gather(2, values.amax(2, keepdim=True)) // 255  # PIL: pixels below the max / 255
     table = ((below + step // 2) // step.clamp(min=1)).clamp(max=255)
     equalized = table.gather(2, values)
     return torch.where(step > 0, equalized, values).view_as(images)

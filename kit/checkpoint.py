@@ -1,7 +1,7 @@
-"""last.pt: everything needed to resume bit for bit, in one file that is whole or not there.
+"""last.pt: everything needed to resume bit for bit, in one file that is written atomically.
 
-The one before it is kept as prev.pt until the run is complete. Everything in it is a plain type or
-a tensor, loaded on the CPU with `weights_only=True`, and copied into place from there.
+prev.pt is the previous one, kept until the run is complete. Both hold only plain types and tensors,
+which are loaded on the CPU with `weights_only=True` and copied into place.
 """
 
 import io
@@ -23,14 +23,14 @@ import torch
 
 @dataclass
 class Progress:
-    """How far a run is. It is true between any two steps, and is saved as it stands."""
+    """A run's progress: consistent between any two steps, and saved as it is."""
 
     history: list[dict] = field(default_factory=list)  # a row of metrics.jsonl per epoch
-    best: dict | None = None  # weights to be tested, so far: see end_epoch
-    # Of the partial epoch:
+    best: dict | None = None  # the weights to test, so far: see end_epoch
+    # State of the partial epoch:
     step: int = 0
     losses: torch.Tensor | None = None  # (steps,), on the device
-    correct: torch.Tensor | None = None  # predictions so far, on the device
+    correct: torch.Tensor | None = None  # number of correct predictions, on the device
     seconds: float = 0.0
 
     @property
@@ -43,14 +43,14 @@ class Progress:
         return max(self.history, key=lambda row: row["val_acc"])["epoch"] if self.history else 0
 
     def begin_epoch(self, steps: int, device: torch.device) -> None:
-        """An epoch of so many steps, unless one is under way."""
+        """Starts an epoch unless there is a partial one."""
         if self.step == 0:
             self.losses, self.seconds = torch.zeros(steps, device=device), 0.0
             self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.losses, self.correct = self.losses.to(device), self.correct.to(device)
 
     def end_epoch(self, row: dict, model: torch.nn.Module, tested: str) -> None:
-        """Appends the epoch's row, and copies the weights if they are those to be tested so far."""
+        """Appends the epoch's row, and copies the weights if they are the ones to test so far."""
         self.history.append(row)
         self.step = 0
         if tested == "last" or self.best_epoch == self.epochs:
@@ -58,7 +58,7 @@ class Progress:
 
 
 def get_state(parts: dict, device: torch.device) -> dict:
-    """The states of parts (None is left out) and random generators."""
+    """The states of parts (None is skipped) and random generators."""
     state = {name: part.state_dict() for name, part in parts.items() if part}
     cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "python_rng": random.getstate()}
@@ -67,14 +67,14 @@ def get_state(parts: dict, device: torch.device) -> dict:
 
 
 def seed_generators(seed: int) -> None:
-    """All that a module may draw from: dropout torch's, stochastic depth often Python's."""
+    """All that a module may use: dropout uses torch's, stochastic depth often Python's."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002
 
 
 def load_state(state: dict, parts: dict, device: torch.device) -> None:
-    """Copies the states into their parts, in place. Raises some exception if they do not fit."""
+    """Copies the states into the parts, in place. Raises an exception if they do not fit."""
     for name, part in parts.items():
         if isinstance(part, torch.optim.Optimizer):
             load_optimizer(part, state[name])
@@ -88,16 +88,16 @@ def load_state(state: dict, parts: dict, device: torch.device) -> None:
 
 
 def starts_at_zero(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether the state that the optimizer makes in its first step is all 0 before it."""
+    """Whether the optimizer's state is all 0 before its first step."""
     # SGD dampens every step but its first.
     dampened = any(group.get("dampening") for group in optimizer.param_groups)
     return isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD)) and not dampened
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """load_state_dict for any optimizer, in place where it has tensors: a graph knows addresses.
+    """load_state_dict that keeps the optimizer's tensors in place: a CUDA graph knows addresses.
 
-    What depends on the device stays as it is, so that a run may resume on another one.
+    Device-dependent options stay unchanged, so a run may resume on another device.
     """
     own_groups, own_state = optimizer.param_groups, optimizer.state
     groups = [
@@ -106,7 +106,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
     ]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
     for own, group in zip(own_groups, optimizer.param_groups, strict=True):
-        for key, value in group.items():  # a GPU's learning rate is a tensor, a CPU's a number
+        for key, value in group.items():  # the learning rate: a tensor on a GPU, else a number
             if isinstance(own.get(key), torch.Tensor):
                 group[key] = own[key].fill_(float(value))
             elif isinstance(value, torch.Tensor):
@@ -121,9 +121,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
 
 
 def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Progress:
-    """Loads the folder's last.pt, or else prev.pt, into the parts; how far that is.
+    """Loads last.pt, or else prev.pt, into the parts. Returns its progress.
 
-    A damaged file, or another run's, is renamed. Without a good one the run starts from scratch.
+    A damaged file, or another run's, is renamed. With none left, the run starts from scratch.
     """
     as_built = deepcopy(get_state(parts, device))
     for path in (folder / "last.pt", folder / "prev.pt"):
@@ -137,22 +137,22 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
             if [row["epoch"] for row in progress.history] != list(range(1, progress.epochs + 1)):
                 raise ValueError("its epochs are not in order")
             load_state(state, parts, device)
-        except Exception as error:  # damaged files raise what they like
+        except Exception as error:  # a damaged file can raise anything
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
-            load_state(as_built, parts, device)  # some of it may have been loaded
+            load_state(as_built, parts, device)  # it may have been loaded in part
             path.rename(path.with_name(f"{path.name}.corrupt"))
             renamed = f"{path} renamed to {path.name}.corrupt"
             print(f"note: {renamed}: {in_one_line(error)}", file=sys.stderr)
             continue
-        # PyTorch would warn where no step but the scheduler's is left to this process.
+        # PyTorch would warn if only the scheduler's step is left to do.
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
         return progress
     return Progress()
 
 
 def why_no_graph(optimizer: torch.optim.Optimizer) -> str | None:
-    """Why a CUDA graph of its steps would be wrong; None if it would not."""
+    """Why its steps cannot be captured in a CUDA graph; None if they can."""
     if not all(isinstance(group["lr"], torch.Tensor) for group in optimizer.param_groups):
         return "no CUDA graph: its learning rate would be fixed, for it is no tensor on the GPU"
     if not starts_at_zero(optimizer):
@@ -161,32 +161,32 @@ def why_no_graph(optimizer: torch.optim.Optimizer) -> str | None:
 
 
 def load(path: Path) -> dict:
-    """What torch.save wrote to `path`, on the CPU. Raises some exception if it is damaged.
+    """Loads a torch.save file on the CPU. Raises an exception if it is damaged.
 
-    The file is a zip archive with a checksum for each of its members; torch.load looks at none.
+    The file is a zip archive with a checksum per member; torch.load verifies none of them.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
+    if path.exists() and not path.is_file():  # a pipe would block
         raise ValueError("it is no file")
     with zipfile.ZipFile(path) as archive:
         members = archive.infolist()
-        # 0x10 is a folder, which PyTorch would not read; testzip cannot go to before the file.
+        # 0x10 is a folder, which PyTorch does not read; testzip cannot seek before the file.
         impossible = any(m.external_attr & 0x10 or m.header_offset < 0 for m in members)
         if impossible or archive.testzip():
             raise ValueError("it is damaged")
-    warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # of TorchScript
+    warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # a TorchScript warning
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         if "weights_only" not in str(error):
             raise
-        raise ValueError(  # PyTorch would advise to switch safety off
+        raise ValueError(  # PyTorch's own message advises weights_only=False
             "it holds a pickled model or no model, and code could run as it loads: save weights "
             "alone, torch.save(model.state_dict(), FILE)"
         ) from None
 
 
 def serialized(state: dict) -> bytes:
-    """A .pt file. (Straight to a full disk, torch.save raises no OSError.)"""
+    """A .pt file's bytes. (On a full disk torch.save raises no OSError.)"""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()

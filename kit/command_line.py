@@ -1,5 +1,5 @@
-"""What every script does alike: --help is its docstring, a table is Markdown, an error is one line,
-and the exit code says how it ended: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n.
+"""Conventions of all scripts: --help is the docstring, tables are Markdown, an error is one line.
+Exit codes: 0 done, 1 failed, 2 wrong usage, 128 + n stopped by signal n.
 """
 
 import argparse
@@ -14,16 +14,16 @@ import unicodedata
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 
-# Ctrl-C, kill, a closed terminal; schedulers before a time limit; `ulimit -t`.
+# Ctrl-C, kill, a closed terminal; a scheduler's warning before a time limit; `ulimit -t`.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
             signal.SIGXCPU)  # fmt: skip
-# These take less memory, where a script has them.
+# Lowering these saves memory, if a script has them.
 SMALLER = ("--batch-size", "--batch-sizes", "--width", "--limit-test")
-parsers: list[argparse.ArgumentParser] = []  # the last is that of the script that runs
+parsers: list[argparse.ArgumentParser] = []  # the last one is the running script's
 
 
 class UserError(RuntimeError):
-    """What a user can mend. The message says in one line what is wrong and what to do."""
+    """Users can fix it: the one-line message says what is wrong and what to do."""
 
 
 class Stopped(Exception):
@@ -44,14 +44,14 @@ def make_parser(description: str) -> argparse.ArgumentParser:
 
 
 def handle_signals(handler: Callable, stack: ExitStack) -> None:
-    """Until `stack` is closed, STOPPING call handler(signum, frame); but nohup ignores SIGHUP."""
+    """Until `stack` is closed, STOPPING call `handler`; SIGHUP stays ignored under nohup."""
     if threading.current_thread() is not threading.main_thread():
-        return  # no handlers can be set
+        return  # only the main thread can set handlers
 
     def handle(signum, frame):
         for descriptor in (1, 2):
             with suppress(OSError, ValueError):  # it is closed
-                if not select.select([], [descriptor], [], 0)[1]:  # a print waits for a full pipe
+                if not select.select([], [descriptor], [], 0)[1]:  # a full pipe: print would block
                     os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
         handler(signum, frame)
 
@@ -61,7 +61,7 @@ def handle_signals(handler: Callable, stack: ExitStack) -> None:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory was short, on GPU or CPU: not every library has an exception for it."""
+    """Whether GPU or CPU ran out of memory: not every library has an exception for it."""
     text = str(error).lower().replace("_", " ")
     words = ("out of memory", "allocate memory", "alloc failed", "allocation failed",
              "storage size calculation overflowed")  # fmt: skip
@@ -69,7 +69,7 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def table(rows: list[list]) -> str:
-    """In Markdown, one line per row, the first the header; aligned, for the terminal too."""
+    """A Markdown table, aligned for the terminal. The first row is the header."""
     rows = [list(map(str, row)) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
@@ -80,7 +80,7 @@ NAMES = "names have letters, digits and . _ + -, and begin with none of . -"
 
 
 def is_name(text) -> bool:
-    """Whether models, recipes and data sets may be called that: they name folders and figures."""
+    """Whether it is a valid name for models, recipes, data sets, and so folders and figures."""
     if type(text) is not str or text[:1] in ("", ".", "-"):
         return False
     return all(c in "._+-" or unicodedata.category(c)[0] in "LMN" for c in text)
@@ -93,7 +93,7 @@ def in_one_line(error: Exception) -> str:
 
 @contextmanager
 def noted(what: str) -> Iterator[None]:
-    """A picture that fails costs a note, not a result."""
+    """Exceptions become notes: a picture is optional."""
     try:
         yield
     except Exception as error:
@@ -101,16 +101,16 @@ def noted(what: str) -> Iterator[None]:
 
 
 def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., int]:
-    """Decorates a script's main(argv=None): what a user can mend ends it with one line and a 1."""
+    """Decorates a script's main(argv=None): expected errors end it with one line and a 1."""
 
     @functools.wraps(main)
     def guarded(argv: list[str] | None = None) -> int:
-        sys.stderr = sys.stderr or io.StringIO()  # there is none after 2>&-
+        sys.stderr = sys.stderr or io.StringIO()  # None after 2>&-
         if hasattr(sys.stdout, "reconfigure"):
-            sys.stdout.reconfigure(errors="replace")  # a terminal may know no more than ASCII
+            sys.stdout.reconfigure(errors="replace")  # for ASCII terminals
         try:
             code = main(argv) or 0
-            print(end="", flush=True)  # sys.stdout is None where it was closed
+            print(end="", flush=True)  # not sys.stdout.flush(): it may be None
             return code
         except Stopped as stopped:
             return 128 + stopped.signal
@@ -126,7 +126,7 @@ def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., i
                 raise
             flags = [f for f in SMALLER if parsers and f in parsers[-1]._option_string_actions]
             message = f"out of memory: try a smaller {' or '.join(flags[:2]) or 'model'}"
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)  # a line, whatever is in it
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)  # one line, always
         return 1
 
     return guarded

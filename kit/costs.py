@@ -1,6 +1,7 @@
 """What a study's models cost: matching rows of benchmark.json, and training in its runs."""
 
 from dataclasses import dataclass
+from operator import itemgetter
 from statistics import median
 
 from kit.results import Study, in_table_order
@@ -62,17 +63,19 @@ def relative(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
     """Costs of every trained or timed model, the baseline first if present. Training times only if
     every run is known to have had its GPU to itself."""
     found, base, base_row = {}, {}, costs.get("baseline")
-    one_device = len({device_of(run.result) for run in study.all_runs}) == 1
+    device = itemgetter("device", "precision", "mode")
+    one_device = len({device(run.result) for run in study.all_runs}) == 1
     alone = one_device and all(run.env.get("shared_gpu") is False for run in study.all_runs)
     for model in in_table_order(study.runs.keys() | costs.keys()):
         row, results = costs.get(model, {}), [run.result for run in study.runs.get(model, [])]
         memory = [result["peak_memory_mb"] for result in results]
+        epoch = [result["train_seconds"] / result["epochs_run"] for result in results]  # seconds
         values = {
             "params": (results[0] if results else row)["params"],
             "flops": row.get("flops_aten"),
             "inference": row.get("ms_per_image"),
             "fastest": fastest.get(model, {}).get("ms_per_image"),
-            "training": median(map(seconds_per_epoch, results)) if results and alone else None,
+            "training": median(epoch) if epoch and alone else None,
             "memory": median(memory) if one_device and memory and all(memory) else None,
         }
         base = values if model == "baseline" else base
@@ -81,11 +84,3 @@ def relative(study: Study, costs: dict, fastest: dict) -> dict[str, Cost]:
         timed = base_row and row and (row[p10] / base_row[p90], row[p90] / base_row[p10])
         found[model] = Cost(values, ratios, timed or None)
     return found
-
-
-def seconds_per_epoch(result: dict) -> float:
-    return result["train_seconds"] / result["epochs_run"]
-
-
-def device_of(result: dict) -> tuple:
-    return result["device"], result["precision"], result["mode"]

@@ -1,8 +1,8 @@
-"""A data set in memory; Fashion-MNIST, MNIST, KMNIST and CIFAR found or fetched, and verified.
+"""Data sets in memory: Fashion-MNIST, MNIST, KMNIST and CIFAR, downloaded if missing, verified.
 
-The four idx files of Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), MNIST or KMNIST may lie,
-packed or not, in --data-dir itself, in torchvision's layout below it (FashionMNIST/raw/) or where
-Debian's dataset-fashion-mnist puts them. torchvision downloads what is missing.
+The four idx files of Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747), MNIST or KMNIST, gzipped
+or not, are found in --data-dir, in torchvision's layout below it (FashionMNIST/raw/) or in the
+folder of Debian's dataset-fashion-mnist. torchvision downloads missing ones.
 """
 
 import gzip
@@ -24,8 +24,8 @@ import torch
 
 IDX_FILES = [f"{part}-{what}" for part in ("train", "t10k")
              for what in ("images-idx3-ubyte", "labels-idx1-ubyte")]  # fmt: skip
-PACKED = "51467d22d8cc7292"  # all that is published of KMNIST's training images
-SHA256 = {  # its first 16 digits, unpacked: gzip headers differ from mirror to mirror
+PACKED = "51467d22d8cc7292"  # KMNIST's training images: only the .gz has a published sha256
+SHA256 = {  # first 16 digits, of the unpacked files: gzip headers differ between mirrors
     "FashionMNIST": "c59f468a2f672dc8 bad3541b69d91243 5b4141f0afbad91e 0402a96d92fd2663",
     "MNIST": "ba891046e6505d7a 65a50cbbf4e90670 0fa7898d509279e4 ff7bcfd416de3373",
     "KMNIST": f"{PACKED} 2a16eeae62da984b 76fbd229ce87db80 a11dc742be8e781a",
@@ -58,19 +58,17 @@ def note(what: str) -> None:
 
 @dataclass
 class ImageData:
-    """A data set in memory."""
-
     train_images: torch.Tensor  # uint8 (N, C, H, W)
     train_labels: torch.Tensor  # int64 (N,)
     test_images: torch.Tensor  # uint8 (N, C, H, W)
     test_labels: torch.Tensor  # int64 (N,)
     classes: list[str]
-    source: str  # where the files came from, for people to read
+    source: str  # human-readable origin of the files
     mean: tuple[float, ...] = ()  # of the training images, per channel, pixels in [0, 1]
     std: tuple[float, ...] = ()
 
     def __post_init__(self):
-        """Names what a data set of one's own may have wrong."""
+        """Names mistakes in a user's own data set."""
         names = self.classes
         different = {name for name in names if isinstance(name, str)}
         if type(names) is not list or len(different) < max(2, len(names)):
@@ -90,7 +88,7 @@ class ImageData:
                 wrong = f"labels must be from 0 to {n_classes - 1}, not {sorted(odd)[:5]}"
             if wrong:
                 raise UserError(f"{self.source}: {part} {wrong}")
-        if not self.mean:  # exact, from how often each channel has each of the 256 values
+        if not self.mean:  # exact, from each channel's histogram
             counts = [c.flatten().bincount(minlength=256) for c in self.train_images.unbind(1)]
             share = torch.stack(counts).double() / counts[0].sum()
             values = torch.arange(256, dtype=torch.float64) / 255
@@ -100,7 +98,7 @@ class ImageData:
 
     @cached_property
     def digest(self) -> str:
-        """Of all images and labels, whatever files they came from: 16 hexadecimal digits."""
+        """sha256 of all images and labels, whatever their files: 16 hexadecimal digits."""
         digest = hashlib.sha256()
         for part in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
@@ -109,32 +107,32 @@ class ImageData:
 
     @cached_property
     def hashes(self) -> tuple[np.ndarray, np.ndarray]:
-        """(N,) of the training images and of the test images. Copies have the same hash."""
+        """(N,) for the training and for the test images. Copies have the same hash."""
         parts = self.train_images.numpy(), self.test_images.numpy()
         return tuple(np.array([hash(image.tobytes()) for image in part]) for part in parts)
 
     def mean_and_std(self, normalize: str | None, device) -> tuple[torch.Tensor, torch.Tensor]:
-        """For normalisation. "data": the training images' own, (C, 1, 1) each; else 0.5 and 0.5,
-        as published: pixels in [-1, 1]."""
+        """For normalisation. "data": the training images', (C, 1, 1) each; else 0.5 and 0.5, as
+        published: pixels in [-1, 1]."""
         if normalize != "data":
             return torch.full((), 0.5, device=device), torch.full((), 0.5, device=device)
-        std = [max(value, 1 / 255) for value in self.std]  # images of a single value have none
+        std = [max(value, 1 / 255) for value in self.std]  # it is 0 if all pixels are equal
         return tuple(torch.tensor(m, device=device)[:, None, None] for m in (self.mean, std))
 
 
 def load_cifar(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
-    """CIFAR10 or CIFAR100, by torchvision's class of that name, which verifies the MD5."""
-    import torchvision  # here, for it takes a second to import
+    """CIFAR10 or CIFAR100, loaded by torchvision, which verifies the MD5."""
+    import torchvision  # here because it takes a second
 
     load, parts = getattr(torchvision.datasets, name), []
     try:
         if fetch:
             data_dir.mkdir(parents=True, exist_ok=True)
-        with locked(data_dir):  # several runs may start at the same time
+        with locked(data_dir):  # several runs may start at once
             for part in (load(data_dir, train, download=fetch) for train in (True, False)):
                 parts.append(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous())
                 parts.append(torch.tensor(part.targets))
-    except Exception as error:  # of networks, archives, checksums and pickles: they are many
+    except Exception as error:  # network, archive, checksum or pickle: there are many
         raise UserError(
             f"torchvision's {name} is not below {data_dir}, and cannot be fetched or read "
             f"({in_one_line(error)}): bring its files there, as torchvision has them, or try again"
@@ -143,14 +141,14 @@ def load_cifar(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
 
 
 def load_npz(path: Path, _: Path) -> ImageData:
-    """A file in MedMNIST's form (Yang et al. 2023): arrays train_images (N, H, W) or (N, H, W, 3),
-    train_labels (N,) or (N, 1), and the same of val and test."""
+    """A file in MedMNIST's format (Yang et al. 2023): train_images (N, H, W) or (N, H, W, 3),
+    train_labels (N,) or (N, 1), and the same for val and test."""
     try:
         with np.load(path) as file:
             train, val, test = ((file[f"{part}_images"], file[f"{part}_labels"])
                                 for part in ("train", "val", "test"))  # fmt: skip
         train_and_val = [np.concatenate(arrays) for arrays in zip(train, val, strict=True)]
-    except Exception as error:  # a damaged file raises what it likes
+    except Exception as error:  # a damaged file can raise anything
         raise UserError(
             f"{path} is no file in MedMNIST's form, with train_images, train_labels, val_* and "
             f"test_*: {in_one_line(error)}"
@@ -182,7 +180,7 @@ def load_idx(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
     found, others = find_idx(name, [data_dir, raw] + [DEBIAN_FOLDER] * fashion)
     if missing := [file for file in IDX_FILES if file not in found]:
         wrong = [why for path, why in others.items() if path.name.removesuffix(".gz") in missing]
-        if wrong or not fetch:  # nothing is fetched where something else lies
+        if wrong or not fetch:  # never download next to unknown files of that name
             absent = f"{missing[0]} of {name} is not in {data_dir} or below it"
             raise UserError(f"{[*wrong, absent][0]}: {WAYS}")
         fetch_idx(name, raw)
@@ -197,7 +195,7 @@ def load_idx(name: str, data_dir: Path, fetch: bool = True) -> ImageData:
 
 
 def find_idx(name: str, folders: list[Path]) -> tuple[dict, dict[Path, str]]:
-    """({file: (path, tensor)} of what was published, {path: why not} of others so named)."""
+    """({file: (path, tensor)} of published files, {path: why not} of others so named)."""
     found, others = {}, {}
     for file, expected in zip(IDX_FILES, SHA256[name].split(), strict=True):
         ends = (".gz", "") if expected == PACKED else ("", ".gz")
@@ -213,18 +211,18 @@ def find_idx(name: str, folders: list[Path]) -> tuple[dict, dict[Path, str]]:
                 if sha256 != expected and not unknown:
                     raise ValueError(f"its sha256 is {sha256}..., expected {expected}...")
                 sizes = (-1, 1, 28, 28) if "images" in file else (-1,)
-                header = 16 if "images" in file else 8  # 4 bytes, and 4 for each dimension
+                header = 16 if "images" in file else 8  # 4 bytes, plus 4 per dimension
                 values = np.frombuffer(content, np.uint8, offset=header).reshape(sizes)
                 found[file] = path, torch.tensor(values)
                 if unknown:
                     note(f"{path} cannot be verified, only {file}.gz can")
-            except Exception as error:  # a damaged file raises what it likes
+            except Exception as error:  # a damaged file can raise anything
                 others[path] = f"{path} is not the published {file} of {name}: {in_one_line(error)}"
     return found, others
 
 
 def fetch_idx(name: str, raw: Path) -> None:
-    """Brings the files into `raw`, from the first of the sources that has them."""
+    """Downloads the files to `raw`, from the first source that has them."""
     import torchvision
 
     mirror, failures = getattr(torchvision.datasets, name), []
@@ -232,10 +230,10 @@ def fetch_idx(name: str, raw: Path) -> None:
     if name == "FashionMNIST":
         sources["the Debian package dataset-fashion-mnist"] = from_debian
     check_writable(raw, WAYS)
-    socket.setdefaulttimeout(30)  # torchvision has none
+    socket.setdefaulttimeout(30)  # torchvision sets none
     with locked(raw), tempfile.TemporaryDirectory() as new:
         if len(find_idx(name, [raw])[0]) == len(IDX_FILES):
-            return  # another process has brought them meanwhile
+            return  # another process downloaded them meanwhile
         for source, get in sources.items():
             print(f"{name} is not here yet: trying {source}", file=sys.stderr, flush=True)
             try:
@@ -246,7 +244,7 @@ def fetch_idx(name: str, raw: Path) -> None:
                     if not (raw / path.name).exists():
                         write_atomically(raw / path.name, path.read_bytes())
                 return
-            except Exception as error:  # of networks, archives, checksums: they are many
+            except Exception as error:  # network, archive or checksum: there are many
                 failures.append(f"{source}: {in_one_line(error)}")
     raise UserError(f"{name} is not there and cannot be fetched ({'; '.join(failures)}): {WAYS}")
 
@@ -254,7 +252,7 @@ def fetch_idx(name: str, raw: Path) -> None:
 def from_debian(folder: Path) -> Path:
     """The Debian package, unpacked but not installed.
 
-    With package lists of its own: it works without root, and where `apt-get update` never ran.
+    It uses its own package lists, so it needs neither root nor an earlier `apt-get update`.
     """
     command, how = ["sh", "-ec", FROM_DEBIAN], {"capture_output": True, "text": True}
     done = subprocess.run(command, cwd=folder, timeout=600, **how)

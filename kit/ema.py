@@ -1,4 +1,4 @@
-"""The exponential moving average (EMA) of a model's weights, which the recipe `strong` tests."""
+"""Exponential moving average (EMA) of a model's weights; the recipe `strong` tests them."""
 
 import copy
 
@@ -7,11 +7,11 @@ import torch.nn as nn
 
 
 class EMA:
-    """`model`: the average of the weights and of BatchNorm's statistics over the steps so far.
+    """`model` holds the EMA of the weights and of BatchNorm's statistics.
 
-    After each step average += rate (weights - average), rate = max(1 - decay, 9 / (10 + steps)), so
-    that the first steps are soon forgotten. (torch.optim.swa_utils.AveragedModel reads its
-    counter on the host in every step, which a CUDA graph cannot capture.)
+    After each step ema += rate (weights - ema), rate = max(1 - decay, 9 / (10 + steps)): the first
+    steps are soon forgotten. (torch.optim.swa_utils.AveragedModel reads its counter on the host in
+    every step, which a CUDA graph cannot capture.)
     """
 
     def __init__(self, model: nn.Module, decay: float):
@@ -27,7 +27,7 @@ class EMA:
     def update(self) -> None:
         rate = (9 / (10 + self.steps)).clamp(min=1 - self.decay)
         averages, weights = map(list, zip(*self.floats, strict=True))
-        changes = torch._foreach_sub(weights, averages)  # on a GPU a few kernels, not hundreds
+        changes = torch._foreach_sub(weights, averages)  # a few kernels, not hundreds, on a GPU
         torch._foreach_mul_(changes, rate)
         torch._foreach_add_(averages, changes)
         for average, count in self.counts:

@@ -1,14 +1,14 @@
-"""The ways to run one and the same training step or forward pass: precisions, and modes of launch.
+"""Modes and precisions in which the same training step or forward pass can run.
 
-    eager           as it stands: Python launches one kernel after the other
-    compile         torch.compile fuses what is element-wise; compiling takes up to a minute, once
+    eager           Python launches one kernel after the other
+    compile         torch.compile fuses element-wise operations; compiling takes up to a minute
     graph           CUDA: all kernels are captured once, then replayed by a single launch
     compile+graph   both
 
-    default         PyTorch's own flags: on CUDA its convolutions are in TF32, and not deterministic
+    default         PyTorch's own flags: on CUDA, convolutions use TF32 and are not deterministic
     fp32            float32 throughout
-    tf32            ... but convolutions and matrix multiplications with a mantissa of 10 bits
-    bf16            autocast: convolutions and matrix multiplications in bfloat16, a mantissa of 7;
+    tf32            ... but convolutions and matrix multiplications with a 10-bit mantissa
+    bf16            autocast: convolutions and matrix multiplications in bfloat16 (7-bit mantissa);
                     weights, BatchNorm's statistics, the loss and Adam stay in float32
 
 tests/test_fast.py compares every mode with eager float32.
@@ -27,11 +27,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read as CUDA starts
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic; read when CUDA starts
 if ignored := os.environ.keys() & {
     "NVIDIA_TF32_OVERRIDE", "ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE",
 }:  # fmt: skip
-    for name in sorted(ignored):  # read as CUDA and oneDNN start
+    for name in sorted(ignored):  # read when CUDA and oneDNN start
         print(f"note: {name}={os.environ.pop(name)} ignored: --precision decides", file=sys.stderr)
 
 from kit.command_line import in_one_line
@@ -41,29 +41,29 @@ import torch
 
 MODES = ("eager", "compile", "graph", "compile+graph")
 PRECISIONS = ("fp32", "tf32", "bf16")  # of a run
-DEFAULT = "default"  # to be compared with: of benchmark.py, on CUDA; on a CPU it is fp32
-# `auto` compiles runs of at least so many steps. A guess: compiling takes 20 to 50 s.
+DEFAULT = "default"  # benchmark.py's reference on CUDA; on a CPU it is fp32
+# `auto` compiles runs of at least this many steps. A guess: compiling takes 20 to 50 s.
 COMPILE_PAYS_FROM = 8_000
-# Relative error of all gradients together that is no rounding.
+# Relative error of all gradients together that rounding cannot explain.
 WRONG = {"fp32": 0.05, "tf32": 0.05, "bf16": 0.4}
-# Of a single tensor in fp32, where small gradients round to as much as 0.08 (CBAM on noise, width
-# 16): half a gradient has 0.5.
+# The same for a single tensor in fp32: rounding reaches 0.08 for small gradients (CBAM on noise,
+# width 16); half a gradient has 0.5.
 WRONG_TENSOR = 0.25
 
-# torch.compile would miss a CUDA runtime on a CPU, and advise TF32 on a GPU in fp32.
+# Silences torch.compile: no CUDA runtime on a CPU, advice to use TF32 on a GPU in fp32.
 logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """`auto`: bf16 on GPUs that are made for it."""
+    """`auto`: bf16 on GPUs that support it."""
     if name != "auto":
         return name
     return "bf16" if device.type == "cuda" and not why_not("eager", "bf16", device) else "fp32"
 
 
 def choose_mode(name: str, device: torch.device, steps: int) -> str:
-    """`auto`: the mode in which a run of `steps` steps should take the least time in all."""
+    """`auto`: the mode in which a run of `steps` steps should take the least time."""
     if name != "auto":
         return name
     parts = ["compile"] * (steps >= COMPILE_PAYS_FROM) + ["graph"] * (device.type == "cuda")
@@ -86,7 +86,7 @@ def why_not(mode: str, precision: str, device: torch.device) -> str | None:
 def why_no_compiler(device: torch.device) -> str | None:
     """What torch.compile lacks here, and what to do. It compiles C++ for a CPU, C for a GPU."""
     for name in ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE", "TORCH_COMPILE_OVERRIDE_BACKENDS"):
-        if os.environ.get(name, "0") not in ("", "0"):  # it would be eager mode, and say nothing
+        if os.environ.get(name, "0") not in ("", "0"):  # it would silently be eager mode
             return f"torch.compile is switched off by {name}={os.environ[name]}: unset it"
     variable, usual = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++"])
     names = os.environ.get(variable, "").split()[:1] or usual
@@ -100,10 +100,10 @@ def why_no_compiler(device: torch.device) -> str | None:
 
 
 def set_up_torch(precision: str) -> None:
-    """Deterministic algorithms, and TF32 only where that is asked for; or PyTorch's defaults."""
+    """Deterministic algorithms, and TF32 only on request; or PyTorch's defaults."""
     default = precision == DEFAULT
     torch.use_deterministic_algorithms(not default, warn_only=True)
-    # Otherwise every new tensor is first filled with NaN, a kernel each.
+    # Otherwise one more kernel fills every new tensor with NaN.
     torch.utils.deterministic.fill_uninitialized_memory = False
     torch.backends.cudnn.benchmark = False
     torch.backends.cudnn.allow_tf32 = default or precision == "tf32"
@@ -117,10 +117,10 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def channels_last(model: torch.nn.Module) -> torch.nn.Module:
-    """The model in the layout that convolutions are fastest in, in place.
+    """Converts the model, in place, to the fastest layout for convolutions.
 
-    Not a narrow one on a CPU: oneDNN's gradient of a strided 1x1 convolution with fewer than 16
-    input channels writes beyond its memory (uxlfoundation/oneDNN issue 6035).
+    Not narrow models on a CPU: oneDNN's gradient of a strided 1x1 convolution with fewer than 16
+    input channels writes out of bounds (uxlfoundation/oneDNN issue 6035).
     """
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     strided = [m for m in convolutions if m.kernel_size == (1, 1) and m.stride != (1, 1)]
@@ -134,42 +134,42 @@ def channels_last(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def compiled(function: Callable, device: torch.device, **options) -> Callable:
-    """torch.compile for tensors of one shape, or an exception, but never silently eager mode."""
+    """torch.compile for fixed shapes; raises an exception instead of falling back to eager."""
     if reason := why_no_compiler(device):
         raise RuntimeError(reason)
-    # By default the ninth variant of a function is run as it stands.
+    # By default the ninth variant of a function runs in eager mode.
     torch._dynamo.config.recompile_limit = 1000
     torch._dynamo.config.accumulated_recompile_limit = 1000
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     torch._dynamo.config.suppress_errors = False  # TORCHDYNAMO_SUPPRESS_ERRORS
-    # Otherwise the gradient of a maximum in bf16 looks for a rounded value among values that are
-    # not rounded, finds none, and divides 0 by 0.
+    # Otherwise the gradient of a bf16 maximum searches unrounded values for the rounded one, finds
+    # none, and divides 0 by 0.
     torch._inductor.config.emulate_precision_casts = True
-    # Dropout draws what it draws in eager mode.
+    # Dropout draws the same numbers as in eager mode.
     torch._inductor.config.fallback_random = True
-    # Otherwise PyTorch's cache gives a run code that was compiled for another number of threads.
+    # Otherwise PyTorch's cache may return code compiled for another number of threads.
     torch._inductor.config.cpp.threads = torch.get_num_threads()
     return torch.compile(function, dynamic=False, **options)
 
 
 class CaptureFailed(RuntimeError):
-    """No other should be tried: PyTorch's allocator may still be in the state of a capture."""
+    """Do not try another: PyTorch's allocator may still be in the state of a capture."""
 
 
 class Graphed:
-    """`function` of some tensors, captured as one CUDA graph: called like the function, one launch.
+    """`function` of some tensors, captured as one CUDA graph and called like `function`.
 
-    Capturing: libraries, the allocator and optimizers set themselves up when they first run, so the
-    function is first run a few times. Whoever captures a training step restores what that changed,
-    in place: a graph knows addresses, not variables.
+    Capturing: the function runs a few times first, as libraries, the allocator and optimizers
+    initialise themselves in their first call. The caller then restores what a training step
+    changed, in place: a graph knows addresses, not variables.
 
     Replaying: the same kernels on the same addresses. So arguments are copied to where the graph
-    reads them, and results are valid until the next call. Whatever Python decided while capturing
-    is fixed: shapes, branches, every number that is not a tensor on the device.
+    reads them, and results are valid until the next call. Python's decisions while capturing are
+    fixed: shapes, branches, every number that is not a tensor on the device.
     """
 
     def __init__(self, function: Callable, *examples: torch.Tensor):
-        self.function = function  # keeps alive the weights whose addresses the graph has
+        self.function = function  # keeps the weights alive: the graph has their addresses
         self.arguments = [example.clone() for example in examples]
         self.graph = torch.cuda.CUDAGraph()
         stream = torch.cuda.Stream()
@@ -177,7 +177,7 @@ class Graphed:
         with torch.cuda.stream(stream):
             for _ in range(3):
                 function(*self.arguments)
-            gc.collect()  # nothing is freed during a capture: that would end it
+            gc.collect()  # freeing memory during a capture would end it
             gc.disable()
             try:
                 with torch.cuda.graph(self.graph, stream=stream):
@@ -196,8 +196,8 @@ class Graphed:
 
 
 def telling_weights(model: torch.nn.Module, gradients: Callable) -> list:
-    """Weights for comparing gradients: few values lie where rounding switches a ReLU, and none
-    behind a weight of 0, such as CBAM's convolution, or a unit that is never active."""
+    """Weights for comparing gradients: few activations near 0, where rounding flips ReLUs, and no
+    gradient hidden by a weight of 0, as of CBAM's convolution, or a dead unit."""
     weights = [p.detach().clone() for p in model.parameters()]
     own = {p: weight for p, weight in zip(model.parameters(), weights, strict=True)}
     for module in model.modules():
@@ -212,25 +212,25 @@ def telling_weights(model: torch.nn.Module, gradients: Callable) -> list:
 
 
 def gradient_error(found: list, expected: list, each: bool) -> float:
-    """The relative error of all gradients together, or the largest of `each` tensor's. NaN and
-    infinity must be in the same places."""
+    """Relative error of all gradients together or, with `each`, the largest of a tensor; inf if
+    NaN or inf are in other places."""
     if not all(map(torch.equal, map(torch.isfinite, found), map(torch.isfinite, expected))):
         return math.inf
     a, b = ([x.nan_to_num(0, 0, 0).double().flatten() for x in g] for g in (found, expected))
-    least = 5e-6 * torch.cat(b).norm()  # below is rounding, as of a bias before a BatchNorm
+    least = 5e-6 * torch.cat(b).norm()  # below: rounding, as of a bias before BatchNorm
     if not each:
         a, b = [torch.cat(a)], [torch.cat(b)]
     errors = [(x - y).norm() / torch.maximum(y.norm(), least) for x, y in zip(a, b, strict=True)]
-    return torch.stack(errors).nan_to_num(0).max().item()  # 0 / 0: all of it is 0
+    return torch.stack(errors).nan_to_num(0).max().item()  # 0 / 0: all are 0
 
 
 def fast(step, forward, mode, precision, example: tuple, model, restore: Callable):
-    """(step in `mode` or the next simpler one that works, that mode, why no faster one, the
-    relative error of its gradients compared with eager mode).
+    """(step in `mode` or the next simpler one that works, that mode, why no faster one, relative
+    error of its gradients compared with eager mode).
 
-    step(*batch, forward=forward) is a whole training step, forward(*batch) its part that can be
-    compiled, restore() undoes in place what steps have changed. A mode works if it gives the
-    gradients of eager mode. Batches of another size than the example's run in eager mode.
+    step(*batch, forward=forward) is a training step, forward(*batch) its compilable part, and
+    restore() undoes in place what steps changed. A mode works if its gradients are those of eager
+    mode. Batches of another size than the example's run in eager mode.
     """
 
     def gradients(step, weights):  # of one step from these weights
@@ -255,7 +255,7 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
             run = compiled(forward, example[0].device) if "compile" in mode else forward
             fast_step = partial(step, forward=run)
             fast_step = Graphed(fast_step, *example) if "graph" in mode else fast_step
-            found = gradients(fast_step, weights)  # it compiles when it is first called
+            found = gradients(fast_step, weights)  # compiles in its first call
             error = gradient_error(found, expected, each=False)
             worst = gradient_error(found, expected, each=True) if precision == "fp32" else 0.0
             if error > WRONG[precision] or worst > WRONG_TENSOR:
@@ -266,7 +266,7 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
                 return (fast_step if len(batch[0]) == size else step)(*batch)
 
             return fast_where_it_fits, mode, failures, error
-        except Exception as error:  # compilers, drivers and out of memory raise what they like
+        except Exception as error:  # compilers, drivers and out of memory can raise anything
             failures.append(f"mode {mode} failed ({in_one_line(error)})")
             may_capture = mode == "compile+graph" and not isinstance(error, CaptureFailed)
             mode = "graph" if may_capture else "eager"

@@ -40,34 +40,23 @@ def draw_figures(found: Findings, there: dict | None, formats=("png",)) -> dict[
 
 def draw_differences(found: Findings, styles: dict) -> plt.Figure:
     """Differences from the reference: pairs as dots, corrected interval, margin as a band."""
-    reference = found.study.accuracies(found.reference)
-    pairs = {
-        model: [found.study.accuracies(model)[seed] - reference[seed] for seed in c.seeds]
-        for model, c in found.against.items()
-    }
     label = f"difference from {found.reference}"
-    return differences(found.against, pairs, styles, label, found.margin)
+    return differences(found.against, styles, label, found.margin)
 
 
 def draw_compared(there: dict, styles: dict) -> plt.Figure:
     """Per model, the runs here against those there."""
-    here, other = there["here"].study, there["there"].study
-    pairs = {
-        model: [here.accuracies(model)[seed] - other.accuracies(model)[seed] for seed in c.seeds]
-        for model, c in there["against"].items()
-    }
-    return differences(there["against"], pairs, styles, "difference, here - there",
-                       there["here"].margin)  # fmt: skip
+    margin = there["here"].margin
+    return differences(there["against"], styles, "difference, here - there", margin)
 
 
-def differences(comparisons: dict, pairs: dict, styles, label: str, margin: float) -> plt.Figure:
-    """pairs: model -> difference per seed; it and `margin` are in points."""
+def differences(comparisons: dict, styles: dict, label: str, margin: float) -> plt.Figure:
     figure, axes = frame(7, 1.6 + 0.6 * len(comparisons))
     axes.axvspan(-margin, margin, color="0.93", zorder=0)
     axes.axvline(0, color="0.6", lw=1)
     for y, (model, c) in enumerate(comparisons.items()):
         axes.errorbar(c.difference, y, xerr=c.difference - c.corrected[0], **styles[model])
-        axes.plot(pairs[model], [y + 0.25] * len(c.seeds), ".", color="0.5")
+        axes.plot(c.differences, [y + 0.25] * len(c.seeds), ".", color="0.5")
         axes.annotate(verdict(c), (c.difference, y), (0, 7), textcoords="offset points",
                       ha="center", fontsize=9)  # fmt: skip
     axes.set_yticks(range(len(comparisons)), comparisons)

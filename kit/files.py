@@ -1,8 +1,7 @@
-"""Writing files so that a reader finds the whole of a file or none of it.
+"""Atomic writes: a reader finds a whole file or none.
 
-`torch.save` or `write_text` straight onto the final name leaves half a file behind when the process
-is killed or the disk is full. Everything this project writes, TensorBoard's event files aside, goes
-through `write_atomically`.
+`torch.save` or `write_text` to the final name leaves half a file if the process is killed or the
+disk is full. All files but TensorBoard's event files are written by `write_atomically`.
 """
 
 import errno
@@ -16,18 +15,17 @@ from pathlib import Path
 
 from kit.command_line import in_one_line
 
-SMALL = 2**26  # bytes, far above what a small file of a run has
-# What network and shared folders say where they have no locks; EBADF: NFS, which locks a file only
-# for writing, and a folder cannot be opened for that.
+SMALL = 2**26  # bytes, far above any small file of a run
+# The errors of network and shared folders without locks. EBADF: NFS only locks what is open for
+# writing, which a folder cannot be.
 NO_LOCKS = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF)
 
 
 def write_atomically(path: Path, body: bytes | str, previous: Path | None = None) -> None:
     """Write `body` (text as UTF-8) to `path` by temporary file, fsync and rename.
 
-    previous: where the content that `path` had is kept. Missing folders are made. Raises OSError
-    (disk full, no permission, ...); the content of `path` is then untouched and no temporary file
-    is left.
+    previous: where to keep the old content of `path`. Missing folders are created. Raises OSError
+    (disk full, no permission, ...), with `path` untouched and no temporary file left.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp{os.getpid()}")
@@ -36,7 +34,7 @@ def write_atomically(path: Path, body: bytes | str, previous: Path | None = None
             file.write(body.encode(errors="backslashreplace") if isinstance(body, str) else body)
             if path.exists():
                 before = path.stat()
-                with suppress(OSError):  # some shares have no modes, and only root gives files away
+                with suppress(OSError):  # some shares have no modes; only root changes owners
                     os.fchmod(file.fileno(), before.st_mode)
                     os.fchown(file.fileno(), before.st_uid, before.st_gid)
             file.flush()
@@ -47,12 +45,12 @@ def write_atomically(path: Path, body: bytes | str, previous: Path | None = None
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # a full disk does not say whose
+            error.filename = str(path)  # a full disk names no file
         raise
     with suppress(OSError):  # some file systems lack this; the rename is what counts
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # names of files, too, are on disk only after an fsync
+            os.fsync(folder)  # file names, too, need an fsync
         finally:
             os.close(folder)
 
@@ -65,8 +63,7 @@ def remove(folder: Path, *patterns: str) -> None:
 
 
 def read_small(path: Path) -> bytes:
-    """The bytes of one of a run's small files. Raises OSError, also for a pipe, which would be
-    waited for, and for what is too large to be one."""
+    """A small file's bytes. Raises OSError, also if it is too large, or a pipe (which blocks)."""
     if (size := path.stat().st_size) > SMALL:
         raise OSError(f"{path} has {size:,} bytes")
     if not path.is_file():
@@ -75,10 +72,10 @@ def read_small(path: Path) -> bytes:
 
 
 def fits(value, kind) -> bool:
-    """kind: a type, (least, most) of a number, a range of whole numbers, [kind] of a list's items,
-    {str: kind} of a table's values, or a test."""
+    """kind: a type, (min, max) of a number, a range of integers, [kind] of a list's items,
+    {str: kind} of a dict's values, or a predicate."""
     if isinstance(kind, tuple):
-        return type(value) in (int, float) and kind[0] <= value <= kind[1]  # nan and inf are not
+        return type(value) in (int, float) and kind[0] <= value <= kind[1]  # not NaN or inf
     if isinstance(kind, range):
         return type(value) is int and value in kind
     if isinstance(kind, list):
@@ -94,7 +91,7 @@ def maybe(kind):
 
 
 def check(content: dict, kinds: dict) -> dict:
-    """`content`, or an exception of any kind that names a value that is missing or cannot be."""
+    """Returns `content`, or raises an exception that names a missing or invalid value."""
     for key, kind in kinds.items():
         if not fits(content.get(key), kind):
             raise ValueError(f"{key} is {content.get(key)}")
@@ -102,13 +99,13 @@ def check(content: dict, kinds: dict) -> dict:
 
 
 def read_json(path: Path, kinds: dict | None = None):
-    """The object in a .json file, or the list of those in a .jsonl file. Raises ValueError that
-    names the file unless each has a value of its kind under each key."""
+    """The object in a .json file, or the list of objects in a .jsonl file. Raises ValueError with
+    the file's name if a key of `kinds` is missing or invalid."""
     try:
         body = read_small(path)
         lines = body.splitlines() if path.suffix == ".jsonl" else [body]
         found = [check(json.loads(line), kinds or {}) for line in lines]
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path.name}: {in_one_line(error)}") from error
     return found if path.suffix == ".jsonl" else found[0]
 
@@ -118,7 +115,7 @@ def write_json(path: Path, content) -> None:
 
 
 def check_writable(folder: Path, advice: str = "choose another --out") -> None:
-    """Makes the folder where there is none. Raises OSError: before long work, not after."""
+    """Creates the folder if needed. Raises OSError: before long work, not after."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):
@@ -129,7 +126,7 @@ def check_writable(folder: Path, advice: str = "choose another --out") -> None:
 
 
 def say_no_locks(folder: Path, error: OSError) -> None:
-    """Raises the error if it is another than that the file system lacks locks."""
+    """Prints a note if the file system has no locks; raises any other error."""
     if error.errno not in NO_LOCKS:
         raise error
     print(f"note: {folder} has no locks: let no other process write there", file=sys.stderr)
@@ -137,11 +134,10 @@ def say_no_locks(folder: Path, error: OSError) -> None:
 
 @contextmanager
 def locked(folder: Path, *names: str) -> Iterator[None]:
-    """Until its end no other process is in one of these for the folder; waits for one that is.
+    """Locks the folder for this process; waits while another one has the lock.
 
-    names: patterns of the files that are written now. What a killed process left of them goes.
-
-    It is the folder itself that is locked, so nothing is left in it, whatever ends the process.
+    names: patterns of the files to write; temporary files of a killed process are deleted.
+    The folder itself is locked, so nothing is left in it, however the process ends.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:

@@ -90,14 +90,15 @@ class Findings:
             model, reference = pairs[name]
             both = study.by_seed(model), there.by_seed(reference)
             c.unlike = unlike([tuple(runs[seed] for runs in both) for seed in c.seeds])
-            if other is None and study.plans:
-                c.planned = max(len(study.planned.get(m, ())) for m in (model, reference))
+            plans = study.planned.get(model, set()), there.planned.get(reference, set())
+            c.planned = plans[0] & plans[1] if all(plans) else plans[0] | plans[1]
         return found
 
     def compare_classes(self) -> ByClass | None:
         """None with few seeds, or if a run's predictions are missing."""
         study = self.study
-        models = [m for m, c in self.against.items() if len(c.seeds) >= SEEDS_BY_CLASS]
+        final = [model for model, c in self.against.items() if not c.is_interim]
+        models = [model for model in final if len(self.against[model].seeds) >= SEEDS_BY_CLASS]
         runs = [run for model in [self.reference, *models] for run in study.runs.get(model, [])]
         if not models or not same_labels(runs):
             return None

@@ -1,11 +1,11 @@
-"""Any folder of images, and Tiny ImageNet: what in it is a part, a class, an image, or left out.
+"""Image folders and Tiny ImageNet: finds training and test set, classes and images.
 
     folder/train/<class>/*.png and folder/test/<class>/*.png     (or val for test)
-    folder/<class>/*.png        a sixth of each class, drawn once for all, becomes the test set
+    folder/<class>/*.png        a fixed random sixth of each class becomes the test set
 
-The parts may be called Training and Testing, train_set and valid, seg_train/seg_train and so on.
-Images may lie deeper below their class, and links are followed. All that is left out is counted and
-named in one line. Images come in the order of their file names.
+The sets may be called Training and Testing, train_set and valid, seg_train/seg_train and so on.
+Images may be in subfolders of their class, and links are followed. One line counts and names
+everything that is skipped. Images are sorted by file name.
 """
 
 import mimetypes
@@ -30,13 +30,13 @@ PART = re.compile(
     "(?P<val>val|valid|validation|dev|eval|evaluation))(?:s|set|data|images)?"
 )
 UNREAD, BESIDE = "ending not read", "file beside the folders"
-HIDDEN = {  # besides all that begins with a dot: what systems leave in folders
+HIDDEN = {  # like names that begin with a dot: left by operating systems
     "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir",
     "$recycle.bin", "system volume information", "lost+found", "#recycle", "@recycle", "#snapshot",
 }  # fmt: skip
 
-Labelled = dict[Path, str]  # images and their classes
-LeftOut = defaultdict[str, set[Path]]  # {why: what}
+Labelled = dict[Path, str]  # {image: class}
+LeftOut = defaultdict[str, set[Path]]  # {reason: paths}
 
 
 def load_tiny_imagenet(data_dir: Path, fetch: bool = True) -> ImageData:
@@ -53,7 +53,7 @@ def load_tiny_imagenet(data_dir: Path, fetch: bool = True) -> ImageData:
 def load_folder(
     folder: Path, data_dir: Path, image_size: int | None = None, fetch: bool = True
 ) -> ImageData:
-    """The images below `folder`. Says what was left out. Raises UserError in one line."""
+    """The images below `folder`. Notes what was skipped. Raises a one-line UserError."""
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder: name one with a folder of images for each class")
     left_out = defaultdict(set)
@@ -86,7 +86,7 @@ def load_folder(
 
 
 def in_words(folder: Path, classes: list[str]) -> list[str]:
-    """What they are called: of Tiny ImageNet by words.txt, where n01443537 is a goldfish."""
+    """Class names; Tiny ImageNet's from words.txt, where n01443537 is a goldfish."""
     rows = fields_of(folder / WORDS) if (folder / ANNOTATIONS).is_file() else []
     words = {name: word for name, all_, *_ in rows if shows(word := all_.split(",")[0])}
     called = {name: words.get(name) or name for name in classes}
@@ -95,16 +95,16 @@ def in_words(folder: Path, classes: list[str]) -> list[str]:
 
 
 def fields_of(file: Path) -> list[list[str]]:
-    """Of each line, between tabs; nothing, if there is no file."""
+    """Tab-separated fields of each line; [] without the file."""
     lines = file.read_text(errors="replace").splitlines() if file.is_file() else []
     return [line.split("\t") for line in lines if "\t" in line]
 
 
-# --- Parts, classes, images -----------------------------------------------------------------------
+# --- Sets, classes, images ------------------------------------------------------------------------
 
 
 def train_and_test(folder: Path, left_out: LeftOut) -> tuple[Labelled, Labelled, str]:
-    """The images of both parts, and how they were found."""
+    """The images of both sets, and how they were found."""
     if rows := sorted(fields_of(folder / ANNOTATIONS)):  # Tiny ImageNet: no labels in test
         test = {folder / "val/images" / name: of for name, of, *_ in rows}
         train = in_class_folders(folder / "train", left_out)
@@ -118,7 +118,7 @@ def train_and_test(folder: Path, left_out: LeftOut) -> tuple[Labelled, Labelled,
 
 
 def entries(folder: Path, left_out: LeftOut) -> tuple[list[Path], list[Path]]:
-    """(folders, files) in `folder`, in the order of their names. Raises OSError."""
+    """(folders, files) in `folder`, sorted by name. Raises OSError."""
     folders, files = [], []
     for path in (folder / name for name in sorted(os.listdir(folder))):
         if path.name[0] == "." or path.name.casefold() in HIDDEN:
@@ -137,7 +137,7 @@ def entries(folder: Path, left_out: LeftOut) -> tuple[list[Path], list[Path]]:
 
 
 def unwrapped(folder: Path, left_out: LeftOut) -> Path:
-    """`folder`, or what it is wrapped around: seg_train/seg_train, flowers/flowers."""
+    """`folder`, or the one nested in it: seg_train/seg_train, flowers/flowers."""
     folders, files = entries(folder, left_out)
     if len(folders) != 1 or any(map(is_image, files)) or not entries(folders[0], left_out)[0]:
         return folder
@@ -155,13 +155,13 @@ def part_of(name: str) -> str | None:
 
 
 def find_parts(folder: Path, left_out: LeftOut) -> tuple[Path, Path] | None:
-    """(to train, to test), or None where the folders are classes, though one be called train."""
+    """(training set, test set), or None if the folders are classes, even if one is "train"."""
     folders, files = entries(folder, left_out)
     kinds = {path: kind for path in folders if (kind := part_of(path.name))}
     exact = [path for path in kinds if PART.fullmatch(path.name.casefold())]
 
     def the_one(kind):
-        """With classes in it. One that is called so and no more comes first."""
+        """The one with classes in it; exact names take precedence."""
         found = [path for path in kinds if kinds[path] == kind and len(names_in(path)) > 1]
         found = [path for path in found if path in exact] or found
         if len(found) > 1:
@@ -188,7 +188,7 @@ def find_parts(folder: Path, left_out: LeftOut) -> tuple[Path, Path] | None:
 
 
 def names_in(folder: Path) -> set[str]:
-    """Of the folders in `folder`, or in what it is wrapped around."""
+    """Names of the folders in `folder` or the one nested in it."""
     ignored = defaultdict(set)
     return {path.name for path in entries(unwrapped(folder, ignored), ignored)[0]}
 
@@ -198,7 +198,7 @@ def names_of(paths: list[Path]) -> str:
 
 
 def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
-    """The images below each folder in `folder`, in the order of their names."""
+    """The images below each folder in `folder`, sorted by file name."""
     folders, files = entries(folder, left_out)
     left_out[BESIDE].update(files)
     images, inside, names = {}, [], {path.name for path in folders}
@@ -212,7 +212,7 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
         if len(names & set().union(*inner)) > 1:
             left_out["copy of the folder around it"].add(path)
             continue
-        inside.append({"".join(parts[:1]) for parts in inner})  # "": images of its own
+        inside.append({"".join(parts[:1]) for parts in inner})  # "": directly in it
         kinds = set(map(part_of, inside[-1]))
         if "train" in kinds and kinds & {"test", "val"}:
             raise UserError(f"{path} has parts of its own: move the classes into the parts")
@@ -245,7 +245,7 @@ def images_below(folder: Path, left_out: LeftOut) -> list[Path]:
 
 
 def divided(images: Labelled) -> tuple[Labelled, Labelled]:
-    """(train, test), stratified. Whatever the seed of a run, for all are judged on one test set."""
+    """(train, test), stratified. Independent of a run's seed: all runs share one test set."""
     generator, test = np.random.default_rng(0), set()
     for name, group in groupby(sorted(images, key=images.get), images.get):
         of_class = list(group)
@@ -258,9 +258,9 @@ def divided(images: Labelled) -> tuple[Labelled, Labelled]:
 
 
 def masks_and_variants(labelled: Labelled, images: np.ndarray) -> tuple[set[Path], set[Path]]:
-    """Series of images, each beside one in its class that has the same name but for a word or
-    folder: x_mask.png and x.png, masks/x.png and images/x.png. Masks have two tones, beside one of
-    more; others may be variants, such as x_flipped.png, or x.png beside x.jpg."""
+    """(masks, variants): images whose name differs from another's in their class by a word or
+    folder: x_mask.png and x.png, masks/x.png and images/x.png. Masks have two tones, the other
+    image more. The rest may be variants, such as x_flipped.png, or x.png of x.jpg."""
 
     def two_tones(i):
         tones = np.sort(np.bincount(images[i].ravel() >> 3, minlength=32))
@@ -275,7 +275,7 @@ def masks_and_variants(labelled: Labelled, images: np.ndarray) -> tuple[set[Path
             for j in named.get((around, of, stem.replace(word, "")), ()):
                 for i in set(alike) - {j}:
                     path, other = paths[i], paths[j]
-                    # One image in two formats is one and a variant of it.
+                    # Of an image in two formats, one is a variant of the other.
                     beside = path.parent == other.parent and path.suffix > other.suffix
                     what = re.sub(r"\d", "", word) or path.suffix * beside
                     is_mask = two_tones(i) and not two_tones(j)

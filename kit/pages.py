@@ -16,30 +16,28 @@ from kit.runs import who
 
 import markdown
 
-SMOKE_TEST = "A smoke test shows that everything works. It says nothing about models that are \
-trained to the end."
+SMOKE_TEST = "A smoke test shows that everything works. It says nothing about fully \
+trained models."
 PUBLISHED = "Published: one run per model, 50 epochs, 10,000 test images; inference on an NVIDIA \
 RTX 4070. GFLOPs: 2 x the MACs that thop counts. ms/image: median at batch 64, eager, with \
 PyTorch's own flags; times on different hardware are not comparable."
 COSTS = "The baseline as measured, every other model relative to it. FLOPs (FlopCounterMode) leave \
-out most of the cost of gates: memory traffic and kernel launches. Training times stand here only \
-where every run is known to have had its GPU to itself."
+out most of the cost of gates: memory traffic and kernel launches. Training times are given only \
+if every run is known to have had its GPU to itself."
 ABLATION = "Test accuracy of the same weights with every gate (per channel and position) replaced \
 by its mean over these images. The 95% interval is over images, for one seed. If it contains 0, \
-these weights are not shown to need input-dependent gates. This is what trained weights rely on, \
-not whether attention helped."
+these weights are not shown to need input-dependent gates. This shows what trained weights rely \
+on, not whether attention helped."
 GATES = "Gates: output / input, averaged over the positions of each channel where the input is not \
-0. Spread: standard deviation. Saturated: below 0.05 or above 0.95 (-: not limited to 0 to 1). \
+0. Spread: standard deviation. Saturated: below 0.05 or above 0.95 (-: gates outside 0 to 1). \
 Near-constant: a standard deviation below 0.01 across images."
 MEASURED = (
     "A seed fixes the split, the order of the images and the backbone's initial weights, for all "
     "models alike.",
     "The test set is used only after training, and never to choose weights or settings of a run.",
 )
-LIMITS = (
-    "Seeds measure how much training varies on these images with this recipe. Other data sets or "
-    "recipes may give other results.",
-)
+LIMITS = "Seeds measure how much training varies on these images with this recipe. Other data \
+sets or recipes may give other results."
 
 
 def joined(blocks: list[str]) -> str:
@@ -79,7 +77,7 @@ def report_md(
         blocks += ["## What is missing", bullets(map(words.text, missing))]
     measured = [*map(words.text, words.environments(runs)), *MEASURED]
     blocks += ["## How it was measured", bullets(measured)]
-    blocks += ["### Limits", bullets([*LIMITS, *limits_of(found)])]
+    blocks += ["### Limits", bullets([LIMITS, *limits_of(found)])]
     commands = filter(None, (run.config.get("command") for run in runs))
     blocks += ["### Commands", "\n".join(f"    {words.one_line(each)}" for each in commands)]
     return joined(blocks)
@@ -127,7 +125,9 @@ def study_blocks(f: Findings, figures: list[str], explained: list[str]) -> list[
     blocks += shown(figures, *costs)
     if f.by_class:
         mean = f"Mean paired difference from `{f.reference}` per class, in points. Bold: "
-        bold = "significant after Holm's correction over all comparisons of this table."
+        bold = "significant after Holm's correction over all comparisons by class."
+        only = f" Of {len(f.by_class.classes)} classes those with a significant one are shown."
+        bold += only * (len(f.by_class.classes) > report_tables.MANY)
         blocks += ["### Class by class", report_tables.class_table(f), mean + bold]
     blocks += shown(figures, "learning_curves.png")
     if f.explained:
@@ -178,10 +178,10 @@ def limits_of(found: list[Findings]) -> list[str]:
     models = {model for f in found for model in f.models}
     limits = []
     if models & {"se", "cbam_blocks"}:
-        start = "At the start CBAM's gates scale a branch to a quarter, SE's gate to a half"
+        start = "At initialisation CBAM's gates scale a branch to a quarter, SE's gate to a half"
         limits.append(f"{start}: initialisation alone may make a difference.")
     if "cbam_classifier" in models:
-        one = "cbam_classifier, as published, comes after global pooling. One position is left"
+        one = "cbam_classifier, as published, acts after global pooling, on a single position"
         limits.append(f"{one}: its mean is its maximum, and no position can be preferred.")
     return limits
 
@@ -206,7 +206,7 @@ def readme_block(f: Findings, folder: str) -> str:
         "\n".join([
             f"{words.text(f.study.title)}: {says}",
             *([f"{timed(f)}."] if f.timed else []),
-            f"The whole report: [{folder}/report.md]({folder}/report.md).",
+            f"Full report: [{folder}/report.md]({folder}/report.md).",
         ]),
     ])  # fmt: skip
 

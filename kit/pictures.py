@@ -29,12 +29,12 @@ STYLE = {
     "figure.constrained_layout.h_pad": 0.02, "figure.constrained_layout.hspace": 0,
 }  # fmt: skip
 LEGEND = """\
-For each of the first ten classes, unless --images chose others, of the test images tried: the first
-that the model named above classifies correctly, and the first that it misclassifies. Above an
+Unless --images chose others: for each of the first ten classes the first test image that the model
+named above classifies correctly, and the first that it misclassifies. Above an
 image: its class; below: predicted class, probability, red with ✗ if wrong. Each Grad-CAM map has
 its own scale, dark blue (lowest) to yellow; pale: no evidence for the predicted class."""
 GATES = """
-All gates have the scale above: a stage's last module; grey: no input (inactive)."""
+All gates share the scale above. Each stage shows its last module. Grey: no input (inactive)."""
 
 
 @dataclass

@@ -1,8 +1,8 @@
-"""RUNS/plan.json: which seeds of which models were planned before there was a result.
+"""RUNS/plan.json: the models and seeds that were planned before there were results.
 
-A list of lines {date, dataset, recipe, overrides, models, seeds}; overrides are what differs from
-the recipe. run_all.sh writes a line before the first run of a study, and another one when more is
-asked for after results are there. Needs no torch.
+A list of {date, dataset, recipe, overrides, models, seeds}; overrides are the differences from the
+recipe. run_all.sh adds an entry before a study's first run, and another if more is requested once
+there are results. Needs no torch.
 """
 
 import itertools
@@ -14,7 +14,7 @@ from kit.command_line import UserError, in_one_line, is_name
 from kit.files import check, locked, read_json, write_json
 from kit.runs import COUNT
 
-STUDY = ("dataset", "recipe", "overrides")  # what the lines of one study share
+STUDY = ("dataset", "recipe", "overrides")  # equal in all entries of one study
 PLAN = dict(date=str, dataset=str, recipe=str, overrides=dict, models=[is_name], seeds=[COUNT])
 
 
@@ -23,18 +23,18 @@ def runs_of(plan: dict) -> set[tuple[str, int]]:
 
 
 def read_plans(runs: Path) -> list[dict]:
-    """The lines of RUNS/plan.json. Raises UserError if it is damaged."""
+    """RUNS/plan.json's entries. Raises UserError if it is damaged."""
     path = runs / "plan.json"
     try:
         return [check(plan, PLAN) for plan in read_json(path)] if path.exists() else []
-    except Exception as error:  # whatever a damaged file leads to
+    except Exception as error:  # a damaged file can raise anything
         advice = "mend it, or delete it to plan anew"
         raise UserError(f"{path} is damaged ({in_one_line(error)}): {advice}") from error
 
 
 def add_plan(planned: list[Namespace]) -> None:
-    """Adds a line, of the settings of a table of runs, unless all of them are planned already.
-    Without results there is nothing to hold on to: it then takes the place of earlier ones."""
+    """Adds an entry for these runs' settings, unless all of them are planned already. It replaces
+    the study's earlier entries if there are no results yet."""
     first, runs = planned[0], planned[0].runs
     wanted = dict(dataset=first.dataset_name, recipe=first.recipe, overrides=first.overrides)
     for key in ("model", "seed"):

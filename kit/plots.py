@@ -40,7 +40,7 @@ def legible(names: list[str]) -> list[str]:
     if not missing:
         return names
     lacking = repr(chr(min(missing)))
-    print(f"note: no font here has {lacking}: figures show class numbers", file=sys.stderr)
+    print(f"note: no installed font has {lacking}: figures show class numbers", file=sys.stderr)
     return list(map(str, range(len(names))))
 
 

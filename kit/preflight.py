@@ -1,4 +1,4 @@
-"""Before any work: will this machine do, and which of its devices is used?"""
+"""Before any work: chooses the device, checks GPU, memory and disk space."""
 
 import functools
 import os
@@ -13,8 +13,8 @@ from kit.environment import device_name, driver_version
 
 import torch
 
-DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> the oldest driver on Linux
-# GB. A run of full width took 1.0 on an H100; last.pt has 0.18, and there are up to three.
+DRIVERS = {"12": 525, "13": 580}  # CUDA's major version -> oldest Linux driver
+# GB. A full-width run took 1.0 on an H100; last.pt has 0.18, and there are up to three.
 LITTLE_MEMORY, LITTLE_SPACE = 2, 0.6
 # PyTorch says in ten lines what why_unusable says in one.
 warnings.filterwarnings("ignore", r"(?s).*(compute capability \(CC\)|CUDA capability sm_)")
@@ -33,7 +33,7 @@ def choose_device(name: str) -> torch.device:
         raise ValueError(f"--device {name}: this machine has {n_gpus} CUDA GPU(s)")
     for i in range(n_gpus) if name == "auto" else [index]:
         if not (reason := why_unusable(i)):
-            torch.cuda.set_device(i)  # streams and graphs are made on the current one
+            torch.cuda.set_device(i)  # for streams and graphs
             return torch.device("cuda", i)
         if name != "auto":
             raise ValueError(f"--device {name}: {reason}; use --device cpu")
@@ -47,9 +47,9 @@ def note_once(line: str) -> None:
 
 
 def why_unusable(index: int) -> str | None:
-    """Why PyTorch cannot compute on a GPU: it has no code for it; None if it can."""
+    """Why PyTorch cannot use a GPU (it has no code for it); None if it can."""
     own, names = torch.cuda.get_device_capability(index), torch.cuda.get_arch_list()
-    known = re.findall(r"\b(sm|compute)_(\d+)(\d)", " ".join(names))  # none: another make
+    known = re.findall(r"\b(sm|compute)_(\d+)(\d)", " ".join(names))  # none: not NVIDIA
     fits = [  # sm: machine code, for one major version
         (int(major), int(minor)) <= own and (kind == "compute" or int(major) == own[0])
         for kind, major, minor in known
@@ -61,8 +61,7 @@ def why_unusable(index: int) -> str | None:
 
 
 def visible_gpus() -> tuple[list[str], str]:
-    """(the usable GPUs, as CUDA_VISIBLE_DEVICES names them; the first one's name, or why there is
-    none)."""
+    """(usable GPUs as in CUDA_VISIBLE_DEVICES; the first one's name, or why there is none)."""
     if not torch.cuda.is_available():
         return [], why_no_gpu()
     count = torch.cuda.device_count()
@@ -91,11 +90,11 @@ def why_no_gpu() -> str:
 
 
 def preflight(device: torch.device, folder: Path | None = None) -> None:
-    """Notes little memory or disk space. Raises UserError if GPU or folder cannot be used."""
+    """Warns if memory or disk space is low. Raises UserError if GPU or folder is unusable."""
     if device.type == "cuda":
         try:
             free, total = (n / 1e9 for n in torch.cuda.mem_get_info(device))
-        except RuntimeError as error:  # in exclusive mode, another process has it
+        except RuntimeError as error:  # another process has it exclusively
             advice = "choose another --device (see nvidia-smi)"
             raise UserError(f"{device} cannot be used ({in_one_line(error)}): {advice}") from None
         if free < LITTLE_MEMORY:

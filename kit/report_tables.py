@@ -6,6 +6,8 @@ from kit.findings import Findings, ablation
 from kit.results import in_table_order
 from kit.verdicts import Comparison
 
+MANY = 40  # with more classes, only those with a significant difference are shown
+
 
 def columns(found: dict[str, list[str | None]]) -> str:
     """A table without the empty columns."""
@@ -95,7 +97,7 @@ def class_table(f: Findings) -> str:
     for i, name in enumerate(found.classes):
         cs = [found.against[model][i] for model in models]
         bold = ["**" * (c.verdict in ("better", "worse")) for c in cs]
-        if len(found.classes) <= 40 or any(bold):
+        if len(found.classes) <= MANY or any(bold):
             cells = (f"{b}{c.difference:+.2f}{b}" for b, c in zip(bold, cs, strict=True))
             rows.append([words.text(name), words.fmt(found.baseline[i]), *cells])
     return table(rows)

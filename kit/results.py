@@ -16,6 +16,7 @@ from kit.command_line import UserError, in_one_line
 from kit.files import check, maybe, read_json, read_small
 from kit.plans import read_plans
 from kit.runs import (
+    CONFIG,
     COUNT,
     NUMBER,
     PERCENT,
@@ -132,21 +133,32 @@ def read_studies(
 ) -> tuple[list[Study], list[Problem]]:
     """(studies below `runs_dir`, problems). Studies with verdicts against the reference come first,
     then full length, then most runs. chosen: values of result.json to include; None: all."""
-    groups, problems = {}, []
-    try:
-        plans = read_plans(runs_dir)
-    except UserError as error:
-        plans = []
-        problems.append(Problem(str(error), is_lost=True))
+    groups, problems, plans = {}, [], []
     wanted = {key: values for key, values in chosen.items() if values}
+    try:
+        for plan in read_plans(runs_dir):
+            models = [m for m in plan["models"] if m in wanted.get("model", [m])]
+            plans += [plan | {"models": models}] if models else []
+    except UserError as error:
+        problems.append(Problem(str(error), is_lost=True))
+
+    def is_wanted(folder: Path) -> bool:
+        """By its config.json. If that cannot be read, the run may be wanted."""
+        try:
+            config = read_json(folder / "config.json", CONFIG)
+        except ValueError:
+            return True
+        config["dataset"] = config["dataset_name"]
+        return all(config[key] in values for key, values in wanted.items())
+
     for folder in run_folders(runs_dir, problems):
+        if wanted and not is_wanted(folder):
+            continue
         if not (folder / "result.json").exists():
             problems.append(Problem(f"unfinished: {folder}, {epochs_of(folder)} epochs done"))
             continue
         try:
             run = read_run(folder)
-            if any(run.result[key] not in values for key, values in wanted.items()):
-                continue
             run.explained = read_explained(run, problems)
             key = [run.result[key] for key in ("dataset", "recipe", "quick")]
             overrides = json.dumps(run.result["overrides"], sort_keys=True)
@@ -227,7 +239,7 @@ def alike(runs: list[FinishedRun], left_out: dict[str, list[FinishedRun]]) -> li
     found = []
     for run in runs:
         if differences := different(run.settings, usual):
-            why = f"it has other settings: {'; '.join(differences)}"
+            why = f"its settings differ: {'; '.join(differences)}"
             left_out.setdefault(why, []).append(run)
         else:
             found.append(run)
@@ -235,7 +247,7 @@ def alike(runs: list[FinishedRun], left_out: dict[str, list[FinishedRun]]) -> li
     if with_labels:
         labels = most_common(with_labels, lambda run: run.labels.tolist()).labels
         others = [run for run in with_labels if not np.array_equal(run.labels, labels)]
-        left_out |= {"other test labels": others} if others else {}
+        left_out |= {"different test labels": others} if others else {}
         found = [run for run in found if run not in others]
     return found
 
@@ -260,9 +272,9 @@ def of_one_model(
         copies = [other for other in runs if other is not run and same_mistakes(run, other)]
         if run.result["params"] != usual:
             sizes_in_words = " or ".join(f"{size:,}" for size, _ in sizes)
-            why = f"seeds of one model differ in their parameters, {sizes_in_words}"
+            why = f"seeds of one model have different parameter counts, {sizes_in_words}"
         elif copies:
-            why = "the same predictions under different seeds: one is a copy of the other"
+            why = "the same predictions for different seeds: one run is a copy"
         else:
             found.append(run)
             continue

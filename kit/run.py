@@ -1,16 +1,16 @@
-"""A run while it is trained: resumed where it was stopped, saved, logged, complete at its end.
+"""A training run: resuming, checkpoints, signals, logging, and the final result.
 
     with Run(settings, digest of the data) as run:      # its folder (kit/runs.py) is locked
-        run.result                                      # there if the run is complete already
+        run.result                                      # not None if the run is complete
         progress = run.restore(loader, model, optimizer, scheduler, ema)
         step = run.speed_up(step, forward)              # compiled, or one CUDA graph
         run.leave_if_stopped()                          # between two steps: Ctrl-C, SIGTERM
         run.log_and_save()                              # after each epoch
-        run.test(predictions)                    # once
+        run.test(predictions)                           # once
         run.complete(accuracies)                        # writes result.json
 
-Step, loop and data are train.py's. last.pt is saved at the end of an epoch, but not so often that
-saving takes more than 1% of the time, and always when a signal stops the run.
+Step, loop and data are in train.py. last.pt is saved after an epoch unless saving would take more
+than 1% of the time, and always when a signal stops the run.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ from kit.tensorboard_log import INCOMPLETE, log_epoch, log_test, open_writer
 import numpy as np
 import torch
 
-STATES = ("last.pt", "prev.pt", "*.pt.corrupt")  # what only an unfinished run needs
+STATES = ("last.pt", "prev.pt", "*.pt.corrupt")  # only unfinished runs need them
 OF_CONFIG = ("model", "recipe", "seed", "width", "precision", "quick", "overrides")
 
 
@@ -63,11 +63,11 @@ class Run:
             self.lock = runs.lock_of(self.folder)
             if not s.overwrite and (there := completed(self.folder, self.config)):
                 if not there.config.get("keep_last"):  # a flag of earlier code
-                    remove(self.folder, *STATES)  # it may have been killed before these went
+                    remove(self.folder, *STATES)  # a killed process may have left them
                 changes = changes_since(there.env, {"sha256": source_hashes()})
                 print(f"already complete: {self.folder}{in_brackets(changes)}")
                 self.result = there.result
-            self.stack = self.stack.pop_all()  # nothing failed: all of it stays until __exit__
+            self.stack = self.stack.pop_all()  # nothing failed: stays open until __exit__
         return self
 
     def __exit__(self, kind, error, trace):
@@ -83,9 +83,9 @@ class Run:
     # --- Signals ----------------------------------------------------------------------------------
 
     def on_signal(self, signum: int, frame) -> None:
-        """Remembers a signal until the step is done: an exception raised here could come out of any
-        line, and some swallow it. Before the first step there is nothing to save. (A notebook that
-        called train.main lives on.)"""
+        """Remembers a signal until the step is done: an exception here could surface on any line,
+        and some code swallows it. Before the first step, with nothing to save, it exits (but a
+        notebook survives Ctrl-C)."""
         self.stopped_by = signum
         if not self.in_loop:
             main = getattr(sys.modules["__main__"], "__file__", None) or ""
@@ -101,18 +101,18 @@ class Run:
     # --- Before the first step --------------------------------------------------------------------
 
     def restore(self, loader, model, optimizer, scheduler, ema) -> checkpoint.Progress:
-        """Loads what the folder holds of this run into these objects; how far it is."""
+        """Restores these objects from the run's folder and returns its progress."""
         s, folder, self.loader = self.settings, self.folder, loader
         self.parts = dict(model=model, optimizer=optimizer, scheduler=scheduler, ema=ema)
         check_shapes(model, loader.normalize(loader.images[:2]))
         self.n_parameters = sum(parameter.numel() for parameter in model.parameters())
-        # `auto` looks at the length of the whole run, so that a resumed one takes the same mode.
+        # `auto` depends on the whole run's length, so a resumed run gets the same mode.
         steps = s.epochs * loader.steps
-        full_batches = loader.n_train >= s.batch_size  # the other modes are for these
+        full_batches = loader.n_train >= s.batch_size  # the other modes need them
         self.mode = choose_mode(s.mode, s.device, steps) if full_batches else "eager"
         self.config |= {"mode": self.mode, "optimizer_class": type(optimizer).__name__}
         self.env = environment.describe_environment(s.device)
-        if s.overwrite:  # only now that data and model are there; first the mark of completion
+        if s.overwrite:  # not before data and model are ready; the mark of completion first
             remove(folder, "result.json", "[!.]*")
         elif (folder / "config.json").exists():
             advice = "delete it to resume from last.pt, or use --overwrite to start from scratch"
@@ -121,7 +121,7 @@ class Run:
             except ValueError as error:
                 raise UserError(f"{folder} is damaged ({error}): {advice}") from error
             refuse_another_run(folder, there, self.config)
-        # What a killed process left of a file, and its curves, which may lack the last epochs.
+        # A killed process's temporary files, and its curves, which may lack the last epochs.
         remove(folder, ".*.tmp*", "events.out.tfevents.*")
         self.progress = checkpoint.resume(folder, self.parts, self.device, self.config)
         write_json(folder / "config.json", self.config)
@@ -163,9 +163,9 @@ class Run:
         write_json(self.folder / "env.json", self.env)
         self.writer = open_writer(self.folder, self.stack)
         self.saved_at, self.in_loop = time.perf_counter(), True
-        for row in progress.history:  # drawn again
+        for row in progress.history:  # the curves were removed
             log_epoch(self.writer, row)
-        print(  # only now: from here on a signal is minded
+        print(  # only now: from here on signals save the run
             f"{s.model}, {s.dataset}, recipe {s.recipe}, seed {s.seed} -> {self.folder}\n"
             f"{self.n_parameters:,} parameters; {loader}; {device_name(self.device)}; "
             f"{s.precision}, {self.mode}",
@@ -191,7 +191,7 @@ class Run:
         )
 
     def save(self) -> None:
-        """last.pt, and the weights to be tested, so that the two belong together."""
+        """Saves last.pt together with best.pt, so that the two match."""
         start = time.perf_counter()
         state = checkpoint.get_state(self.parts, self.device)
         state |= {"progress": vars(self.progress), "config": self.config}
@@ -205,22 +205,22 @@ class Run:
         if self.progress.best:
             self.write("best.pt", checkpoint.serialized(self.progress.best))
         else:
-            (self.folder / "best.pt").unlink(missing_ok=True)  # of a state that is lost
+            (self.folder / "best.pt").unlink(missing_ok=True)  # its state was lost
 
     def write_metrics(self) -> None:
         rows = "".join(json.dumps(row) + "\n" for row in self.progress.history)
         self.write("metrics.jsonl", rows)
 
     def write(self, name: str, body: bytes | str, previous: Path | None = None) -> None:
-        """Raises UserError if the folder is gone, or another run's by now: it would be spoilt."""
+        """Raises UserError if the folder is gone or belongs to another run by now."""
         if runs.lock_of(self.folder) != self.lock:
             raise UserError(f"{self.folder} was moved or deleted during its run: start it again")
         write_atomically(self.folder / name, body, previous)
 
-    # --- At its end -------------------------------------------------------------------------------
+    # --- At the end -------------------------------------------------------------------------------
 
     def test(self, predictions: torch.Tensor) -> None:
-        """Writes predictions and labels, and what TensorBoard shows of them."""
+        """Writes predictions and labels, and logs them to TensorBoard."""
         kind = np.uint8 if len(self.loader.classes) <= 256 else np.uint16
         for name, classes in (("predictions", predictions), ("labels", self.loader.test[1])):
             buffer = io.BytesIO()
@@ -230,7 +230,7 @@ class Run:
             log_test(self.writer, self.config, self.progress.epochs, self.loader, predictions)
 
     def complete(self, accuracies: dict) -> dict:
-        """Writes result.json, which is returned."""
+        """Writes and returns result.json."""
         self.write_best()
         s, loader, history = self.settings, self.loader, self.progress.history
         seconds = sum(row["seconds"] for row in history)
@@ -246,7 +246,7 @@ class Run:
             "test_images": len(loader.test[1]),
             "classes": loader.classes,
             "image": list(loader.images.shape[1:]),
-            "mean": loader.mean.flatten().tolist(),  # by which pixels in [0, 1] are normalised
+            "mean": loader.mean.flatten().tolist(),  # of pixels in [0, 1]
             "std": loader.std.flatten().tolist(),
             "params": self.n_parameters,
             "train_seconds": seconds,
@@ -260,9 +260,9 @@ class Run:
             "device": device_name(self.device),
             "weights": hashlib.sha256((self.folder / "best.pt").read_bytes()).hexdigest(),
         }
-        if environment.shared_gpu(self.device):  # others may have come since it began
+        if environment.shared_gpu(self.device):  # others may have started since
             write_json(self.folder / "env.json", self.env | {"shared_gpu": True})
-        write_json(self.folder / "result.json", result)  # last: it means that all is there
+        write_json(self.folder / "result.json", result)  # last: it marks a complete run
         remove(self.folder, *STATES)
         return result
 

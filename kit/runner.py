@@ -1,4 +1,4 @@
-"""Runs commands, so many at a time, and passes signals on to them: they save before they end."""
+"""Runs commands in parallel and forwards signals to them, so that they save before they end."""
 
 import contextlib
 import os
@@ -16,12 +16,12 @@ from kit.runs import is_locked
 
 @dataclass
 class Job:
-    """Arguments of Python; of a training run also its name, its folder and its log."""
+    """Arguments for Python; a training run also has a name, a folder and a log."""
 
     command: list
     name: str = ""
     folder: Path | None = None
-    log: Path | None = None  # for when others run at the same time
+    log: Path | None = None  # used if jobs run in parallel
     needed: bool = False  # if it fails, nothing more is run
 
     def __str__(self) -> str:
@@ -29,7 +29,7 @@ class Job:
 
     @property
     def state(self) -> str:
-        """In a plan's words. What begins with "done" is not run."""
+        """For a plan. A job is skipped if it begins with "done"."""
         return "skips what is there" * ("--keep" in self.command)
 
     @property
@@ -38,7 +38,7 @@ class Job:
 
 
 class Runner:
-    """`jobs` commands at a time. gpus: their numbers or UUIDs; if several run, each has one."""
+    """Up to `jobs` commands at a time. gpus: indices or UUIDs; parallel jobs get one each."""
 
     def __init__(self, jobs: int = 1, gpus: list[str] = ()):
         self.jobs, self.gpus = jobs, gpus
@@ -53,7 +53,7 @@ class Runner:
             process.terminate()
 
     def run(self, stage: list[Job]) -> None:
-        """What is not done of it. After a signal: until everything that was running has ended."""
+        """Runs the jobs that are not done. A signal starts no more, and waits for the rest."""
         waiting = []
         for i, job in enumerate(stage, 1):
             state = job.state
@@ -66,7 +66,7 @@ class Runner:
         try:
             while self.running or (waiting and not self.over):
                 while waiting and slots and not self.over:
-                    # Another process may train the first: then another one, if there is.
+                    # Prefer a run that no other process is training.
                     free = (w for w in waiting if not (w[1].folder and is_locked(w[1].folder)))
                     i, job = chosen = next(free, waiting[0])
                     waiting.remove(chosen)
@@ -80,7 +80,7 @@ class Runner:
                     if self.signal:
                         continue
                     if code := process.returncode:
-                        self.failed += [] if job.needed else [job]  # that one has said so itself
+                        self.failed += [] if job.needed else [job]  # that one reports itself
                         self.code = 2 if code == 2 else self.code or 1
                         self.over = self.over or job.needed or code == 2
                     if shared:
@@ -92,8 +92,8 @@ class Runner:
                 process.wait()
 
     def start(self, job: Job, slot: int, shared: bool) -> None:
-        """On the terminal; if shared with a log, and on a GPU or a part of the CPU's threads."""
-        env = os.environ | {"WAIT_FOR_RUNS": "1"}  # of another run_all.sh, rather than to fail
+        """Starts a job. If shared: with a log, and a GPU or part of the CPU's threads."""
+        env = os.environ | {"WAIT_FOR_RUNS": "1"}  # of another run_all.sh, instead of failing
         if shared and self.gpus:
             env["CUDA_VISIBLE_DEVICES"] = self.gpus[slot % len(self.gpus)]
         elif shared:
@@ -105,11 +105,11 @@ class Runner:
             process = subprocess.Popen(
                 [sys.executable, *map(str, job.command)],
                 env=env, stdout=out, stderr=out,
-                # Ctrl-C reaches it by way of the runner alone, and once.
+                # Ctrl-C reaches it only through the runner, once.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),
             )  # fmt: skip
         self.running[process] = job, slot
-        if self.signal:  # it arrived in between
+        if self.signal:  # it arrived meanwhile
             process.terminate()
 
     def end(self) -> int:

@@ -1,16 +1,16 @@
-"""A run's folder: what its files hold, whether two runs may be compared, and whose it is now.
+"""Run folders: reading and checking their files, comparing two runs, and locking.
 
     RUNS/<dataset>/<recipe>/<model>/seed<k>/
         config.json env.json metrics.jsonl best.pt test_predictions.npy test_labels.npy result.json
         last.pt prev.pt .lock                   while it runs
         explain.json explain.png                by explain.py
 
-Every file is written by temporary file and rename, `result.json` last: it means that the run is
-complete. What is damaged, or contradicts another file of the run, is no result.
+Every file is written atomically, `result.json` last: it marks the run as complete. A run whose
+files are damaged or contradict each other is no result.
 
-Two runs are the same experiment if their settings and data are equal: otherwise one is neither
-resumed as the other nor paired with it. Where code, device, torch, precision or mode differ, the
-verdict says in what. Needs no torch.
+Two runs are the same experiment if their settings and data are equal. Otherwise one is neither
+resumed as the other nor paired with it. The verdict names differences in code, device, torch,
+precision and mode. Needs no torch.
 """
 
 import io
@@ -27,7 +27,7 @@ from kit.files import maybe, read_json, read_small, say_no_locks
 import numpy as np
 from filelock import FileLock, Timeout
 
-# --- What is used of each file: {key: kind}, see kit/files.fits -----------------------------------
+# --- The keys used from each file: {key: kind}, see kit/files.fits --------------------------------
 
 NUMBER, POSITIVE, PERCENT = (-1e15, 1e15), (1e-12, 1e15), (0, 100)
 COUNT, SIZE, WIDTH = range(10**15), range(1, 10**15), range(1, 2**16)
@@ -63,8 +63,8 @@ class FinishedRun:
     config: dict  # config.json
     env: dict  # env.json
     metrics: list[dict]  # metrics.jsonl
-    labels: np.ndarray | None  # (test images,); None: not there
-    predictions: np.ndarray | None  # (test images,), by best.pt; None: not there
+    labels: np.ndarray | None  # (test images,); None: missing
+    predictions: np.ndarray | None  # (test images,), by best.pt; None: missing
     explained: dict | None = None  # explain.json
 
     @property
@@ -73,13 +73,13 @@ class FinishedRun:
 
     @property
     def correct(self) -> np.ndarray | None:
-        """bool (test images,): whether best.pt is right; None where that is not known."""
+        """bool (test images,): whether best.pt is correct; None if unknown."""
         known = self.labels is not None and self.predictions is not None
         return self.predictions == self.labels if known else None
 
     @cached_property
     def settings(self) -> dict:
-        """What must be the same in all runs of a study, test labels aside; see `different`."""
+        """What all runs of a study must share, apart from test labels; see `different`."""
         of_model = {"model", "seed", "position", "reduction", "precision", "mode"}
         unlike = NO_SETTING - {"overrides", "chosen"} | of_model
         found = {k: v for k, v in self.config.items() if k not in unlike}
@@ -88,8 +88,7 @@ class FinishedRun:
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """The finished run in `folder`. Raises ValueError with one line where its files are damaged or
-    contradict each other."""
+    """The finished run in `folder`. Raises ValueError if its files are damaged or inconsistent."""
     kinds = dict(result=RESULT, config=CONFIG, env=ENV)
     result, config, env = (read_json(folder / f"{k}.json", kinds[k]) for k in kinds)
     metrics = read_json(folder / "metrics.jsonl", METRICS)
@@ -111,7 +110,7 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 def read_classes(path: Path, n_images: int) -> np.ndarray | None:
-    """A class for each test image; None without the file. Raises ValueError that names it."""
+    """A class per test image; None without the file. Raises ValueError naming the file."""
     if not path.exists():
         return None
     try:
@@ -121,13 +120,13 @@ def read_classes(path: Path, n_images: int) -> np.ndarray | None:
         if classes.dtype.kind not in "iu" or classes.max() > 9999:
             raise ValueError("something else than classes")
         return classes
-    except Exception as error:  # a damaged file raises what it likes
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path.name}: {in_one_line(error)}") from error
 
 
 def completed(folder: Path, config: dict) -> FinishedRun | None:
-    """The finished run in `folder`, None if there is none. Raises UserError if it is damaged, or
-    another than that of `config`, which has the settings as config.json has them."""
+    """The finished run in `folder`, or None. Raises UserError if it is damaged, or not the run of
+    `config`, which is in the form of config.json."""
     if not (folder / "result.json").exists():
         return None
     try:
@@ -144,22 +143,21 @@ def completed(folder: Path, config: dict) -> FinishedRun | None:
 
 # --- The same run? --------------------------------------------------------------------------------
 
-# What config.json holds beside settings: where things lie, and what follows from other settings.
-# Everything else in it counts, so that a new setting cannot be forgotten.
+# Keys of config.json that are not compared: paths, and what follows from other settings.
+# All others are, so that a new setting cannot be forgotten.
 NO_SETTING = {
     "command", "data_dir", "dataset", "runs", "device", "target_acc", "overwrite", "keep_last",
     "dry_run", "overrides", "chosen", "quick", "base_model", "auto_precision",
 }  # fmt: skip
-CIRCUMSTANCES = ("device", "torch", "precision", "mode")  # should be the same, as the code
+CIRCUMSTANCES = ("device", "torch", "precision", "mode")  # should be equal, like the code
 
 
 def different(there: dict, here: dict, ignore: Iterable[str] = ()) -> list[str]:
-    """In words, which settings are not the same `there` as they are `here`: two config.json, or
-    parts of them.
+    """The settings that differ between two config.json, or parts of them, in words.
 
-    A setting that only one of them has counts if that one chose it, by a flag or its recipe, and is
-    not off (None, 0, False): a new setting leaves finished runs what they are. That its code is new
-    the verdict says.
+    A setting that only one of them has counts if it was chosen there, by a flag or the recipe, and
+    is not off (None, 0, False). So a new setting does not change finished runs; the verdict reports
+    its new code.
     """
     known = there.keys() & here.keys()
     for config in (there, here):
@@ -173,7 +171,7 @@ def different(there: dict, here: dict, ignore: Iterable[str] = ()) -> list[str]:
 
 
 def refuse_another_run(folder: Path, there: dict, config: dict, ignore: Iterable[str] = ()) -> None:
-    """Raises UserError unless `there`, the config.json in `folder`, is that of this run."""
+    """Raises UserError unless `there`, the config.json in `folder`, is this run's."""
     if differences := different(there, config, ignore):
         raise UserError(
             f"{folder} holds a run with {'; '.join(differences)}: use --overwrite to discard that "
@@ -182,16 +180,16 @@ def refuse_another_run(folder: Path, there: dict, config: dict, ignore: Iterable
 
 
 def edited(then: dict, now: dict) -> list[str]:
-    """Of {script or definition: sha256} and another, those that differ. A definition that only one
-    has is no change: what was there before does not use it."""
+    """The scripts or definitions whose sha256 differs. A definition that only one has is no
+    change: the code that was there before does not use it."""
     both = then.keys() & now.keys()
-    known = {name.partition(": ")[0] for name in both if ": " in name}  # by their definitions
+    known = {name.partition(": ")[0] for name in both if ": " in name}  # compared by definition
     return sorted(name for name in both - known if then[name] != now[name])
 
 
 def changes_since(then: dict, env: dict) -> list[str]:
-    """In what `env` (scripts, device, torch, mode, variables) differs from an env.json, in words,
-    after what had changed before."""
+    """Earlier changes, then how `env` (scripts, device, torch, mode, variables) differs from an
+    env.json, in words."""
     changes = list(map(str, then.get("changes") or []))
     if scripts := edited(then.get("sha256", {}), env["sha256"]):
         changes.append(f"{', '.join(scripts)} edited since")
@@ -208,7 +206,7 @@ def in_brackets(changes: list[str]) -> str:
 
 
 def who(runs: list) -> str:
-    """'se seeds 0 1, baseline seed 0' of runs."""
+    """'se seeds 0 1, baseline seed 0'."""
     seeds = {}
     for run in runs:
         seeds.setdefault(run.result["model"], set()).add(run.seed)
@@ -216,10 +214,10 @@ def who(runs: list) -> str:
 
 
 def unlike(pairs: list[tuple]) -> list[str]:
-    """In what of code, device, torch, precision and mode the two runs of a pair differ, in words.
+    """How the two runs of each pair differ in code, device, torch, precision and mode, in words.
 
-    pairs: (run, the run it is compared with). Pairs may differ from each other: a difference within
-    each of them is measured all the same.
+    pairs: (run, the run it is compared with). Pairs may differ from each other: that does not
+    affect the difference within each.
     """
     found = {}
     for run, other in pairs:
@@ -228,8 +226,8 @@ def unlike(pairs: list[tuple]) -> list[str]:
         if scripts := edited(here["sha256"], there["sha256"]):
             words.append(f"other code ({', '.join(scripts)})")
         for each in (run, other):
-            changes = map(str, each.env.get("changes") or [])
-            words += [f"{each.result['model']} changed in mid-run: {change}" for change in changes]
+            said = f"{each.result['model']} changed during the run: "
+            words += [f"{said}{change}" for change in each.env.get("changes") or []]
         for each in words:
             found.setdefault(each, []).append(run.seed)
     return [f"{seeds_of(seeds)}: {words}" for words, seeds in found.items()]
@@ -239,14 +237,14 @@ def seeds_of(seeds) -> str:
     return f"seed{'s' * (len(seeds) > 1)} {' '.join(map(str, sorted(seeds)))}"
 
 
-# --- Locked ---------------------------------------------------------------------------------------
+# --- Locking --------------------------------------------------------------------------------------
 
 
 def lock(folder: Path, stack: ExitStack) -> None:
-    """Until `stack` is closed no other process works in `folder`, which is made if need be.
+    """Locks `folder`, which is created if needed, until `stack` is closed.
 
-    The lock ends with the process, whatever ends that. Folders made for it go again if they stay
-    empty. Raises UserError if another process has the lock; under run_all.sh waits for it instead.
+    The lock ends with the process, however that ends. Folders created for it are removed if they
+    stay empty. Raises UserError if another process has the lock; under run_all.sh it waits instead.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -262,22 +260,22 @@ def lock(folder: Path, stack: ExitStack) -> None:
         try:
             stack.enter_context(FileLock(folder / ".lock", timeout=timeout))
             break
-        except FileNotFoundError:  # a process that wrote nothing has taken the folder along
+        except FileNotFoundError:  # another process removed its empty folder
             folder.mkdir(parents=True, exist_ok=True)
         except Timeout:
             if not os.environ.get("WAIT_FOR_RUNS"):
                 advice = "wait for it, or use another --runs folder"
                 raise UserError(f"another process is training in {folder}: {advice}") from None
             print(f"waiting: another process is training in {folder}", flush=True)
-            timeout = -1  # as long as it takes
+            timeout = -1  # forever
         except OSError as error:
             say_no_locks(folder, error)
             break
-    stack.callback((folder / ".lock").unlink, missing_ok=True)  # while it is still held
+    stack.callback((folder / ".lock").unlink, missing_ok=True)  # while still locked
 
 
 def lock_of(folder: Path) -> tuple | None:
-    """Which file the folder is locked by: of a folder that was deleted and made again another."""
+    """Identifies the folder's lock file: a deleted and recreated folder has another one."""
     try:
         found = (folder / ".lock").stat()
         return found.st_dev, found.st_ino
@@ -292,5 +290,5 @@ def is_locked(folder: Path) -> bool:
     try:
         with FileLock(folder / ".lock", timeout=0):
             return False
-    except OSError as error:  # of another one whoever locks it will say what is wrong
+    except OSError as error:  # any other error is reported by whoever locks it
         return isinstance(error, Timeout)

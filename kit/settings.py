@@ -1,4 +1,4 @@
-"""The command line of train.py: a flag for each setting of a recipe, and those of a run."""
+"""The command line of train.py: flags for each setting of a recipe, and for the run."""
 
 import argparse
 import math
@@ -13,7 +13,7 @@ from kit.preflight import choose_device
 import torch
 
 WIDTH = 64  # channels of the first stage, as published
-# The least and the most of a setting, or its choices; other numbers are from 0 to 10^9.
+# Minimum and maximum of a setting, or its choices; other numbers are from 0 to 10^9.
 LIMITS = {
     "epochs": (1, 1e9), "batch_size": (1, 1e9), "lr": (1e-9, 1e9), "label_smoothing": (0, 1),
     "ema": (0, 0.999999), "erase": (0, 1), "crop": (0, 256), "randaugment": (0, 14),
@@ -36,12 +36,12 @@ def number(kind: type, least: float, most: float):
 
 
 def folder(text: str) -> Path:
-    text.encode()  # raises ValueError for what is not UTF-8, which TensorBoard cannot write
+    text.encode()  # raises ValueError if not UTF-8, which TensorBoard cannot write
     return Path(text)
 
 
 def train_parser(description: str, table: dict, recipes: dict, models, data):
-    """All flags of train.py, in groups. table: {setting: (published value, what it is)}."""
+    """All flags of train.py, in groups. table: {setting: (published value, help)}."""
     parser = make_parser(description)
     default, count = "default: %(default)s", number(int, 1, 1e9)
 
@@ -101,7 +101,7 @@ def in_words(value: bool | int | float | str) -> str:
 def parse_settings(argv, description, table, recipes, models, data) -> argparse.Namespace:
     """All settings, resolved: explicit flags win over the recipe. Exits with 2 on wrong usage.
 
-    models, data: the scripts of these names, which nothing in kit imports.
+    models, data: the scripts, passed in because they import kit.
     """
     parser = train_parser(description, table, recipes, models, data)
     settings = parser.parse_args(argv)
@@ -128,16 +128,16 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
         parser.error(impossible)
     settings.auto_precision = settings.precision == "auto"
     settings.precision = choose_precision(settings.precision, settings.device)
-    settings.base_model = settings.model  # the run's own name says what is different
+    settings.base_model = settings.model  # without the suffixes below
     settings.model += f"_{settings.position}" if settings.position else ""
     settings.model += f"_r{settings.reduction}" if settings.reduction else ""
     # What differs from the recipe: the report keeps such runs apart.
     own = recipe | dict(width=WIDTH, precision=choose_precision("auto", settings.device))
     settings.overrides = {k: v for k in own if (v := getattr(settings, k)) != own[k]}
-    # What is not at its default, by a flag or by the recipe.
+    # What differs from the defaults, by a flag or by the recipe.
     settings.chosen = [k for k, (value, _) in table.items() if getattr(settings, k) != value]
-    # A smoke test is shorter than its recipe: the report says so wherever it shows its figures.
-    length = ("epochs", "patience", "limit_train", "limit_test")  # 0: without a limit
+    # A smoke test is shorter than its recipe; the report marks all its results as such.
+    length = ("epochs", "patience", "limit_train", "limit_test")  # 0: no limit
     settings.quick = settings.recipe == "quick" or any(
         (getattr(settings, key) or math.inf) < (recipe[key] or math.inf) for key in length
     )
@@ -146,6 +146,6 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
 
 
 def as_config(settings: argparse.Namespace) -> dict:
-    """The settings as they stand in config.json."""
+    """The settings as saved in config.json."""
     special = (Path, torch.device)
     return {k: str(v) if isinstance(v, special) else v for k, v in vars(settings).items()}

@@ -1,9 +1,9 @@
-"""What ./run_all.sh does: lists of commands, each of which skips what is done already.
+"""What ./run_all.sh does: lists of commands, each of which skips what is already done.
 
     python -m kit.study [plan] quick | full | verdict | study
 
-A study is a series of stages. The runs of one stage may train at the same time (JOBS); the next
-stage begins when all of them have ended. A command that fails is noted, and the rest is tried.
+A study is a series of stages. The runs of one stage may train in parallel (JOBS); the next stage
+begins when all have ended. If a command fails, it is reported, and the others still run.
 """
 
 import functools
@@ -33,10 +33,10 @@ from models import MODELS
 PUBLISHED = ["baseline", "se", "cbam_blocks", "cbam_classifier"]
 COMPARED = [*PUBLISHED, "se_static"]
 FURTHER = ["baseline", *(model for model in MODELS if model not in COMPARED)]
-# A model may have flags of its own.
+# A model may have its own flags.
 PLACED = ["baseline", *(f"{model} --position {position}" for model in ("se", "cbam_blocks")
                         for position in ("stages", "prepool", "classifier"))]  # fmt: skip
-# What each word trains: recipe, models, number of seeds; a folder in OUT instead of RUNS, flags.
+# What each word trains: recipe, models, number of seeds; optional: folder in OUT (not RUNS), flags.
 TABLES = {
     "quick": [("quick", PUBLISHED, 1)],
     "full": [("published", PUBLISHED, 5), ("short", COMPARED, 20)],
@@ -49,15 +49,15 @@ TABLES = {
         ("short", PLACED, 10, "positions/runs"),
     ],
 }
-# Variables of the environment that may not change a word's own.
+# Environment variables that a word does not accept.
 OWN = {"full": [], "study": ["MODELS", "RECIPE", "DATASET", "RUNS", "SHARD"]}
 say = functools.partial(print, "#", flush=True)  # a heading among the commands
-# What FLAGS may not change.
+# FLAGS may not change these.
 OF_THE_RUN = ("base_model", "dataset", "recipe", "seed", "runs", "dry_run", "overwrite")
 
 
 class Training(Job):
-    """A run of train.py. Raises ValueError for FLAGS that are not for all runs."""
+    """A run of train.py. Raises ValueError if FLAGS do not suit all runs."""
 
     def __init__(self, s: SimpleNamespace, recipe: str, model: str, seed, runs: Path, flags):
         command = ["train.py", "--model", *model.split(), "--dataset", s.dataset]
@@ -78,14 +78,14 @@ class Training(Job):
 
     @property
     def state(self) -> str:
-        """What train.py would say of the run: "done", with a remark if other code has trained it;
-        why the run that is there is another; or nothing, if none is finished."""
+        """What train.py would say of the run: "done", with a remark if other code trained it; why
+        the finished run is a different one; or "" if none is finished."""
         if not (self.folder / "result.json").exists():
             return ""
         run, config = self.settings, as_config(self.settings)
         try:
             if not run.dataset.isidentifier() or run.dataset == "tiny_imagenet":
-                # The others are verified when they are read, and a plan fetches nothing.
+                # The others are verified when read, and a plan downloads nothing.
                 config["data"] = digest_of(run.dataset, run.data_dir, run.image_size)
             there = completed(self.folder, config)
         except UserError as error:
@@ -99,14 +99,14 @@ def digest_of(*dataset) -> str:
 
 
 def training(s: SimpleNamespace, recipe, models, seeds, folder="", flags=()) -> list[Training]:
-    """The runs of models x seeds. Seeds are outside: what is finished is whole seeds."""
+    """The runs of models x seeds, seed by seed: finished runs form whole seeds."""
     runs = s.out / folder if folder else s.runs
     pairs = itertools.product(s.seeds or range(seeds), s.models or models)
     return [Training(s, recipe, model, seed, runs, flags) for seed, model in pairs]
 
 
 def finished(s: SimpleNamespace, runs: list[Training]) -> list[Training]:
-    """Those that are by now; all of them in a plan."""
+    """The finished runs; in a plan, all of them."""
     return [run for run in runs if s.planning or run.is_done]
 
 
@@ -119,13 +119,13 @@ def explain(s: SimpleNamespace, runs: list[Training], limit: int = 10000) -> lis
 
 
 def tables(s: SimpleNamespace) -> Iterator[list[Job]]:
-    """`quick`, `verdict` and `full`: training, then what the models cost and a report."""
+    """`quick`, `verdict` and `full`: training, then a benchmark and a report."""
     for runs in s.tables:
         yield runs[s.shard :: s.shards]
     all_runs = list(itertools.chain(*s.tables))
     done, quick = finished(s, all_runs), s.what == "quick"
     if s.shards > 1 or not done:
-        return  # the rest is for a last call without SHARD
+        return  # a final call without SHARD does the rest
     cost = ["benchmark.py", "--models", *dict.fromkeys(run.settings.base_model for run in all_runs)]
     cost += ["--keep", "--out", s.out] + ["--modes", "eager", "--batch-sizes", 64] * quick
     if s.flags or s.dataset != "fashion_mnist":
@@ -136,7 +136,7 @@ def tables(s: SimpleNamespace) -> Iterator[list[Job]]:
 
 
 def study(s: SimpleNamespace) -> Iterator[list[Job]]:
-    """Everything a claim needs, what matters most first: docs/reference-study.md."""
+    """Everything a claim needs, most important first: docs/reference-study.md."""
     published, verdict, fp32, modules, positions = s.tables
     same = "(baseline or se- or cbam or everything) and not static"  # of tests/test_fast.py
     test = ["-m", "pytest", "-q", "-n", 4, "tests/test_fast.py", "-k"]
@@ -179,7 +179,7 @@ def study(s: SimpleNamespace) -> Iterator[list[Job]]:
 
 
 def settings_of(what: str, planning: bool, gpus: list[str], gpu: str, fail) -> SimpleNamespace:
-    """The environment, checked before hours of work. Calls fail(one line) if something is wrong."""
+    """Environment variables, checked before hours of work. Calls fail(one line) if one is wrong."""
     rows, s = TABLES[what], SimpleNamespace(what=what, planning=planning, gpus=gpus)
     home = f"results/{re.sub('[^a-z0-9]+', '_', gpu.lower()) if gpus else 'cpu'}"
     names, path = (r"|.*\S.*", "name one"), ("(?!-).+", "give one line without a dash in front")
@@ -204,7 +204,7 @@ def settings_of(what: str, planning: bool, gpus: list[str], gpu: str, fail) -> S
         fail(f"SHARD: {s.shard}/{s.shards}: give i/n with i from 0 to n-1")
     if s.recipe != rows[0][0]:
         rows = [(s.recipe, *rows[0][1:])]  # that table alone
-    said = io.StringIO()  # by argparse
+    said = io.StringIO()  # argparse's output
     try:
         s.seeds = list(dict.fromkeys(map(int, s.seeds.split())))
         s.flags = shlex.split(s.flags)
@@ -221,7 +221,6 @@ def settings_of(what: str, planning: bool, gpus: list[str], gpu: str, fail) -> S
 
 @exit_code
 def main(argv: list[str] | None = None) -> int:
-    """The runner, with `argv` in place of the command line."""
     parser = make_parser(__doc__)
     parser.prog = "run_all.sh"
     words = sys.argv[1:] if argv is None else argv

@@ -1,6 +1,6 @@
-"""What TensorBoard shows of a run: curves, and at the end hyper-parameters and pictures.
+"""TensorBoard logs of a run: curves, and at the end hyper-parameters and pictures.
 
-tensorboard --logdir runs
+    tensorboard --logdir runs
 """
 
 import math
@@ -19,14 +19,14 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 INCOMPLETE = "not all is in TensorBoard"
-SHOWN = 12  # misclassified images: the first ones in the order of samples of the test set
-LINE = 0.13  # inches that a label takes, written in FONT_SIZE
+SHOWN = 12  # misclassified test images, the first in data.sampling_order
+LINE = 0.13  # inches per label in FONT_SIZE
 
 
 def open_writer(folder: Path, stack: ExitStack) -> SummaryWriter:
     """The run's events file, closed with `stack`."""
     others = threading.excepthook
-    # A full disk is an OSError of the next call, and of the library's thread: no traceback of that.
+    # A full disk raises OSError in the next call and in the library's thread: no traceback there.
     threading.excepthook = lambda raised: isinstance(raised.exc_value, OSError) or others(raised)
     writer = SummaryWriter(folder)
     stack.callback(noted(INCOMPLETE)(writer.close))
@@ -47,7 +47,7 @@ def log_test(writer: SummaryWriter, config: dict, epoch: int, loader, prediction
     (images, labels), classes = loader.test, legible(loader.classes)
     accuracy = 100 * (predictions == labels).double().mean().item()
     writer.add_scalar("accuracy/test", accuracy, epoch)
-    # Not writer.add_hparams: that opens a second run in a folder of its own.
+    # Not writer.add_hparams: it opens a second run in a new folder.
     settings = {key: value for key, value in config.items() if key not in NO_SETTING}
     settings |= {key: "none" for key, value in settings.items() if value is None}
     for summary in hparams(settings, {"accuracy/test": accuracy}):
@@ -63,7 +63,7 @@ def log_test(writer: SummaryWriter, config: dict, epoch: int, loader, prediction
 
 
 def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
-    """Counts of true class by predicted class, int64 (N,) on the CPU; of many colours alone."""
+    """Counts of true by predicted class, int64 (N,) on the CPU; colours only if many."""
     k = len(classes)
     matrix = torch.bincount(labels * k + predictions, minlength=k * k).view(k, k).numpy()
     side = LINE * min(max(k, 42), 100)
@@ -85,7 +85,7 @@ def draw_confusion(labels, predictions, classes, title) -> plt.Figure:
 
 
 def draw_misclassified(images, labels, predictions, classes) -> plt.Figure:
-    """SHOWN images (N, C, H, W) at most, each with its class and the predicted one."""
+    """At most SHOWN images (N, C, H, W), each with its true and predicted class."""
     shape = images.shape[2] / images.shape[3]
     columns = 4 if shape > 0.5 else 2
     size = 8, SHOWN // columns * min(0.4 + 8 / columns * shape, 3.4)  # inches

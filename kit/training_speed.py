@@ -165,7 +165,7 @@ def markdown(rows: list[dict]) -> str:
     for row in rows:
         mode, name = row["mode"], f"`{row['model']}`"
         if "fallback" in row:
-            notes += f"\n{name}, {mode} was not used: {row['fallback']}\n"
+            notes += f"\n{name}, {mode} could not be used: {row['fallback']}\n"
             mode += f" (ran in {row['ran_in']})"
         speed = f"{row['ms_per_step']:#.3g}", f"{row['images_per_second']:,.0f}"
         ratio = "{ratio:.2f} ({ratio_low:.2f} - {ratio_high:.2f})".format(**row)

@@ -26,18 +26,19 @@ class Comparison:
     seeds: list[int]
     accuracy: float  # the model's mean over these seeds
     reference: float  # the reference's
-    difference: float  # mean of the paired differences, model - reference
+    differences: list[float]  # model - reference, per seed
+    difference: float  # mean of them
     sd: float  # their sample standard deviation (n - 1), at least one step
     p: float  # paired t test, two-sided
     p_holm: float = float("nan")  # corrected over all comparisons of the study
     corrected: tuple[float, float] = (float("nan"), float("nan"))  # confidence interval, likewise
     margin: float = MARGIN
-    planned: int | None = None  # number of seeds planned; None: no plan was recorded
+    planned: set[int] = field(default_factory=set)  # seeds planned for both; empty: no plan
     unlike: list[str] = field(default_factory=list)  # other differences within its pairs, in words
 
     @property
     def is_interim(self) -> bool:
-        return len(self.seeds) < (self.planned or 0)
+        return not self.planned <= {*self.seeds}
 
     @property
     def verdict(self) -> str | None:
@@ -62,10 +63,12 @@ def compare(
     if len(seeds) < 2:
         return None
     a, b = (np.array([values[seed] for seed in seeds]) for values in (model, reference))
-    mean, sd = float((a - b).mean()), max(step, float((a - b).std(ddof=1)))
+    differences = a - b
+    mean, sd = float(differences.mean()), max(step, float(differences.std(ddof=1)))
     error = sd / len(seeds) ** 0.5  # of the mean; 0 only if all differences are equal
     p = float(2 * stats.t.sf(abs(mean) / error, len(seeds) - 1) if error else mean == 0)
-    return Comparison(seeds, float(a.mean()), float(b.mean()), mean, sd, p)
+    means = float(a.mean()), float(b.mean())
+    return Comparison(seeds, *means, differences.tolist(), mean, sd, p)
 
 
 def t_interval(mean: float, sd: float, n: int, level: float) -> tuple[float, float]:
@@ -129,8 +132,6 @@ def sd_from_images(values: np.ndarray) -> float:
 
 def power(difference: float, sd: float, n: int, level: float = LEVEL) -> float:
     """Power of the paired t test with n pairs whose differences have this `sd`."""
-    if sd == 0:
-        return 1.0
     critical = stats.t.isf(level / 2, n - 1)
     shift = abs(difference) * n**0.5 / sd
     found = stats.nct.sf(critical, n - 1, shift)  # significant in the right direction

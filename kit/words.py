@@ -114,7 +114,7 @@ def pairs_of(f: Findings) -> str:
 
 def verdict(c: Comparison) -> str:
     if c.is_interim:
-        return f"interim, {len(c.seeds)} of {c.planned}"
+        return f"interim, {len({*c.seeds} & c.planned)} of {len(c.planned)}"
     return c.verdict + flag(c.unlike)
 
 
@@ -140,8 +140,8 @@ def sentence(f: Findings, model: str) -> str:
     if cost.inference_spread and not cost.inference_spread[0] <= 1 <= cost.inference_spread[1]:
         words.append(f"inference takes {inference(f, model)} the baseline's time")
     found = "; ".join(words)
-    unlike = f" **Not all pairs are alike: {text('; '.join(c.unlike))}.**" if c.unlike else ""
-    return f"{found}.{unlike}"
+    also = f" **Some pairs differ in more than the model: {text('; '.join(c.unlike))}.**"
+    return f"{found}.{also if c.unlike else ''}"
 
 
 def inference(f: Findings, model: str) -> str:
@@ -178,14 +178,14 @@ def spread_sentences(f: Findings) -> list[str]:
     by_images = f"the {f.study.result['test_images']:,} test images alone would give"
     alone = f"; {by_images} {s.from_images:.2f}" if s.from_images else ""
     shared = f" (probably too narrow: all comparisons share `{f.reference}`)" * (len(f.against) > 1)
-    pair = f" ({s.difference_from_images:.2f} by the test images)" if s.from_images else ""
+    pair = f" (the test images: {s.difference_from_images:.2f})" if s.from_images else ""
     needed = "; ".join(
         f"{points:g} points: {middle:,} ({low:,} to {high:,})"
         for points, (middle, low, high) in s.seeds_needed.items()
     )
     return [
         f"Accuracy has a standard deviation of {s.over_seeds:.2f} points over seeds{alone}.",
-        f"A paired difference has {s.of_difference:.2f}{pair}, with a 95% interval of "
+        f"Paired differences have {s.of_difference:.2f}{pair}, 95% interval "
         f"{interval(s.interval, '.2f')}{shared}.",
         f"Minimum detectable difference (80% power, first of {len(f.against)} comparisons): "
         f"{s.detectable:.2f} points. Seeds needed to detect {needed}.",
@@ -202,7 +202,7 @@ def stopping_sentence(f: Findings) -> str:
         f"{len(every)} runs, epochs and test accuracy correlate with r = {f.stopping:+.2f}"
     )
     matters = abs(f.stopping) > 2 / len(every) ** 0.5  # about the 5% level
-    return found + (": a difference may come from when training stopped." if matters else ".")
+    return found + (": differences may come from when training stopped." if matters else ".")
 
 
 def balance_sentence(f: Findings) -> str:
@@ -219,7 +219,7 @@ def plan_sentence(f: Findings) -> str:
         return f"{tested}. No plan was recorded: {chosen}."
     dates = ", ".join(dict.fromkeys(plan["date"] for plan in f.study.plans))
     n = f.study.looks(f.reference)
-    looks = f" (5% / {n}, for seeds were added)" * (n > 1)
+    looks = f" (5% / {n}, because seeds were added)" * (n > 1)
     return f"{tested}{looks}. Planned on {dates}: {max(map(len, f.study.planned.values()))} seeds."
 
 
@@ -227,8 +227,9 @@ def front_sentence(f: Findings) -> str:
     dropped = [model for model in f.models if model in f.costs and model not in f.front]
     found = f"Pareto front (accuracy against inference time): {names(f.front)}."
     if not dropped:
-        return f"{found} No model was measured faster than another and is better or equivalent."
-    return f"{found} {names(dropped)}: another was measured faster, and is better or equivalent."
+        return f"{found} No model is both faster than another and better or equivalent."
+    why = "since another model is faster and better or equivalent"
+    return f"{found} Not on it: {names(dropped)}, {why}."
 
 
 def notes(f: Findings) -> list[str]:
@@ -241,7 +242,7 @@ def notes(f: Findings) -> list[str]:
     ]
     for model, scripts in f.stale.items():
         edited = ", ".join(scripts)
-        found.append(f"{model}: its cost was measured with other code ({edited}) than its accuracy")
+        found.append(f"{model}: cost and accuracy were measured with different code ({edited})")
     return [one_line(line) for line in dict.fromkeys(found)]
 
 
@@ -254,7 +255,8 @@ def environments(runs: list[FinishedRun]) -> list[str]:
     for run in runs:
         if run.result["fallback"]:
             lines.append(f"{run.folder}: {run.result['fallback']}")
-        lines += [f"{run.folder}: changed in mid-run: {c}" for c in run.env.get("changes") or []]
+        changes = run.env.get("changes") or []
+        lines += [f"{run.folder}: changed during the run: {change}" for change in changes]
     return lines
 
 

@@ -334,9 +334,9 @@ def test_a_run_is_explained_with_its_own_weights_and_images(explainable, capsys,
     if change == "no file":
         assert code == 0 and f"note: {run} has no test_predictions.npy" in error
     elif change == "labels":
-        assert code == 1 and f"{run} was trained on other images or labels" in error
+        assert code == 1 and f"{run} was not trained on the images and labels of" in error
     else:
-        assert code == 1 and re.search("[1-9][0-9]* of 80 predictions are not those", error)
+        assert code == 1 and re.search("[1-9][0-9]* of 80 predictions differ from the run's", error)
 
 
 def test_images_that_moved_are_found(tmp_path, capsys):
@@ -372,7 +372,7 @@ def test_accuracy_is_that_of_the_run(explainable):
         (["--run", "RUN", "--images", "10000"], 1, "from 0 to 9999"),
         (["--run", "RUN", "--images", "-1"], 2, "--images at least 0"),
         (["--run", "RUN", "--dataset", "mnistt"], 2, "unknown data set 'mnistt'"),
-        (["--compare", "RUN", "RUN/."], 2, "named twice"),
+        (["--compare", "RUN", "RUN/."], 2, "given twice"),
         (["--run", "RUN", "--limit-test", "0"], 2, "at least 1"),
         (["--run", "RUN", "--device", "cuda:9"], 2, "cuda:9"),
         (["--checkpoint", "OTHER/best.pt"], 1, "does not load as se"),

@@ -2,7 +2,7 @@
 
 import json
 
-from kit import verdicts
+from kit import verdicts, words
 from kit.costs import measured
 from kit.findings import Findings
 from kit.results import read_studies
@@ -141,6 +141,20 @@ def test_costs_are_relative_to_the_baseline(make_study):
     assert ratios["training"] is None and ratios["memory"] is None
 
 
+def test_the_seeds_count_that_both_should_have(make_study):
+    study = make_study({"baseline": [93.0, 93.1, 93.2], "se": [93.9, 94.0, 94.11]})
+
+    def verdict(*plans):
+        study.plans = [dict(models=models.split(), seeds=seeds) for models, seeds in plans]
+        return words.verdict(Findings(study, []).against["se"])
+
+    both = ("baseline se", [0, 1, 2])
+    assert verdict(both) == "better"
+    assert verdict(both, ("baseline eca", [0, 1, 2, 3, 4, 5])) == "better"  # more of the baseline
+    assert verdict(("baseline se", [0, 1, 3])) == "interim, 2 of 3"  # seed 2 is none of them
+    assert verdict(("se", [0, 1, 2, 3])) == "interim, 3 of 4"
+
+
 def test_class_by_class_as_counted_one_by_one(make_study):
     study = make_study({"baseline": BASE * 2, "se": BASE * 2})
     generator = np.random.default_rng(0)
@@ -164,6 +178,8 @@ def test_class_by_class_as_counted_one_by_one(make_study):
         assert c.difference == pytest.approx(np.mean(accuracy["se"]) - found.baseline[i])
         p_values.append(c.p)
     assert [c.p_holm for c in found.against["se"]] == pytest.approx(verdicts.holm(p_values))
+    study.plans = [dict(models=["baseline", "se"], seeds=list(range(20)))]
+    assert Findings(study, []).by_class is None  # interim: nothing is significant yet
 
 
 def test_a_class_of_few_images_hides_no_other(make_study):

@@ -83,7 +83,7 @@ def test_another_setting_whichever_it_is_is_not_paired(runs, name):
     finding, row, block = found_in(runs)
     assert "`se` is" not in finding and row == ""
     for text in (finding, block):
-        assert f"Left out, se seeds 0 1 2:** it has other settings: {name} {other} inst" in text
+        assert f"Left out, se seeds 0 1 2:** its settings differ: {name} {other} inst" in text
 
 
 def test_a_setting_that_is_new_leaves_finished_runs_what_they_are(runs):
@@ -115,7 +115,7 @@ def test_a_new_setting_that_was_chosen_counts(runs):
 def test_a_new_setting_that_the_recipe_turns_on_counts(runs):
     change(folder_of(runs, "se", 1), "config", clip=1.0, chosen=["clip"])
     finding, _, _ = found_in(runs)
-    assert "Left out, se seed 1:** it has other settings: clip 1.0 instead of none" in finding
+    assert "Left out, se seed 1:** its settings differ: clip 1.0 instead of none" in finding
     settings = settings_of("--model", "se", "--recipe", "short", "--lr", "0.01", "--device", "cpu")
     assert settings.chosen == ["epochs", "lr", "anneal", "patience", "tested"]
 
@@ -123,14 +123,14 @@ def test_a_new_setting_that_the_recipe_turns_on_counts(runs):
 def test_other_data_or_labels_are_not_paired(runs):
     change(folder_of(runs, "se", 0), "config", data="0" * 16)
     finding, _, _ = found_in(runs)
-    assert "Left out, se seed 0:** it has other settings: other images or labels" in finding
+    assert "Left out, se seed 0:** its settings differ: other images or labels" in finding
     folder = folder_of(runs, "se", 1)
     order = np.random.default_rng(0).permutation(10_000)
     for name in ("labels", "predictions"):  # both, so that the accuracy is the same
         path = folder / f"test_{name}.npy"
         np.save(path, np.load(path)[order])
     finding, row, _ = found_in(runs)
-    assert "Left out, se seed 1:** other test labels" in finding and row == ""
+    assert "Left out, se seed 1:** different test labels" in finding and row == ""
 
 
 def test_a_test_set_of_another_size_is_not_paired(runs):
@@ -140,7 +140,7 @@ def test_a_test_set_of_another_size_is_not_paired(runs):
         np.save(path, np.load(path)[:5000])
     right = (np.load(folder / "test_labels.npy") == np.load(folder / "test_predictions.npy")).mean()
     change(folder, "result", test_images=5000, test_acc=100 * right)
-    assert "Left out, se seed 0:** it has other settings: test_images 5000" in found_in(runs)[0]
+    assert "Left out, se seed 0:** its settings differ: test_images 5000" in found_in(runs)[0]
 
 
 @pytest.mark.parametrize("name", SOURCES)
@@ -153,7 +153,7 @@ def test_other_code_whichever_file_is_said_in_the_verdict(runs, name):
     reason = f"seed 1: other code ({definition})"
     (verdict,) = [line for line in finding.splitlines() if BETTER in line]
     (control,) = [line for line in finding.splitlines() if "against its control" in line]
-    assert f"**Not all pairs are alike: {reason}.**" in verdict.replace("\\", "")
+    assert f"**Some pairs differ in more than the model: {reason}.**" in verdict.replace("\\", "")
     assert "| better † |" in row and ") †" in finding and control.endswith("†.")
     assert "| better † |" in block and f"- † se: {reason}" in block.replace("\\", "")
 
@@ -184,7 +184,7 @@ def test_other_circumstances_are_said_in_the_verdict(runs, file, key, value):
     finding, row, block = found_in(runs)
     said = value[0] if key == "changes" else value
     (verdict,) = [line for line in finding.splitlines() if BETTER in line]
-    assert "Not all pairs are alike: seed 1: " in verdict and said in verdict
+    assert "Some pairs differ in more than the model: seed 1: " in verdict and said in verdict
     assert "| better † |" in row and "| better † |" in block
     assert any("† se: seed 1: " in line and said in line for line in block.splitlines())
 
@@ -219,7 +219,7 @@ def test_what_contradicts_itself_is_no_result(runs, capsys):
     """Another size, copies, wrong accuracies: named, and the rest is paired."""
     change(folder_of(runs, "se", 0), "result", params=999_999)
     finding, _, _ = found_in(runs)
-    assert re.search("Left out, se seed 0:.*parameters, [0-9,]+ or 999,999", finding)
+    assert re.search("Left out, se seed 0:.*parameter counts, [0-9,]+ or 999,999", finding)
     assert "over only 2 to 3 seeds" in finding
     assert "Left out, se seed 0:** " in capsys.readouterr().out  # also on the terminal
 
@@ -245,7 +245,7 @@ def test_a_copy_under_another_seed_is_no_result(runs, what):
         if what != "predictions":
             (second / "test_labels.npy").unlink()
     finding, row, _ = found_in(runs)
-    assert "Left out, se seeds 0 1:** the same predictions under different seeds" in finding
+    assert "Left out, se seeds 0 1:** the same predictions for different seeds" in finding
     assert row == "" and "over only 3 seeds" in finding  # se_static
 
 
@@ -296,7 +296,7 @@ def test_a_cost_measured_with_other_code_is_marked(runs):
     (out / "benchmark.json").write_text(json.dumps(rows))
     finding, _, block = found_in(runs)
     for text in (finding, block):
-        assert "se: its cost was measured with other code (models.py) than its accuracy" in text
+        assert "se: cost and accuracy were measured with different code (models.py)" in text
         assert "| 1.00x † |" in text
     (summary,) = json.loads((out / "summary.json").read_text())["studies"]
     assert summary["costs_of_other_code"] == {"se": ["models.py"]}

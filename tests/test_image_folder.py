@@ -212,7 +212,7 @@ def test_runs_of_other_images_or_sizes_are_not_compared(tmp_path, capsys):
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| `se` (smoke test, width 16) | 1 |" in unaligned(text)
     assert "`eca`" not in text and "`gc`" not in text
-    assert text.count(" left out, it has other settings: ") == 2
+    assert text.count(" left out, its settings differ: ") == 2
     assert "--image 3x9x9 --classes 2" in text  # what would fill the gap
 
 

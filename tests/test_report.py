@@ -118,8 +118,8 @@ def test_no_verdict_before_the_planned_seeds_are_finished(finished_run, tmp_path
     runs, out = tmp_path / "runs", tmp_path / "out"
     make_runs(finished_run, runs, {"baseline": [92.0, 92.1, 92.2], "se": [93.0, 93.11, 93.2]})
 
-    def made():
-        assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
+    def made(*flags):
+        assert report.main(["--runs", str(runs), "--out", str(out), *flags]) == 0
         (summary,) = json.loads((out / "summary.json").read_text())["studies"]
         return (out / "report.md").read_text(), summary["against_reference"]["se"]["verdict"]
 
@@ -132,9 +132,16 @@ def test_no_verdict_before_the_planned_seeds_are_finished(finished_run, tmp_path
     assert "planned, not finished: se seeds 3 4" in text
     planned(runs, 2, 3)
     text, verdict = made()
-    assert verdict == "better" and "level 2.5% (5% / 2, for seeds were added)" in text
+    assert verdict == "better" and "level 2.5% (5% / 2, because seeds were added)" in text
     planned(runs, 9, recipe="short")  # another study's
     assert made()[1] == "better"
+    planned(runs, 3, models=["baseline", "se", "eca"])
+    other = copy_run(finished_run, runs / "more", "se", 0, dataset="cifar10")
+    (other / "result.json").unlink()
+    text, verdict = made()
+    assert "planned, not finished: eca seeds 0 1 2" in text and f"unfinished: {other}" in text
+    text, verdict = made("--models", "se", "--dataset", "fashion_mnist")  # what was asked for
+    assert verdict == "better" and "not finished" not in text and "unfinished" not in text
     (runs / "plan.json").write_text("[{]")
     assert "plan.json is damaged" in made()[0]
 
@@ -188,6 +195,10 @@ def test_beside_other_runs(study, finished_run, tmp_path, capsys):
     assert baseline[1:3] == ["93.20", "93.15"] and baseline[3].startswith("+0.05 (")
     assert se[3].startswith("+0.90 (") and se[4:] == ["better", "3"]
     assert "(compared.png)" in section and (out / "compared.png").exists()
+    planned(there, 5)
+    assert report.main([*args, str(there)]) == 0
+    _, _, section = (out / "report.md").read_text().partition("## Compared with")
+    assert row_of(section, "se")[4] == "interim, 3 of 5"
     capsys.readouterr()
     with pytest.raises(SystemExit) as stopped:
         report.main([*args, str(tmp_path / "nowhere")])
@@ -250,7 +261,7 @@ def test_what_happened_to_a_run_is_said_where_nothing_is_compared(finished_run, 
     (folder / "env.json").write_text(json.dumps(env))
     assert report.main(["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out/report.md").read_text()
-    assert "se/seed0: changed in mid-run: models.py: SE edited since" in text
+    assert "se/seed0: changed during the run: models.py: SE edited since" in text
 
 
 def test_a_folder_that_cannot_be_read_is_named(study, monkeypatch, tmp_path, capsys):
@@ -274,7 +285,7 @@ def test_a_folder_that_cannot_be_read_is_named(study, monkeypatch, tmp_path, cap
     missing = tmp_path / "not" / "there"
     assert report.main(["--runs", str(missing), "--out", str(tmp_path)]) == 1
     error = capsys.readouterr().err
-    assert is_one_line(error) and f"below {missing}, which is no folder: run" in error
+    assert is_one_line(error) and f"below {missing} (not a folder): run" in error
 
 
 def test_planning(study, tmp_path, capsys):
@@ -426,7 +437,7 @@ def test_other_settings_in_the_same_folder_are_named_and_left_out(study):
     assert report.main(["--runs", str(runs), "--out", str(out)]) == 0
     text = (out / "report.md").read_text()
     assert row_of(text, "se")[1] == "2"
-    assert "se/seed1 left out, it has other settings: lr 0.5 instead of 0.001" in text
+    assert "se/seed1 left out, its settings differ: lr 0.5 instead of 0.001" in text
 
 
 def test_seeds_missing_for_one_model_are_named_and_the_rest_is_paired(study):

@@ -151,7 +151,7 @@ def test_equivalent_within_the_margin():
     assert near.verdict == "equivalent" and max(map(abs, near.corrected)) < 0.3
     near.margin = 0.01
     assert near.verdict == "undecided"
-    near.planned = 4
+    near.planned = {0, 1, 2, 3}
     assert near.verdict is None and near.is_interim
 
 
