@@ -44,11 +44,12 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
     if image_size is not None and not (is_folder and 1 <= image_size <= 4096):
         what = f"is for folders of images, from 1 to 4096: not {image_size} for {dataset!r}"
         raise ValueError(f"--image-size {what}")
-    if dataset in DATASETS:
+    if dataset in DATASETS and is_name(dataset):
         return dataset, dataset
     folder = Path(os.path.abspath(dataset))  # a link is named after itself, not its target
     known = ", ".join(DATASETS)
-    if not (dataset and ("/" in dataset or folder.is_dir() or folder.suffix == ".npz")):
+    is_path = dataset and ("/" in dataset or folder.is_dir() or folder.suffix == ".npz")
+    if not is_path and dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, a folder or an .npz")
     if folder.name in DATASETS or not is_name(folder.name) or not shows(str(folder)):
         raise ValueError(f"{printable(folder)}: rename it: {NAMES}; {known} are taken")
@@ -74,7 +75,9 @@ def load_dataset(
         load = partial(load_folder, Path(name), image_size=image_size)
     asked = {"fetch": fetch} if "fetch" in signature(load).parameters else {}
     dataset = load(Path(data_dir), **asked)
-    note_copies("test", *dataset.hashes[::-1])
+    if not isinstance(dataset, ImageData):
+        raise UserError(f"{name}: not an ImageData, but a {type(dataset).__name__}")
+    note_copies("test", *dataset.keys[::-1])
     labels = np.append(dataset.train_labels, dataset.test_labels)
     # image: a number for each distinct image; first: where that number first occurs.
     _, first, image = np.unique(np.append(*dataset.hashes), return_index=True, return_inverse=True)
@@ -83,10 +86,10 @@ def load_dataset(
     return dataset
 
 
-def note_copies(part: str, hashes: np.ndarray, train_hashes: np.ndarray) -> None:
-    if n := np.isin(hashes, train_hashes).sum():
-        copies = f"{n:,} of {len(hashes):,} {part} images are also training images"
-        note(f"{copies} (identical pixels): {part} accuracy is inflated")
+def note_copies(part: str, keys: np.ndarray, train_keys: np.ndarray) -> None:
+    if n := np.isin(keys, train_keys).sum():
+        copies = f"{n:,} of {len(keys):,} {part} images are also training images"
+        note(f"{copies} (identical pixels and class): {part} accuracy is inflated")
 
 
 # --- Split, order, normalisation: the same for every model of one seed ----------------------------
@@ -139,7 +142,7 @@ class Loader:
     def __init__(self, dataset: ImageData, settings, device: torch.device):
         self.seed, self.batch_size = settings.seed, settings.batch_size
         self.dataset, self.classes = dataset, dataset.classes
-        self.train_idx, val_idx = split = split_indices(len(dataset.train_images), settings.seed)
+        self.train_idx, val_idx = split_indices(len(dataset.train_images), settings.seed)
         if settings.limit_train:
             self.train_idx = self.train_idx[: settings.limit_train]
             val_idx = val_idx[: max(settings.batch_size, settings.limit_train // 9)]
@@ -150,16 +153,18 @@ class Loader:
                 f"{self.n_train:,} training images leave a batch of one image or none, and "
                 "BatchNorm needs two: use another --batch-size, or more images"
             )
-        note_copies("validation", dataset.hashes[0][split[1]], dataset.hashes[0][split[0]])
-        for part, idx in (("training", self.train_idx), ("validation", val_idx)):
-            counts = dataset.train_labels[idx].bincount(minlength=len(self.classes))
+        note_copies("validation", *(dataset.keys[0][idx] for idx in (val_idx, self.train_idx)))
+        test_idx = stratified(dataset.test_labels, settings.limit_test or len(dataset.test_labels))
+        test_images, test_labels = dataset.test_images[test_idx], dataset.test_labels[test_idx]
+        train_labels, val_labels = (dataset.train_labels[idx] for idx in (self.train_idx, val_idx))
+        labels = {"training": train_labels, "validation": val_labels, "test": test_labels}
+        for part, of_part in labels.items():
+            counts = of_part.bincount(minlength=len(self.classes))
             if absent := [name for name, n in zip(self.classes, counts, strict=True) if not n]:
                 note(f"no {part} image of {', '.join(absent[:5])} ({len(absent)} classes)")
         self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)
         self.channels = self.images.shape[1]
         self.validation = self.images[val_idx], self.labels[val_idx]
-        test_idx = stratified(dataset.test_labels, settings.limit_test or len(dataset.test_labels))
-        test_images, test_labels = dataset.test_images[test_idx], dataset.test_labels[test_idx]
         self.test = test_images.to(device), test_labels.to(device)
         self.test_order = sampling_order(test_labels).to(device)
         self.mean, self.std = dataset.mean_and_std(settings.normalize, device)

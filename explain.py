@@ -25,7 +25,7 @@ from kit import attribution, checkpoint
 from kit.command_line import UserError, exit_code, in_one_line, make_parser, noted
 from kit.fast import channels_last, set_up_torch
 from kit.files import check_writable, write_json
-from kit.pictures import Explained, draw_comparison, draw_model
+from kit.pictures import Explained, draw_comparison, draw_model, rgb
 from kit.plots import legible
 from kit.preflight import choose_device, preflight
 from kit.runs import FinishedRun, lock, read_run
@@ -58,7 +58,7 @@ def load_dataset(runs: list[FinishedRun], args) -> tuple[data.ImageData, torch.T
             name, folder, config.get("image_size"), fetch=bool(args.data_dir)
         )
     except UserError as error:
-        raise UserError(f"{error}; if the images have moved, use --dataset and --data-dir") from None
+        raise UserError(f"{error}; if the images moved, use --dataset and --data-dir") from None
     for run in runs:
         if run.config["data"] != dataset.digest:
             raise UserError(f"{run.folder} was not trained on the images and labels of {name}")
@@ -136,7 +136,7 @@ def explain(run: FinishedRun, dataset: data.ImageData, idx, images: list[int] | 
     return numbers, Explained(
         name=f"{run.result['model']}, seed {run.seed}{smoke_test}",
         classes=legible(dataset.classes),
-        images=dataset.test_images[images].expand(-1, 3, -1, -1).permute(0, 2, 3, 1),
+        images=rgb(dataset.test_images[images]),
         labels=dataset.test_labels[images],
         probabilities=probabilities.cpu(),
         cams={layer: attribution.scaled(maps).cpu() for layer, maps in cams.items()},
@@ -167,7 +167,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     which.add_argument("--checkpoint", metavar="PATH", help="the best.pt in it", **checkpoint)
     which.add_argument("--compare", type=Path, nargs="+", dest="runs", metavar="RUN", help="runs")
     add("--images", type=int, nargs="+", metavar="I", help="indices of test images to show, from 0")
-    add("--limit-test", type=int, default=2000, help=f"test images to use, at most the run's; {default}")
+    add("--limit-test", type=int, default=2000, help=f"test images, at most the run's; {default}")
     add("--dataset", help="a name or the images' folder; default: the run's")
     add("--data-dir", type=Path, help="default: the run's")
     add("--device", default="auto", help="auto (a CUDA GPU if there is one), cpu, cuda or cuda:N")

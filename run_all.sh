@@ -18,6 +18,7 @@
 # SIGINT / SIGTERM after the active runs have saved; of `test`, pytest's.
 set -euo pipefail
 die() { echo "error: $2" >&2 && exit "$1"; }  # EXIT_CODE MESSAGE
+unset PYTHONOPTIMIZE PYTHONSAFEPATH  # an assertion counts, and scripts import each other
 cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 [[ -d kit ]] || { cd -- "${SLURM_SUBMIT_DIR:-.}" && [[ -d kit ]]; } ||  # sbatch runs a copy
   die 1 "$PWD is not the folder of the project: go there first"

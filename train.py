@@ -161,9 +161,9 @@ def train(settings, dataset, run: Run) -> dict:
         run.log_and_save()
 
     # The test set is used only here: with the last weights, and with those of `tested`.
+    _, last_predictions = evaluate(eval_model, loader, *loader.test, run)
     tested_model = copy.deepcopy(eval_model)
     tested_model.load_state_dict(progress.best)
-    _, last_predictions = evaluate(eval_model, loader, *loader.test, run)
     _, predictions = evaluate(tested_model, loader, *loader.test, run)
     run.test(predictions)  # writes them
     labels = loader.test[1]
@@ -216,7 +216,7 @@ def cross_entropy(logits, labels, label_weight, smoothing: float):
     return (label_weight * own + (1 - label_weight) * other).mean()
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def evaluate(model, loader, images, labels, run):
     """(mean cross-entropy, predicted classes (N,)) of uint8 images, in evaluation mode."""
     model.eval()

@@ -98,7 +98,11 @@ def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
             )
         return output
 
-    predict(wrapped(model, modules, check).eval(), images)
+    tried = wrapped(model, modules, check).eval()
+    before = tried.state_dict().keys()
+    predict(tried, images)
+    if new := sorted(tried.state_dict().keys() - before):
+        raise UserError(f"{new[0]} is made in a first forward: make it in __init__, to be trained")
 
 
 @torch.no_grad()

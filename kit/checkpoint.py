@@ -20,6 +20,9 @@ from kit.runs import different
 import numpy as np
 import torch
 
+# A schedule may compute learning rates with NumPy.
+NUMPY_NUMBERS = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(k)) for k in "?ilfd")]
+
 
 @dataclass
 class Progress:
@@ -57,9 +60,18 @@ class Progress:
             self.best = {key: value.clone() for key, value in model.state_dict().items()}
 
 
+def attributes(model: torch.nn.Module) -> dict[str, dict]:
+    """{module: its numbers in Python}, such as a counter of steps."""
+    return {
+        name: {k: v for k, v in vars(module).items() if type(v) in (int, float)}
+        for name, module in model.named_modules()
+    }
+
+
 def get_state(parts: dict, device: torch.device) -> dict:
     """The states of parts (None is skipped) and random generators."""
     state = {name: part.state_dict() for name, part in parts.items() if part}
+    state["attributes"] = attributes(parts["model"])
     cuda_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     state |= {"rng": torch.get_rng_state(), "cuda_rng": cuda_rng, "python_rng": random.getstate()}
     name, numbers, *rest = np.random.get_state()  # noqa: NPY002
@@ -80,6 +92,8 @@ def load_state(state: dict, parts: dict, device: torch.device) -> None:
             load_optimizer(part, state[name])
         elif part:
             part.load_state_dict(state[name])
+    for name, values in state["attributes"].items():
+        vars(parts["model"].get_submodule(name)).update(values)
     torch.set_rng_state(state["rng"])
     random.setstate(state["python_rng"])
     np.random.set_state(state["numpy_rng"])  # noqa: NPY002
@@ -175,7 +189,8 @@ def load(path: Path) -> dict:
             raise ValueError("it is damaged")
     warnings.filterwarnings("ignore", "'torch.load' received a zip file")  # a TorchScript warning
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
         if "weights_only" not in str(error):
             raise

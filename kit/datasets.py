@@ -84,6 +84,8 @@ class ImageData:
                 wrong = f"images must be as large as training images, not {kinds[0]}"
             elif kinds[1] != (torch.int64, shape[0]):
                 wrong = f"labels must be an int64 tensor ({shape[0]},), not {kinds[1]}"
+            elif any(x.device.type != "cpu" for x in found):
+                wrong = "images and labels must be on the CPU"
             elif (odd := set(found[1].tolist()) - set(range(n_classes))) or not shape[0]:
                 wrong = f"labels must be from 0 to {n_classes - 1}, not {sorted(odd)[:5]}"
             if wrong:
@@ -110,6 +112,12 @@ class ImageData:
         """(N,) for the training and for the test images. Copies have the same hash."""
         parts = self.train_images.numpy(), self.test_images.numpy()
         return tuple(np.array([hash(image.tobytes()) for image in part]) for part in parts)
+
+    @cached_property
+    def keys(self) -> tuple[np.ndarray, np.ndarray]:
+        """The same with labels: copies have the same key only in the same class."""
+        train, test = self.hashes
+        return train ^ self.train_labels.numpy(), test ^ self.test_labels.numpy()
 
     def mean_and_std(self, normalize: str | None, device) -> tuple[torch.Tensor, torch.Tensor]:
         """For normalisation. "data": the training images', (C, 1, 1) each; else 0.5 and 0.5, as
@@ -148,16 +156,16 @@ def load_npz(path: Path, _: Path) -> ImageData:
             train, val, test = ((file[f"{part}_images"], file[f"{part}_labels"])
                                 for part in ("train", "val", "test"))  # fmt: skip
         train_and_val = [np.concatenate(arrays) for arrays in zip(train, val, strict=True)]
+        parts, values = [], np.unique(np.append(train_and_val[1], test[1]))
     except Exception as error:  # a damaged file can raise anything
         raise UserError(
             f"{path} is no file in MedMNIST's form, with train_images, train_labels, val_* and "
             f"test_*: {in_one_line(error)}"
         ) from None
-    parts, values = [], np.unique(np.append(train_and_val[1], test[1]))
     for images, labels in (train_and_val, test):
         grey_or_rgb = images.ndim >= 3 and images.shape[3:] in ((), (1,), (3,))
-        one_label = labels.dtype.kind in "iu" and labels.size == len(images) > 0
-        if images.dtype != np.uint8 or not grey_or_rgb or not one_label:
+        one_label = labels.dtype.kind in "iu" and images.shape[:1] == (labels.size,)
+        if images.dtype != np.uint8 or not (grey_or_rgb and one_label and images.size):
             found = f"{images.dtype} {images.shape} with labels {labels.dtype} {labels.shape}"
             raise UserError(
                 f"{path}: needs uint8 images (N, H, W) or (N, H, W, 3) with one whole number each, "

@@ -7,7 +7,9 @@ import platform
 import re
 import resource
 import subprocess
+import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +21,8 @@ LOCK = Path("/opt/requirements.lock")  # the Dockerfile puts it there, and sets 
 VARIABLES = (
     "OMP_NUM_THREADS", "MKL_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA",
     "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR", "CUDA_LAUNCH_BLOCKING",
-    "PYTORCH_NO_CUDA_MEMORY_CACHING", "PYTORCH_TUNABLEOP_ENABLED", "TORCHINDUCTOR_MAX_AUTOTUNE",
+    "OMP_THREAD_LIMIT", "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE", "PYTORCH_NO_CUDA_MEMORY_CACHING",
+    "PYTORCH_TUNABLEOP_ENABLED", "TORCHINDUCTOR_MAX_AUTOTUNE",
     "CUBLAS_WORKSPACE_CONFIG",
 )  # fmt: skip
 # The code that results depend on: an edit here makes another experiment.
@@ -31,6 +34,7 @@ SOURCES = (
 # The running code, even if a file is edited meanwhile.
 AT_START = {path: (HERE / path).read_bytes() for path in (*SOURCES, "benchmark.py")
             if (HERE / path).is_file()}  # fmt: skip
+OURS = {"kit", "tests", "report.py", "explain.py", *AT_START}
 
 
 def driver_version() -> str | None:
@@ -99,48 +103,73 @@ def image() -> dict | None:
     }
 
 
-def source_hashes(names=SOURCES) -> dict[str, str]:
-    """sha256 of these scripts when this process started, and of each top-level definition:
-    functions, classes, constants, entries of dicts."""
+def own_modules() -> list[str]:
+    """Imported files of this folder that are not the project's: a module of your own, say."""
+    modules = {name: module for name, module in sys.modules.items() if name != "__main__"}
+    files = [Path(getattr(module, "__file__", None) or "") for module in modules.values()]
+    found = {path.relative_to(HERE) for path in files if HERE in path.parents}
+    top = {path: path.parts[0] for path in found if path.suffix == ".py"}
+    return sorted(str(path) for path in top if top[path] not in OURS and top[path][0] != ".")
+
+
+def source_hashes(names: Iterable[str] = ()) -> dict[str, str]:
+    """sha256 of these scripts (by default those that results depend on) when this process started,
+    and of each top-level definition: functions, classes, constants, entries of dicts."""
     found = {}
-    for name in names:
-        found[name] = hashlib.sha256(AT_START[name]).hexdigest()
-        for node in ast.parse(AT_START[name]).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                parts = {node.name: node}
-            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-                entries = zip(node.value.keys, node.value.values, strict=True)
-                parts = {f"{ast.unparse(node.targets[0])}[{ast.unparse(key)}]": value
-                         for key, value in entries if key}  # fmt: skip
-            elif isinstance(node, (ast.Assign, ast.AugAssign)):
-                parts = {ast.unparse(getattr(node, "target", None) or node.targets[0]): node}
-            else:
-                continue
-            for part, value in parts.items():
+    for name in names or (*SOURCES, *own_modules()):
+        body = AT_START[name] = AT_START.get(name) or (HERE / name).read_bytes()
+        found[name] = hashlib.sha256(body).hexdigest()
+        tree = ast.parse(body)
+        for node in ast.walk(tree):
+            documented = isinstance(node, (ast.Module, ast.FunctionDef, ast.ClassDef))
+            if documented and ast.get_docstring(node) is not None:
+                node.body.pop(0)
+        for node in tree.body:
+            for part, value in parts_of(node).items():
                 digest = hashlib.sha256(ast.dump(value).encode()).hexdigest()
                 found[f"{name}: {part}"] = digest[:12]
     return found
 
 
+def parts_of(node: ast.stmt) -> dict[str, ast.AST]:
+    """{name: definition} of a top-level statement; an `if` or loop is named by its first line."""
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return {node.name: node}
+    if not isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
+        return {ast.unparse(node).partition("\n")[0]: node} if hasattr(node, "body") else {}
+    target = ast.unparse(getattr(node, "target", None) or node.targets[0])
+    if not isinstance(node.value, ast.Dict):
+        return {target: node}
+    entries = zip(node.value.keys, node.value.values, strict=True)
+    return {f"{target}[{ast.unparse(key)}]": value for key, value in entries if key}
+
+
 def output_of(*command) -> str | None:
-    """A command's output; None if it is missing, fails or prints nothing."""
+    """A command's output; None if it is missing or fails."""
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}  # another repository's
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, env=env)
+        how = dict(capture_output=True, text=True, errors="replace", timeout=20, env=env)
+        done = subprocess.run(command, **how)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None if done.returncode == 0 else None
+    return done.stdout if done.returncode == 0 else None
 
 
 def git_commit() -> str | None:
     """The commit; None outside a git checkout, and inside another project's."""
     tracked = output_of("git", "-C", HERE, "ls-files", "train.py")
-    return output_of("git", "-C", HERE, "rev-parse", "HEAD") if tracked else None
+    commit = tracked and output_of("git", "-C", HERE, "rev-parse", "HEAD")
+    return commit.strip() if commit else None
 
 
 def code_diff() -> str | None:
     """Uncommitted changes to scripts and requirements; None without a commit."""
     if git_commit() is None:
         return None
+    own, plain = own_modules(), ("--no-ext-diff", "--no-textconv", "--no-color")
+    untracked = output_of("git", "-C", HERE, "ls-files", "--others", "--", *own) if own else ""
     files = "*.py", "*.sh", "requirements.*"
-    return output_of("git", "-C", HERE, "diff", "HEAD", "--", *files) or ""
+    diff = output_of("git", "-C", HERE, "diff", *plain, "HEAD", "--", *files)
+    if untracked is None or diff is None:
+        return None
+    return "".join(f"untracked: {name}\n" for name in untracked.splitlines()) + diff

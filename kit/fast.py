@@ -34,6 +34,7 @@ if ignored := os.environ.keys() & {
     for name in sorted(ignored):  # read when CUDA and oneDNN start
         print(f"note: {name}={os.environ.pop(name)} ignored: --precision decides", file=sys.stderr)
 
+from kit.checkpoint import attributes
 from kit.command_line import in_one_line
 
 import numpy as np
@@ -224,6 +225,11 @@ def gradient_error(found: list, expected: list, each: bool) -> float:
     return torch.stack(errors).nan_to_num(0).max().item()  # 0 / 0: all are 0
 
 
+def python_state(model: torch.nn.Module) -> tuple:
+    """What a compiled step or graph would freeze."""
+    return random.getstate(), str(np.random.get_state()), attributes(model)  # noqa: NPY002
+
+
 def fast(step, forward, mode, precision, example: tuple, model, restore: Callable):
     """(step in `mode` or the next simpler one that works, that mode, why no faster one, relative
     error of its gradients compared with eager mode).
@@ -243,10 +249,11 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
 
     failures, size = [], len(example[0])
     if mode != "eager":
-        before = random.getstate(), str(np.random.get_state())  # noqa: NPY002
+        before = python_state(model)
         weights = telling_weights(model, partial(gradients, step))
-        if (random.getstate(), str(np.random.get_state())) != before:  # noqa: NPY002
-            failures.append(f"mode {mode} would draw from Python's or NumPy's generator only once")
+        if python_state(model) != before:
+            what = "Python's or NumPy's generator, or count in an attribute,"
+            failures.append(f"mode {mode} would draw from {what} only once")
             mode = "eager"
         expected = gradients(step, weights)
         restore()

@@ -13,6 +13,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
+from functools import cache
 from itertools import groupby
 from pathlib import Path
 
@@ -23,12 +24,16 @@ from kit.decoding import KEPT, counted, decoded, is_image, printable, shows
 import numpy as np
 import torch
 
+FEW = 4  # images of one name that are looked at: where frames share names there are many
+DIVIDED = "a sixth of each class is the test set"
 TEST_SHARE = 1 / 6  # as MNIST and Fashion-MNIST are divided
 ANNOTATIONS, WORDS = "val/val_annotations.txt", "words.txt"  # Tiny ImageNet's
 PART = re.compile(
     "(?:(?P<train>train|training|trainval)|(?P<test>test|testing)|"
     "(?P<val>val|valid|validation|dev|eval|evaluation))(?:s|set|data|images)?"
 )
+# The last word of a name, and the first.
+SUFFIX, PREFIX = re.compile(r"[ _.-]+[a-zA-Z]+[ _.-]*\d*$"), re.compile("^[a-zA-Z]+[ _.-]+")
 UNREAD, BESIDE = "ending not read", "file beside the folders"
 HIDDEN = {  # like names that begin with a dot: left by operating systems
     "__macosx", "__pycache__", "thumbs.db", "ehthumbs.db", "desktop.ini", "@eadir",
@@ -66,8 +71,11 @@ def load_folder(
              "image in the test set inflate accuracy")  # fmt: skip
     if masks:
         left_out["mask of the image beside it"] = masks
-        images = images[[path not in masks for path in (*train, *test)]]
-        train, test = ({p: part[p] for p in part if p not in masks} for part in (train, test))
+        kept = {path: i for i, path in enumerate((*train, *test)) if path not in masks}
+        train, test = ({p: part[p] for p in part if p in kept} for part in (train, test))
+        if how == DIVIDED:  # with the masks
+            train, test = divided(in_order(train | test))
+        images = images[[kept[path] for path in (*train, *test)]]
     n_train, n_test = Counter(train.values()), Counter(test.values())
     classes = sorted(n_train)
     if odd := sorted(n_train.keys() ^ n_test.keys()):
@@ -114,7 +122,7 @@ def train_and_test(folder: Path, left_out: LeftOut) -> tuple[Labelled, Labelled,
         names = [part.relative_to(folder) for part in parts]
         train, test = (in_class_folders(unwrapped(part, left_out), left_out) for part in parts)
         return train, test, f"training set {names[0]}, test set {names[1]}"
-    return *divided(in_class_folders(root, left_out)), "a sixth of each class is the test set"
+    return *divided(in_class_folders(root, left_out)), DIVIDED
 
 
 def entries(folder: Path, left_out: LeftOut) -> tuple[list[Path], list[Path]]:
@@ -212,8 +220,8 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
         if len(names & set().union(*inner)) > 1:
             left_out["copy of the folder around it"].add(path)
             continue
-        inside.append({"".join(parts[:1]) for parts in inner})  # "": directly in it
-        kinds = set(map(part_of, inside[-1]))
+        inside += [{"".join(parts[:1]) for parts in inner}] if found else []  # "": directly in it
+        kinds = {part_of("".join(parts[:1])) for parts in inner}
         if "train" in kinds and kinds & {"test", "val"}:
             raise UserError(f"{path} has parts of its own: move the classes into the parts")
         images |= dict.fromkeys(found, name)
@@ -225,12 +233,17 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
                     f"{printable(path)} has no images that Pillow reads: add some, or delete it"
                 )
             left_out["folder without images"].add(path)
-    if len(inside) > 1 and len(inside[0]) > 1 and all(each == inside[0] - {""} for each in inside):
-        same = ", ".join(sorted(inside[0])[:5])
+    common = set.intersection(*inside) if len(inside) > 1 else set()
+    if len(common) > 1 and "" not in set().union(*inside):
+        same = ", ".join(sorted(common)[:5])
         note(f"{names_of(folders)} all hold {same}: if those are the classes, put them into "
              "folders called train and test")  # fmt: skip
     if len(set(images.values())) < 2:
         raise UserError(f"{folder} needs a folder of images for each of two classes or more")
+    return in_order(images)
+
+
+def in_order(images: Labelled) -> Labelled:
     order = sorted(images, key=lambda i: (unicodedata.normalize("NFC", i.name), images[i], i))
     return {image: images[image] for image in order}
 
@@ -257,34 +270,57 @@ def divided(images: Labelled) -> tuple[Labelled, Labelled]:
     return train, {path: name for path, name in images.items() if path in test}
 
 
-def masks_and_variants(labelled: Labelled, images: np.ndarray) -> tuple[set[Path], set[Path]]:
-    """(masks, variants): images whose name differs from another's in their class by a word or
-    folder: x_mask.png and x.png, masks/x.png and images/x.png. Masks have two tones, the other
-    image more. The rest may be variants, such as x_flipped.png, or x.png of x.jpg."""
+def without_a_word(stem: str) -> dict[str, str]:
+    """{word: the rest of the name}; "": the whole name."""
+    words = [match[0] for pattern in (SUFFIX, PREFIX) if (match := pattern.search(stem))]
+    return {word: stem.replace(word, "") for word in words} | {"": stem}
 
+
+def masks_and_variants(labelled: Labelled, images: np.ndarray) -> tuple[set[Path], set[Path]]:
+    """(masks, possible variants of another image). Notes a class that may be masks.
+
+    An image's partners have the rest of its name, without one word, in its class and in the same
+    folder or one beside or around it: x.png for x_mask.png, image_7.png for mask_7.png,
+    images/x.png or ../x.png for masks/x.png. A series is the images of one folder with one word.
+    It is masks if it has two tones and its partners have more. Images may be variants if a partner
+    has exactly that name, such as x.png for x_flip.png, or for x.tif.
+    """
+    paths, named, others = [*labelled], defaultdict(list), defaultdict(dict)
+    series, doubtful = defaultdict(list), Counter()
+
+    @cache
     def two_tones(i):
         tones = np.sort(np.bincount(images[i].ravel() >> 3, minlength=32))
         return tones[-2:].sum() > 0.9 * images[i].size
 
-    named, series, paths = defaultdict(list), defaultdict(list), [*labelled]
     for i, (path, of) in enumerate(labelled.items()):
-        named[path.parents[1], of, path.stem].append(i)
-    for (around, of, stem), alike in named.items():
-        words = re.findall(r"[ _.-]+[a-zA-Z]+[ _.-]*\d*$", stem)
-        for word in [*words, *re.findall("^[a-zA-Z]+[ _.-]+", stem), ""]:
-            for j in named.get((around, of, stem.replace(word, "")), ()):
-                for i in set(alike) - {j}:
-                    path, other = paths[i], paths[j]
-                    # Of an image in two formats, one is a variant of the other.
-                    beside = path.parent == other.parent and path.suffix > other.suffix
-                    what = re.sub(r"\d", "", word) or path.suffix * beside
-                    is_mask = two_tones(i) and not two_tones(j)
-                    series[path.parent, path.suffix, what].append((path, other, is_mask))
-    masks, variants = set(), set()
-    for each in series.values():
-        if np.mean([is_mask for *_, is_mask in each]) > 0.9:
-            masks.update(path for path, *_ in each)
-    for (*_, what), each in series.items():
-        if what:
-            variants.update(path for path, other, _ in each if not masks & {path, other})
-    return masks, variants
+        for name in {path.stem, PREFIX.sub("", path.stem)}:
+            if len(others[name]) < FEW:
+                others[name].setdefault(of, i)
+            for place in {path.parent, path.parents[1]}:
+                if len(named[place, of, name]) < FEW:
+                    named[place, of, name].append(i)
+    for i, (path, of) in enumerate(labelled.items()):
+        rests = without_a_word(path.stem)
+        for word, rest in rests.items():
+            places = path.parent, path.parents[1]
+            partners = {j for place in places for j in named.get((place, of, rest), ())} - {i}
+            if partners:
+                is_mask = two_tones(i) and not all(map(two_tones, partners))
+                exact = {paths[j] for j in partners if paths[j].stem == rest}
+                if not word:  # another format beside it
+                    exact = {p for p in exact if p.parent == path.parent and p.suffix < path.suffix}
+                key = path.parent, path.suffix, re.sub(r"\d", "", word)
+                series[key].append((path, is_mask, exact))
+        elsewhere = (item for rest in rests.values() for item in others.get(rest, {}).items())
+        doubtful[of] += any(
+            two_tones(i) and not two_tones(j) for other, j in elsewhere if other != of
+        )
+    for of, n in Counter(labelled.values()).items():
+        if doubtful[of] > 0.9 * n:
+            note(f"class {of}: its images have two tones and the names of images in other classes: "
+                 "if they are masks, take them out")  # fmt: skip
+    masks = {path for each in series.values() if np.mean([is_mask for _, is_mask, _ in each]) > 0.9
+             for path, *_ in each}  # fmt: skip
+    every = (image for each in series.values() for image in each)
+    return masks, {path for path, _, exact in every if path not in masks and exact - masks}

@@ -54,6 +54,12 @@ class Explained:
         self.classes = [shortened(name, NAME, FONT_SIZE) for name in self.classes]
 
 
+def rgb(images: torch.Tensor) -> torch.Tensor:
+    """uint8 (N, C, H, W) as it is drawn, (N, H, W, 3): of more channels the first three."""
+    images = images[:, :3] if images.shape[1] > 2 else images[:, :1].expand(-1, 3, -1, -1)
+    return images.permute(0, 2, 3, 1)
+
+
 def draw_model(e: Explained, first: Explained, path: Path) -> None:
     """Images with Grad-CAM and gate maps, and gates by class. Model `first` chose the images."""
     rows = [("image", e.images, e)]

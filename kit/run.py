@@ -62,8 +62,7 @@ class Run:
             runs.lock(self.folder, self.stack)
             self.lock = runs.lock_of(self.folder)
             if not s.overwrite and (there := completed(self.folder, self.config)):
-                if not there.config.get("keep_last"):  # a flag of earlier code
-                    remove(self.folder, *STATES)  # a killed process may have left them
+                remove(self.folder, *STATES)  # a killed process may have left them
                 changes = changes_since(there.env, {"sha256": source_hashes()})
                 print(f"already complete: {self.folder}{in_brackets(changes)}")
                 self.result = there.result
@@ -126,7 +125,7 @@ class Run:
         self.progress = checkpoint.resume(folder, self.parts, self.device, self.config)
         write_json(folder / "config.json", self.config)
         if diff := environment.code_diff():
-            self.write("code.diff", diff + "\n")
+            self.write("code.diff", diff)
         self.write_best()
         self.write_metrics()
         return self.progress

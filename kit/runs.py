@@ -146,8 +146,8 @@ def completed(folder: Path, config: dict) -> FinishedRun | None:
 # Keys of config.json that are not compared: paths, and what follows from other settings.
 # All others are, so that a new setting cannot be forgotten.
 NO_SETTING = {
-    "command", "data_dir", "dataset", "runs", "device", "target_acc", "overwrite", "keep_last",
-    "dry_run", "overrides", "chosen", "quick", "base_model", "auto_precision",
+    "command", "data_dir", "dataset", "runs", "device", "target_acc", "overwrite", "dry_run",
+    "overrides", "chosen", "quick", "base_model", "auto_precision",
 }  # fmt: skip
 CIRCUMSTANCES = ("device", "torch", "precision", "mode")  # should be equal, like the code
 

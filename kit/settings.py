@@ -61,7 +61,7 @@ def train_parser(description: str, table: dict, recipes: dict, models, data):
     add = parser.add_argument_group("recipe", about).add_argument
     add("--recipe", default="published", choices=recipes, help=default)
     for name, (value, what) in table.items():
-        values = {recipe: in_words(settings[name]) for recipe, settings in recipes.items()}
+        values = {recipe: in_words(own.get(name, value)) for recipe, own in recipes.items()}
         others = "".join(f", {r}: {v}" for r, v in values.items() if v != in_words(value))
         text = f"{what}; default: {in_words(value)}{others}"
         if isinstance(value, bool):
@@ -98,17 +98,25 @@ def in_words(value: bool | int | float | str) -> str:
     return f"{value:g}" if isinstance(value, float) else f"{value}"
 
 
+def as_flag(setting: tuple) -> str:
+    name, value = setting
+    name = name.replace("_", "-")
+    return f"--{'no-' * (not value)}{name}" if isinstance(value, bool) else f"--{name}={value}"
+
+
 def parse_settings(argv, description, table, recipes, models, data) -> argparse.Namespace:
     """All settings, resolved: explicit flags win over the recipe. Exits with 2 on wrong usage.
 
     models, data: the scripts, passed in because they import kit.
     """
     parser = train_parser(description, table, recipes, models, data)
+    argv = sys.argv[1:] if argv is None else argv
     settings = parser.parse_args(argv)
-    recipe = recipes[settings.recipe]
-    for name, value in recipe.items():
-        if getattr(settings, name) is None:
-            setattr(settings, name, value)
+    recipe = {name: value for name, (value, _) in table.items()} | recipes[settings.recipe]
+    if unknown := [name for name in recipe if name not in settings]:
+        parser.error(f"recipe {settings.recipe}: {unknown[0]} is no setting")
+    parser.prog += f", recipe {settings.recipe}"  # its values are checked as flags are
+    settings = parser.parse_args([*map(as_flag, recipe.items()), *argv])
     if settings.dry_run:
         settings.epochs, settings.warmup = 1, 0
         settings.limit_train = settings.limit_test = settings.batch_size
@@ -132,7 +140,8 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
     settings.model += f"_{settings.position}" if settings.position else ""
     settings.model += f"_r{settings.reduction}" if settings.reduction else ""
     # What differs from the recipe: the report keeps such runs apart.
-    own = recipe | dict(width=WIDTH, precision=choose_precision("auto", settings.device))
+    own = {name: recipe[name] for name in table} | {"width": WIDTH}
+    own["precision"] = choose_precision("auto", settings.device)
     settings.overrides = {k: v for k in own if (v := getattr(settings, k)) != own[k]}
     # What differs from the defaults, by a flag or by the recipe.
     settings.chosen = [k for k, (value, _) in table.items() if getattr(settings, k) != value]
@@ -141,7 +150,7 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
     settings.quick = settings.recipe == "quick" or any(
         (getattr(settings, key) or math.inf) < (recipe[key] or math.inf) for key in length
     )
-    settings.command = shlex.join(["python", "train.py", *(sys.argv[1:] if argv is None else argv)])
+    settings.command = shlex.join(["python", "train.py", *argv])
     return settings
 
 

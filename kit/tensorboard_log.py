@@ -1,6 +1,6 @@
 """TensorBoard logs of a run: curves, and at the end hyper-parameters and pictures.
 
-    tensorboard --logdir runs
+tensorboard --logdir runs
 """
 
 import math
@@ -9,7 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from kit.command_line import noted
-from kit.pictures import FONT_SIZE
+from kit.pictures import FONT_SIZE, rgb
 from kit.plots import legible, plt, shortened
 from kit.runs import NO_SETTING
 
@@ -93,7 +93,7 @@ def draw_misclassified(images, labels, predictions, classes) -> plt.Figure:
     for axes in grid.flat:
         axes.axis("off")
     names = [shortened(name, 1.2, 8) for name in classes]
-    for axes, image, label, k in zip(grid.flat, images, labels, predictions, strict=False):
-        axes.imshow(image.permute(1, 2, 0).numpy(), cmap="gray", vmin=0, vmax=255)
+    for axes, image, label, k in zip(grid.flat, rgb(images), labels, predictions, strict=False):
+        axes.imshow(image.numpy())
         axes.set_title(f"{names[label]}\npredicted {names[k]}", fontsize=8)
     return figure

@@ -116,6 +116,8 @@ def test_the_digest_is_that_of_all_images_and_labels_alone(tmp_path):
         (lambda x, y: (x, y + 1), r"labels must be from 0 to 3, not \[4\]"),
         (lambda x, y: (x, y - 1), r"labels must be from 0 to 3, not \[-1\]"),
         (lambda x, y: (x[:0], y[:0]), "labels must be from 0 to 3, not"),
+        (lambda x, y: (x.to("meta"), y), "images and labels must be on the CPU"),
+        (lambda x, y: (x, y.to("meta")), "images and labels must be on the CPU"),
     ],
 )
 @pytest.mark.parametrize("part", ["train", "test"])
@@ -144,7 +146,23 @@ def test_a_class_that_a_limit_leaves_out_is_named(capsys):
     for limit, said in ((["--limit-train", "64"], True), ([], False)):
         settings = settings_of("--model", "se", "--device", "cpu", *limit)
         data.Loader(dataset, settings, torch.device("cpu"))
-        assert ("no training image of d (1 classes)" in capsys.readouterr().err) == said
+        error = capsys.readouterr().err
+        assert ("no training image of d (1 classes)" in error) == said
+        assert "no test image" not in error
+    dataset.test_labels %= 3
+    data.Loader(dataset, settings, torch.device("cpu"))
+    assert "no test image of d (1 classes)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "load", "line"),
+    [("my set", None, "my set: rename it: names have letters"),
+     ("mine", lambda data_dir: (1, 2), "mine: not an ImageData, but a tuple")],
+)  # fmt: skip
+def test_slips_in_the_table_of_data_sets_are_one_line(monkeypatch, name, load, line):
+    monkeypatch.setitem(data.DATASETS, name, load)
+    with pytest.raises(UserError, match=line):
+        data.load_dataset(name)
 
 
 def test_training_and_test_images_are_of_one_size():

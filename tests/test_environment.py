@@ -15,6 +15,7 @@ import explain
 import train
 from kit import environment, fast, files, preflight
 from kit.command_line import UserError
+from kit.runs import edited
 
 import pytest
 import torch
@@ -247,6 +248,51 @@ def test_the_code_is_known_whatever_lies_beside_it(tmp_path):
     git("add", "copy/train.py")
     git("commit", "-m", "it belongs to it")
     assert script("-c", code, cwd=copy).stdout == git("rev-parse", "HEAD")
+
+
+def test_code_beside_the_project_s_and_its_diff_are_known(tmp_path):
+    """A module in a file of its own; a diff that applies, whatever Git is told to show."""
+    for name in ("train.py", "models.py", "data.py"):
+        shutil.copy(REPO / name, tmp_path)
+    shutil.copytree(REPO / "kit", tmp_path / "kit")
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a"]
+    for command in (["init"], ["add", "."], ["commit", "-m", "all"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    code = "import kit.environment as e; print(e.code_diff(), end='')"
+    assert script("-c", code, cwd=tmp_path).stdout == ""
+    lines = (REPO / "train.py").read_text().splitlines(keepends=True)
+    at = max(i for i, line in enumerate(lines) if line.startswith("    return"))
+    lines.insert(at, "    pass\n")  # empty lines end the hunk
+    (tmp_path / "train.py").write_text("".join(lines))
+    (tmp_path / "mine.py").write_text("GATE = 1\n")
+    for key, value in (("diff.external", "false"), ("color.ui", "always")):
+        subprocess.run([*git, "config", key, value], check=True)
+    code += "; print(e.source_hashes().get('mine.py'), file=sys.stderr)"
+    done = script("-c", f"import mine, sys; {code}", cwd=tmp_path)
+    assert done.stdout.startswith("untracked: mine.py\ndiff --git a/train.py")
+    assert done.stderr.strip() == hashlib.sha256(b"GATE = 1\n").hexdigest()
+    shutil.copy(REPO / "train.py", tmp_path)
+    applied = subprocess.run([*git, "apply"], input=done.stdout, text=True, capture_output=True)
+    assert applied.returncode == 0 and (tmp_path / "train.py").read_text() == "".join(lines)
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "name"),
+    [
+        ("A: float = 30.0", "A: float = 1.0", "A"),
+        ("T: dict = {'a': 1, 'b': 2}", "T: dict = {'a': 1, 'b': 3}", "T['b']"),
+        ("if x:\n    A = 1", "if x:\n    A = 2", "if x:"),
+        ("def f():\n    return 1", "def f():\n    return 2", "f"),
+        ("def f():\n    'One.'\n    return 1", "def f():\n    'Two.'\n    return 1", None),
+        ("'One.'\nA = 1", "'Two.'\nimport os\nA = 1", None),
+    ],
+)
+def test_an_edit_is_named_by_its_definition(monkeypatch, then, now, name):
+    hashes = []
+    for body in (then, now):
+        monkeypatch.setitem(environment.AT_START, "x.py", f"{body}\nZ = 0\n".encode())
+        hashes.append(environment.source_hashes(["x.py"]))
+    assert edited(*hashes) == ([f"x.py: {name}"] if name else [])
 
 
 def test_a_gpu_with_little_memory(monkeypatch, capsys):

@@ -67,6 +67,13 @@ def test_grad_cam_equals_captum_s():
         torch.testing.assert_close(found[layer], theirs[:, 0].detach(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_images_of_any_channels_are_drawn(channels):
+    images = torch.randint(0, 256, (2, channels, 5, 6), dtype=torch.uint8)
+    shown = [0, 0, 0] if channels < 3 else [0, 1, 2]
+    assert torch.equal(pictures.rgb(images), images[:, shown].permute(0, 2, 3, 1))
+
+
 def test_grad_cam_leaves_nothing_behind():
     model = opened("se").train()
     with torch.no_grad():

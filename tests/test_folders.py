@@ -1,19 +1,21 @@
 """Folders as people bring them: which are parts, which are classes, and what is left out."""
 
 import os
+import re
 import shutil
 import unicodedata
+from pathlib import Path
 from types import SimpleNamespace
 
 import data
 import train
-from kit import tensorboard_log
+from kit import image_folder, tensorboard_log
 from kit.command_line import UserError
 
 import numpy as np
 import pytest
 import torch
-from conftest import is_one_line
+from conftest import is_one_line, settings_of
 from PIL import Image
 from test_image_folder import in_a_folder_of_its_own, make  # noqa: F401
 
@@ -341,6 +343,9 @@ def mask(path, size):
         ("{c}/{c} ({i}).png", "{c}/{c} ({i})_mask.png"),
         ("{c}/{c} ({i}).png", "{c}/{c} ({i})_mask_1.png"),
         ("{c}/{i}.png", "{c}/mask_{i}.png"),
+        ("{c}/{i}.png", "{c}/masks/{i}.png"),
+        ("{c}/image_{i}.png", "{c}/mask_{i}.png"),
+        ("{c}/images/image_{i}.png", "{c}/masks/mask_{i}.png"),
         ("{c}/x{i}.bmp", "{c}/x{i}.png"),
         ("{c}/x{i}.png", "{c}/x{i}.bmp"),
         ("train/{c}/p{i}/slice.png", "train/{c}/p{i}/slice_seg.png"),
@@ -387,6 +392,49 @@ def test_copies_and_drawings_are_no_masks(tmp_path, capsys, other, tones):
     assert (f"16 images ({first}, ...) are called like another" in error) == expected
 
 
+@pytest.mark.parametrize(
+    ("image", "its_mask", "doubtful"),
+    [("{c}/{c}{i}.png", "masks/{c}{i}.png", ["masks"]),
+     ("{c}/{i}.png", "{c}_mask/{i}.png", ["normal_mask", "tumour_mask"])],
+)  # fmt: skip
+def test_a_class_that_may_be_masks_is_named(tmp_path, capsys, image, its_mask, doubtful):
+    generator = np.random.default_rng(0)
+    for c in ("normal", "tumour"):
+        for i in range(8):
+            path = tmp_path / "set" / image.format(c=c, i=i)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 255, (80, 80), np.uint8)).save(path)
+            mask(tmp_path / "set" / its_mask.format(c=c, i=i), (80, 80))
+    data.load_dataset(str(tmp_path / "set"))
+    error = capsys.readouterr().err
+    assert re.findall("note: class (.*): its images have two tones", error) == doubtful
+
+
+def test_few_images_with_masks_are_divided_without_them(tmp_path):
+    """The sixth that is tested would be a mask in some classes."""
+    generator = np.random.default_rng(0)
+    for c in "abcdefgh":
+        for i in range(3):
+            path = tmp_path / "set" / c / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 255, (80, 80), np.uint8)).save(path)
+            mask(path.with_name(f"{i}_mask.png"), (80, 80))
+    read = data.load_dataset(str(tmp_path / "set"))
+    assert read.train_labels.bincount().tolist() == [2] * 8
+    assert read.test_labels.bincount().tolist() == [1] * 8
+
+
+def test_frames_of_many_videos_are_looked_at_once(monkeypatch):
+    """They share their names: to compare all with all took minutes."""
+    paths = [Path(f"/set/{c}/video{k}/{i}.png") for c in "ab" for k in range(250) for i in range(4)]
+    counted, bincount = [], np.bincount
+    monkeypatch.setattr(np, "bincount", lambda *a, **k: counted.append(1) or bincount(*a, **k))
+    images = np.random.default_rng(0).integers(0, 255, (len(paths), 1, 8, 8), np.uint8)
+    labelled = {path: path.parts[2] for path in paths}
+    assert image_folder.masks_and_variants(labelled, images) == (set(), set())
+    assert len(counted) <= len(paths)
+
+
 @pytest.mark.parametrize("where", ["set", "copy/of/it"])
 def test_a_copy_of_the_whole_set_inside_it_is_no_class(tmp_path, capsys, where):
     folder = make(tmp_path / "set", {"rose": 8, "tulip": 8})
@@ -402,6 +450,9 @@ def test_folders_that_may_be_folds_are_named(tmp_path, capsys):
         make(tmp_path / "set" / f"fold{i}", {"cat": 4, "dog": 4}, seed=i)
     data.load_dataset(str(tmp_path / "set"))
     assert "note: fold0, fold1, fold2 all hold cat, dog: if those are" in capsys.readouterr().err
+    make(tmp_path / "set" / "fold0", {"owl": 4}, seed=9)
+    data.load_dataset(str(tmp_path / "set"))
+    assert "note: fold0, fold1, fold2 all hold cat, dog: if those are" in capsys.readouterr().err
     fold = tmp_path / "set" / "fold0"
     shutil.copy(fold / "cat/cat000.png", fold / "x.png")  # an image of its own: a class
     data.load_dataset(str(tmp_path / "set"))
@@ -411,13 +462,29 @@ def test_folders_that_may_be_folds_are_named(tmp_path, capsys):
 def test_copies_across_the_validation_split_are_counted(tmp_path, capsys):
     folder = make(tmp_path / "set" / "train", {"cat": 20, "dog": 20}, size=(12, 12))
     make(tmp_path / "set" / "test", {"cat": 4, "dog": 4}, size=(12, 12), seed=1)
-    flags = [*FLAGS, "--batch-size", "8", "--dataset", str(tmp_path / "set"), "--dry-run"]
-    assert train.main(flags) == 0
-    assert "validation images" not in capsys.readouterr().err
+
+    def said(*flags):
+        settings = settings_of("--model", "se", "--dataset", str(tmp_path / "set"), *flags)
+        capsys.readouterr()
+        data.Loader(data.load_dataset(settings.dataset), settings, torch.device("cpu"))
+        return capsys.readouterr().err
+
+    assert "validation images" not in said()
     for path in sorted(folder.rglob("*.png")):
         shutil.copy(path, path.with_name(f"{path.stem}_1.png"))
-    assert train.main(flags) == 0
-    assert " of 8 validation images are also training images (identi" in capsys.readouterr().err
+    assert " of 8 validation images are also training images (identi" in said()
+    # Only images that are used count: seven of the eight have their copies among the others.
+    few = said("--limit-train", "16", "--batch-size", "2")
+    assert "validation images are also" not in few or " of 2 validation images" in few
+
+
+def test_copies_with_another_label_inflate_nothing(tmp_path, capsys):
+    folder = make(tmp_path / "set" / "train", {"cat": 20, "dog": 20}, size=(12, 12))
+    make(tmp_path / "set" / "test", {"cat": 4, "dog": 4}, size=(12, 12), seed=1)
+    shutil.copy(folder / "cat/cat000.png", tmp_path / "set/test/dog/x.png")
+    data.load_dataset(str(tmp_path / "set"))
+    error = capsys.readouterr().err
+    assert "inflated" not in error and "2 images have two labels" in error
 
 
 def test_images_with_two_labels_and_rare_classes_are_named(tmp_path, capsys):

@@ -186,11 +186,14 @@ EDITS = {
         model.parameters(), lr)),
     "step_lr": ("cosine", lambda optimizer, epochs, warmup: torch.optim.lr_scheduler.StepLR(
         optimizer, step_size=1, gamma=0.3)),
+    "numpy_lr": ("cosine", lambda optimizer, epochs, warmup: torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda epoch: 0.5 * (1 + np.cos(np.pi * epoch / epochs)))),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("edit", "mode"), [("sgd", "eager"), ("rmsprop", "compile"), slow("step_lr", "compile")]
+    ("edit", "mode"),
+    [("sgd", "eager"), ("rmsprop", "compile"), ("numpy_lr", "eager"), slow("step_lr", "compile")],
 )
 def test_with_another_optimizer_or_schedule_it_is_resumed_too(edit, mode, tmp_path, monkeypatch):
     """Compiling, which is left out here, warms the step up: that is undone, too."""

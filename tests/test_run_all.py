@@ -198,6 +198,7 @@ def test_sets_up_a_venv_where_a_requirement_is_missing(tmp_path):
     assert asked("full", ANY_VERSION="1") == (["python -m kit.study full"], "")
     commands, message = asked("plan", "study")
     assert [line.split(" -m ")[1].split()[0] for line in commands] == ["venv", "pip", "kit.study"]
+    assert asked("plan", "study", PYTHONOPTIMIZE="1") == (commands, message)  # asserts count
     assert "--require-hashes -r requirements.lock" in commands[1]
     assert commands[2] == ".venv/bin/python -m kit.study plan study"
     assert is_one_line(message) and f"{python} lacks" in message and "5 GB" in message

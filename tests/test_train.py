@@ -32,6 +32,40 @@ def result_of(folder):
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"epoch": 200}, "epoch is no setting"),
+        ({"lr": -1}, "argument --lr: -1 is not from 1e-09 to"),
+        ({"batch_size": 0}, "argument --batch-size: 0 is not"),
+        ({"epochs": 1.5}, "--epochs: invalid int value"),
+        ({"anneal": "step"}, "--anneal: invalid choice: 'step'"),
+        ({"ema": math.inf}, "--ema: inf is not"),
+        ({"precision": "fp16"}, "--precision: invalid choice: 'fp16'"),
+    ],
+)
+def test_a_recipe_is_checked_as_flags_are(monkeypatch, capsys, change, said):
+    monkeypatch.setitem(train.RECIPES, "mine", train.PUBLISHED | change)
+    with pytest.raises(SystemExit) as stopped:
+        settings_of("--model", "se", "--recipe", "mine")
+    error = capsys.readouterr().err
+    assert (
+        stopped.value.code == 2 and is_one_line(error) and "recipe mine" in error and said in error
+    )
+
+
+def test_a_recipe_may_have_any_flag_of_its_own(monkeypatch):
+    monkeypatch.setitem(train.RECIPES, "mine", dict(width=16, epochs=3, flip=True))
+    settings = settings_of("--model", "se", "--recipe", "mine", "--lr", "0.5")
+    assert (settings.width, settings.epochs, settings.flip, settings.batch_size) == (
+        16,
+        3,
+        True,
+        64,
+    )
+    assert settings.overrides == {"width": 16, "lr": 0.5} and not settings.quick
+
+
 def test_the_published_recipe_stays_as_it_is(fashion_mnist):
     settings = settings_of("--model", "se")
     not_used = {"limit_train": 0, "limit_test": 0, "weight_decay": 0, "warmup": 0, "ema": 0}

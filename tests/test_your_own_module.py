@@ -94,6 +94,73 @@ def test_a_module_may_draw_from_python_s_and_numpy_s_generators(tmp_path, monkey
     assert json.loads((tmp_path / "fast" / folder / "result.json").read_text())["mode"] == "eager"
 
 
+class Anneals(nn.Module):
+    """Counts its steps in Python: the gate opens as training goes on."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.steps = 0
+
+    def forward(self, x):
+        self.steps += self.training
+        return x * (1 - 0.5**self.steps)
+
+
+def test_a_counter_in_python_is_saved_and_never_fixed(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(models.MODELS, "anneals", (Anneals, "blocks"))
+    monkeypatch.setattr("torch.compile", lambda forward, **options: forward)
+    folder, flags = "fashion_mnist/published/anneals/seed0", ["--epochs", "2", "--mode", "compile"]
+    assert train_small("anneals", tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        stop_at(6, patch)
+        assert train_small("anneals", tmp_path / "parts", *flags) == 130
+    assert train_small("anneals", tmp_path / "parts", *flags) == 0
+    assert metrics_of(tmp_path / "whole" / folder) == metrics_of(tmp_path / "parts" / folder)
+    assert "count in an attribute, only once; training in mode eager" in capsys.readouterr().err
+
+
+class Keeps(nn.Module):
+    """Keeps tensors between calls: a running mean that is no buffer, and its last gate."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc, self.mean = nn.Linear(channels, channels), None
+
+    def forward(self, x):
+        z = x.mean((2, 3)).mean(0)
+        self.mean = z.detach() if self.mean is None else 0.9 * self.mean + 0.1 * z.detach()
+        self.gate = self.fc(z + self.mean).sigmoid()
+        return x * self.gate[:, None, None]
+
+
+def test_a_module_may_keep_tensors_between_calls(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "keeps", (Keeps, "blocks"))
+    monkeypatch.setattr("torch.compile", lambda forward, **options: forward)
+    flags = ["--epochs", "2", "--mode", "compile"]
+    with monkeypatch.context() as patch:
+        stop_at(10, patch)  # in the test
+        assert train_small("keeps", tmp_path, *flags) == 130
+    assert train_small("keeps", tmp_path, *flags) == 0
+
+
+class Late(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, x):
+        if not hasattr(self, "fc"):
+            self.fc = nn.Linear(x.shape[1], x.shape[1])
+        return x * self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
+
+
+def test_what_is_made_in_the_first_forward_is_refused(tmp_path, monkeypatch, capsys):
+    """It would not be trained."""
+    monkeypatch.setitem(models.MODELS, "late", (Late, "blocks"))
+    assert train_small("late", tmp_path, "--epochs", "1", "--dry-run") == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "layer1.0.attention.fc.bias is made in a first forward" in error
+
+
 class ReturnsGate(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
