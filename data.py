@@ -160,7 +160,8 @@ class Loader:
         labels = {"training": train_labels, "validation": val_labels, "test": test_labels}
         for part, of_part in labels.items():
             counts = of_part.bincount(minlength=len(self.classes))
-            if absent := [name for name, n in zip(self.classes, counts, strict=True) if not n]:
+            absent = [name for name, n in zip(self.classes, counts, strict=True) if not n]
+            if absent and not settings.dry_run:
                 note(f"no {part} image of {', '.join(absent[:5])} ({len(absent)} classes)")
         self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)
         self.channels = self.images.shape[1]

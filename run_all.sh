@@ -17,8 +17,8 @@
 # Exit code: 0 done, 1 something failed (the rest was tried), 2 wrong usage, 130 / 143 stopped by
 # SIGINT / SIGTERM after the active runs have saved; of `test`, pytest's.
 set -euo pipefail
+unset PYTHONOPTIMIZE PYTHONSAFEPATH  # asserts count, and scripts import each other
 die() { echo "error: $2" >&2 && exit "$1"; }  # EXIT_CODE MESSAGE
-unset PYTHONOPTIMIZE PYTHONSAFEPATH  # an assertion counts, and scripts import each other
 cd -- "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")"
 [[ -d kit ]] || { cd -- "${SLURM_SUBMIT_DIR:-.}" && [[ -d kit ]]; } ||  # sbatch runs a copy
   die 1 "$PWD is not the folder of the project: go there first"
@@ -42,8 +42,7 @@ host=${PYTHON:-python3} python=.venv/bin/python
 if ready "$host"; then
   python=$host
 elif ! ready "$python"; then
-  (flock 9 || true  # of workers that start together one sets up, and the others wait
-    ready "$python" && exit
+  (flock 9 || true; ready "$python" && exit  # of workers that start together one sets up
     echo "$host lacks a pinned requirement: setting up .venv (5 GB, some minutes)" >&2
     "$host" -m venv .venv || die 1 "no .venv could be made: see above"
     "$python" -m pip install --quiet --disable-pip-version-check --require-hashes \

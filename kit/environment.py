@@ -117,7 +117,9 @@ def source_hashes(names: Iterable[str] = ()) -> dict[str, str]:
     and of each top-level definition: functions, classes, constants, entries of dicts."""
     found = {}
     for name in names or (*SOURCES, *own_modules()):
-        body = AT_START[name] = AT_START.get(name) or (HERE / name).read_bytes()
+        if name not in AT_START:
+            AT_START[name] = (HERE / name).read_bytes()
+        body = AT_START[name]
         found[name] = hashlib.sha256(body).hexdigest()
         tree = ast.parse(body)
         for node in ast.walk(tree):

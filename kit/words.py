@@ -227,7 +227,7 @@ def front_sentence(f: Findings) -> str:
     dropped = [model for model in f.models if model in f.costs and model not in f.front]
     found = f"Pareto front (accuracy against inference time): {names(f.front)}."
     if not dropped:
-        return f"{found} No model is both faster than another and better or equivalent."
+        return f"{found} No model is shown to be both faster than another and better or equivalent."
     why = "since another model is faster and better or equivalent"
     return f"{found} Not on it: {names(dropped)}, {why}."
 

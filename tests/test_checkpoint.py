@@ -12,6 +12,7 @@ from kit import checkpoint, run
 from kit.ema import EMA
 from models import build_model
 
+import numpy as np
 import pytest
 import torch
 from conftest import assert_same, is_one_line, train_small
@@ -211,6 +212,13 @@ def test_a_learning_rate_that_is_a_tensor_stays_that_tensor():
     checkpoint.load_optimizer(on_cpu.optimizer, on_gpu.optimizer.state_dict())
     assert on_cpu.optimizer.param_groups[0]["lr"] == 0.5
     assert isinstance(on_cpu.optimizer.param_groups[0]["lr"], float)
+
+
+@pytest.mark.parametrize("kind", [np.float64, np.float32, np.int64, np.bool_])
+def test_a_schedule_may_use_numpy_s_numbers(tmp_path, kind):
+    (tmp_path / "last.pt").write_bytes(checkpoint.serialized({"lr": [kind(1)], "name": "x"}))
+    loaded = checkpoint.load(tmp_path / "last.pt")
+    assert loaded == {"lr": [1], "name": "x"} and type(loaded["lr"][0]) is kind
 
 
 def test_states_of_all_parts_are_loaded_in_place():

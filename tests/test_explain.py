@@ -359,7 +359,7 @@ def test_images_that_moved_are_found(tmp_path, capsys):
     assert explain.main([*explained, *moved]) == 0
     next((there / "pets/cat").iterdir()).unlink()
     assert explain.main([*explained, *moved]) == 1
-    assert "other images or labels" in capsys.readouterr().err
+    assert "was not trained on the images and labels of" in capsys.readouterr().err
 
 
 def test_accuracy_is_that_of_the_run(explainable):
@@ -454,7 +454,7 @@ def test_runs_with_other_data_are_not_compared(explainable, fashion_mnist):
     expected = data.stratified(fashion_mnist.test_labels, 5)
     assert torch.equal(explain.load_dataset([run, other], args)[1], expected)
     other.config["data"] = "b"
-    with pytest.raises(UserError, match="other images"):
+    with pytest.raises(UserError, match="was not trained on the images"):
         explain.load_dataset([run, other], args)
 
 
@@ -570,7 +570,10 @@ def test_weights_that_give_nan_are_one_line(explainable, capsys):
     weights = torch.load(explainable / "best.pt", weights_only=True)
     weights["fc.bias"][3] = torch.nan
     torch.save(weights, explainable / "best.pt")
-    assert explain.main(["--run", str(explainable)]) == 1 and "finite" in capsys.readouterr().err
+    assert (
+        explain.main(["--run", str(explainable)]) == 1
+        and "NaN or infinity" in capsys.readouterr().err
+    )
     assert not list(explainable.glob("explain*"))
 
 

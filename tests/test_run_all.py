@@ -233,6 +233,7 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(tmp_path):
     other = runs / "noise/quick/baseline/seed0/result.json"
     before = other.read_bytes()
     environment = {"MODELS": "baseline se", "DATASET": images, "RUNS": runs, "OUT": out}
+    environment["FLAGS"] = "--width 4"
 
     first = run_all("quick", JOBS=2, **environment)
     assert first.returncode == 1 and other.read_bytes() == before
@@ -241,17 +242,17 @@ def test_goes_on_after_a_failed_run_and_skips_finished_ones(tmp_path):
     assert "\n[2/2] se, seed 0, log: " in first.stdout and "\ndone: se, seed 0\n" in first.stdout
     assert f"failed: {sys.executable} train.py --model baseline" in first.stderr
     result = json.loads((runs / "noise/quick/se/seed0/result.json").read_text())
-    assert result["quick"] and result["test_images"] == 30 and result["width"] == 64
-    assert "| `se` (smoke test) | 1 |" in unaligned((out / "report.md").read_text())
+    assert result["quick"] and result["test_images"] == 30 and result["width"] == 4
+    assert "| `se` (smoke test, width 4) | 1 |" in unaligned((out / "report.md").read_text())
     rows = json.loads((out / "benchmark.json").read_text())
     assert {row["model"] for row in rows} == {"baseline", "se"}
-    assert {row["image"] for row in rows} == {"1x12x12"}
+    assert {(row["image"], row["width"]) for row in rows} == {("1x12x12", 4)}
     assert (runs / "noise/quick/se/seed0/explain.png").exists()
     (planned,) = json.loads((runs / "plan.json").read_text())
     assert (planned["models"], planned["seeds"]) == (["baseline", "se"], [0])
     plan = run_all("plan", "quick", **environment).stdout.splitlines()
     assert plan[2].endswith("  # done") and "--model se " in plan[2]
-    assert "  # not done: " in plan[1] and "width 8 instead of 64" in plan[1]
+    assert "  # not done: " in plan[1] and "width 8 instead of 4" in plan[1]
 
 
 def test_ctrl_c_stops_the_runs_too(tmp_path):
