@@ -42,8 +42,6 @@ from kit.runs import different, seeds_of, who
 from kit.verdicts import MARGIN, Comparison, seeds_in_words
 from kit.words import one_line
 
-import numpy as np
-
 CSV_COLUMNS = (
     "dataset", "recipe", "quick", "model", "seed", "width", "test_acc", "test_acc_last", "val_acc",
     "best_epoch", "epochs_run", "stopped_early", "params", "train_seconds", "images_per_second",
@@ -130,11 +128,9 @@ def compare_runs(here: Findings, folder: Path, problems: list[Problem]) -> dict 
         problems.append(Problem(f"--compare {folder}: {study.title} there is not compared"))
     there = Findings(studies[0], [], here.reference)
     settings, others = (study.all_runs[0].settings for study in (here.study, studies[0]))
-    of_data = {key: settings.get(key) for key in ("data", "test_images", "image", "classes")}
-    differences = different({key: others.get(key) for key in of_data}, of_data)
-    labels = [r.labels for r in here.study.all_runs + studies[0].all_runs if r.labels is not None]
-    if differences or not all(np.array_equal(each, labels[0]) for each in labels):
-        why = "; ".join(differences) or "different test labels"
+    of_data = settings.keys() & others & {"data", "test_images", "image", "classes", "labels"}
+    if differences := different(*({k: s[k] for k in of_data} for s in (others, settings))):
+        why = "; ".join(differences)
         problems.append(Problem(f"--compare {folder}: not compared, {why}", is_lost=True))
         return None
     models = [model for model in here.models if model in there.models]

@@ -233,32 +233,18 @@ def epochs_of(folder: Path) -> int:
 
 
 def alike(runs: list[FinishedRun], left_out: dict[str, list[FinishedRun]]) -> list[FinishedRun]:
-    """Runs with the most common settings, data and test labels (in a tie, a baseline's). Adds the
-    others to `left_out`."""
-    usual = most_common(runs, lambda run: json.dumps(run.settings, sort_keys=True)).settings
+    """Runs with the most common settings (in a tie, a baseline's); `left_out` gets the others."""
+    keys = {run.folder: json.dumps(run.settings, sort_keys=True) for run in runs}
+    n = Counter(keys.values())
+    usual = max(runs, key=lambda run: (n[keys[run.folder]], run.result["model"] == "baseline"))
     found = []
     for run in runs:
-        if differences := different(run.settings, usual):
+        if differences := different(run.settings, usual.settings):
             why = f"its settings differ: {'; '.join(differences)}"
             left_out.setdefault(why, []).append(run)
         else:
             found.append(run)
-    with_labels = [run for run in found if run.labels is not None]
-    if with_labels:
-        labels = most_common(with_labels, lambda run: run.labels.tolist()).labels
-        others = [run for run in with_labels if not np.array_equal(run.labels, labels)]
-        left_out |= {"different test labels": others} if others else {}
-        found = [run for run in found if run not in others]
     return found
-
-
-def most_common(runs: list[FinishedRun], key) -> FinishedRun:
-    """A run with the most common key; in a tie, a baseline's."""
-    keys = [str(key(run)) for run in runs]
-    n = Counter(keys)
-    return max(
-        zip(keys, runs, strict=True), key=lambda kr: (n[kr[0]], kr[1].result["model"] == "baseline")
-    )[1]
 
 
 def of_one_model(

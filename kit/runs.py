@@ -13,6 +13,7 @@ resumed as the other nor paired with it. The verdict names differences in code, 
 precision and mode. Needs no torch.
 """
 
+import hashlib
 import io
 import os
 from collections.abc import Iterable
@@ -79,12 +80,16 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> dict:
-        """What all runs of a study must share, apart from test labels; see `different`."""
+        """What all runs of a study must share; see `different`."""
         of_model = {"model", "seed", "position", "reduction", "precision", "mode"}
         unlike = NO_SETTING - {"overrides", "chosen"} | of_model
         found = {k: v for k, v in self.config.items() if k not in unlike}
         of_result = {key: self.result[key] for key in ("test_images", "image")}
-        return found | of_result | {"classes": len(self.result["classes"])}
+        found |= of_result | {"classes": len(self.result["classes"])}
+        if self.labels is not None:
+            labels = self.labels.astype(np.int64).tobytes()
+            found["labels"] = hashlib.sha256(labels).hexdigest()
+        return found
 
 
 def read_run(folder: Path) -> FinishedRun:
@@ -162,7 +167,7 @@ def different(there: dict, here: dict, ignore: Iterable[str] = ()) -> list[str]:
     known = there.keys() & here.keys()
     for config in (there, here):
         known |= {*config.get("overrides", ()), *config.get("chosen", ())}
-    special = {"data": "other images or labels"}
+    special = {"data": "other images or labels", "labels": "other test labels"}
     return [
         special.get(key) or f"{key} {there.get(key) or 'none'} instead of {here.get(key) or 'none'}"
         for key in sorted(known - NO_SETTING - set(ignore))

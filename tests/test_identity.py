@@ -130,7 +130,7 @@ def test_other_data_or_labels_are_not_paired(runs):
         path = folder / f"test_{name}.npy"
         np.save(path, np.load(path)[order])
     finding, row, _ = found_in(runs)
-    assert "Left out, se seed 1:** different test labels" in finding and row == ""
+    assert "Left out, se seed 1:** its settings differ: other test labels" in finding and row == ""
 
 
 def test_a_test_set_of_another_size_is_not_paired(runs):
@@ -140,7 +140,10 @@ def test_a_test_set_of_another_size_is_not_paired(runs):
         np.save(path, np.load(path)[:5000])
     right = (np.load(folder / "test_labels.npy") == np.load(folder / "test_predictions.npy")).mean()
     change(folder, "result", test_images=5000, test_acc=100 * right)
-    assert "Left out, se seed 0:** its settings differ: test_images 5000" in found_in(runs)[0]
+    assert (
+        "Left out, se seed 0:** its settings differ: other test labels; test_images 5000"
+        in found_in(runs)[0]
+    )
 
 
 @pytest.mark.parametrize("name", SOURCES)
