@@ -102,7 +102,8 @@ def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
     before = tried.state_dict().keys()
     predict(tried, images)
     if new := sorted(tried.state_dict().keys() - before):
-        raise UserError(f"{new[0]} is made in a first forward: make it in __init__, to be trained")
+        why = "so it would not be trained or restored: make it in __init__"
+        raise UserError(f"{new[0]} is made in the first forward, {why}")
 
 
 @torch.no_grad()

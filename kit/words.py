@@ -178,7 +178,7 @@ def spread_sentences(f: Findings) -> list[str]:
     by_images = f"the {f.study.result['test_images']:,} test images alone would give"
     alone = f"; {by_images} {s.from_images:.2f}" if s.from_images else ""
     shared = f" (probably too narrow: all comparisons share `{f.reference}`)" * (len(f.against) > 1)
-    pair = f" (the test images: {s.difference_from_images:.2f})" if s.from_images else ""
+    pair = f" ({s.difference_from_images:.2f} from the test images alone)" if s.from_images else ""
     needed = "; ".join(
         f"{points:g} points: {middle:,} ({low:,} to {high:,})"
         for points, (middle, low, high) in s.seeds_needed.items()

@@ -158,7 +158,7 @@ def test_what_is_made_in_the_first_forward_is_refused(tmp_path, monkeypatch, cap
     monkeypatch.setitem(models.MODELS, "late", (Late, "blocks"))
     assert train_small("late", tmp_path, "--epochs", "1", "--dry-run") == 1
     error = capsys.readouterr().err
-    assert is_one_line(error) and "layer1.0.attention.fc.bias is made in a first forward" in error
+    assert is_one_line(error) and "layer1.0.attention.fc.bias is made in the first forward" in error
 
 
 class ReturnsGate(nn.Module):
