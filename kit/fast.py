@@ -225,9 +225,8 @@ def gradient_error(found: list, expected: list, each: bool) -> float:
     return torch.stack(errors).nan_to_num(0).max().item()  # 0 / 0: all are 0
 
 
-def python_state(model: torch.nn.Module) -> tuple:
-    """What a compiled step or graph would freeze."""
-    return random.getstate(), str(np.random.get_state()), attributes(model)  # noqa: NPY002
+def generator_states() -> tuple:
+    return random.getstate(), str(np.random.get_state())  # noqa: NPY002
 
 
 def fast(step, forward, mode, precision, example: tuple, model, restore: Callable):
@@ -249,9 +248,10 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
 
     failures, size = [], len(example[0])
     if mode != "eager":
-        before = python_state(model)
+        generators, numbers = generator_states(), attributes(model)
         weights = telling_weights(model, partial(gradients, step))
-        if python_state(model) != before:
+        counts = any(numbers[name].items() - now.items() for name, now in attributes(model).items())
+        if counts or generators != generator_states():
             what = "Python's or NumPy's generator, or count in an attribute,"
             failures.append(f"mode {mode} would draw from {what} only once")
             mode = "eager"

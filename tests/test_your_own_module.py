@@ -129,6 +129,7 @@ class Keeps(nn.Module):
     def forward(self, x):
         z = x.mean((2, 3)).mean(0)
         self.mean = z.detach() if self.mean is None else 0.9 * self.mean + 0.1 * z.detach()
+        self.size = x.shape[2]  # a number, but none that changes
         self.gate = self.fc(z + self.mean).sigmoid()
         return x * self.gate[:, None, None]
 
@@ -141,6 +142,8 @@ def test_a_module_may_keep_tensors_between_calls(tmp_path, monkeypatch):
         stop_at(10, patch)  # in the test
         assert train_small("keeps", tmp_path, *flags) == 130
     assert train_small("keeps", tmp_path, *flags) == 0
+    (result,) = tmp_path.rglob("result.json")
+    assert json.loads(result.read_text())["mode"] == "compile"
 
 
 class Late(nn.Module):
