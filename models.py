@@ -204,7 +204,8 @@ class ResNet18(nn.Module):
         self.fc = nn.Linear(8 * width, num_classes)
         # Kaiming fan-out as in torchvision, except for the stem, which keeps PyTorch's default, as
         # if swapped into torchvision's model. With fan-out its outputs are tiny relative to
-        # BatchNorm's initial running variance of 1: after 30 steps 16% instead of 72% validation.
+        # BatchNorm's initial running variance of 1: 16% instead of 72% validation accuracy after 30
+        # steps.
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and module is not self.conv1:
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -279,7 +280,7 @@ MODELS = {
     "se": (SE, "blocks"),
     "cbam_blocks": (CBAM, "blocks"),
     "cbam_classifier": (CBAM, "classifier"),
-    "cbam_prepool": (CBAM, "prepool"),  # as many parameters, on a 4x4 map
+    "cbam_prepool": (CBAM, "prepool"),  # as many parameters as cbam_classifier, on a 4x4 map
     "eca": (ECA, "blocks"),
     "ge": (GE, "blocks"),
     "gc": (GC, "blocks"),
@@ -292,7 +293,7 @@ MODELS = {
     "se_static": (StaticSE, "blocks"),
     "cbam_blocks_static": (StaticCBAM, "blocks"),
 }
-# A module that no model has in every block gets such a model, under its own name.
+# A new module gets a model of its own name, in every block.
 in_blocks = {m for m, position in MODELS.values() if position in ("blocks", "replace_conv2")}
 for name, module in ATTENTION.items():
     if module not in in_blocks:

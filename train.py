@@ -9,8 +9,8 @@
 
 The folder is RUNS/<dataset>/<recipe>/<model>/seed<k>/. Ctrl-C and SIGTERM stop a run after the
 current step; the same command resumes it, or says that it is complete. Each epoch prints a line;
-* marks the best validation accuracy so far. Two otherwise idle CPU cores train 65 to 100 images/s:
-`quick` takes half a minute, one epoch of the published recipe 9 to 14 minutes.
+* marks the best validation accuracy so far. Two idle CPU cores train 65 to 100 images/s, depending
+on their kind: `quick` takes half a minute, one epoch of the published recipe 9 to 14 minutes.
 """
 
 import copy
@@ -27,7 +27,6 @@ from kit.fast import autocast, channels_last, set_up_torch
 from kit.preflight import preflight
 from kit.run import Run
 from kit.settings import parse_settings
-from models import build_model
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +42,7 @@ SETTINGS = {
     "anneal": ("epoch", "how often the learning rate is set: per epoch or per batch"),
     "patience": (10, "stop after this many epochs without better validation accuracy; 0: never"),
     "tested": ("best", "which weights are tested: those of the best validation epoch, or the last"),
-    "limit_train": (0, "training images; a ninth as many validate, at least a batch; 0: all"),
+    "limit_train": (0, "training images; validation takes a ninth, at least a batch; 0: all"),
     "limit_test": (0, "test images, a stratified sample; 0: all"),
     # The published recipe has none of these.
     "weight_decay": (0.0, "of AdamW, for all but biases and BatchNorm"),
@@ -83,7 +82,7 @@ def prepare(settings, dataset):
 
     # Model, optimizer, schedule.
     seed_generators(settings.seed)  # for modules that draw random numbers, such as dropout
-    model = build_model(
+    model = models.build_model(
         settings.base_model, len(dataset.classes), loader.channels, settings.width, settings.seed,
         settings.position, settings.reduction,
     ).to(device)  # fmt: skip
@@ -139,8 +138,8 @@ def train(settings, dataset, run: Run) -> dict:
                 progress.step = i + 1
                 if settings.anneal == "batch":
                     scheduler.step()
-            losses = progress.losses.double().cpu()  # one synchronisation per epoch
-        finally:
+            losses = progress.losses.double().cpu()  # the first synchronisation of the epoch
+        finally:  # also if stopped: the resumed epoch continues its clock
             progress.seconds = time.perf_counter() - start
 
         val_loss, predictions = evaluate(eval_model, loader, *loader.validation, run)
@@ -165,7 +164,7 @@ def train(settings, dataset, run: Run) -> dict:
     tested_model = copy.deepcopy(eval_model)
     tested_model.load_state_dict(progress.best)
     _, predictions = evaluate(tested_model, loader, *loader.test, run)
-    run.test(predictions)  # writes them
+    run.save_predictions(predictions)
     labels = loader.test[1]
     return {
         "test_acc": accuracy(predictions, labels),

@@ -198,7 +198,8 @@ def for_terminal(f: Findings) -> str:
 
 def readme_block(f: Findings, folder: str) -> str:
     """A study in brief; its report is in `folder`."""
-    says = "mean ± standard deviation over seeds, in percent; difference with corrected interval."
+    says = "mean ± standard deviation over seeds, in percent; difference, before rounding, with "
+    says += "corrected interval."
     return joined([
         f"**{words.answer(f)}**",
         report_tables.main_table(f, seeds=False),

@@ -6,7 +6,7 @@
         step = run.speed_up(step, forward)              # compiled, or one CUDA graph
         run.leave_if_stopped()                          # between two steps: Ctrl-C, SIGTERM
         run.log_and_save()                              # after each epoch
-        run.test(predictions)                           # once
+        run.save_predictions(predictions)               # once
         run.complete(accuracies)                        # writes result.json
 
 Step, loop and data are in train.py. last.pt is saved after an epoch unless saving would take more
@@ -218,7 +218,7 @@ class Run:
 
     # --- At the end -------------------------------------------------------------------------------
 
-    def test(self, predictions: torch.Tensor) -> None:
+    def save_predictions(self, predictions: torch.Tensor) -> None:
         """Writes predictions and labels, and logs them to TensorBoard."""
         kind = np.uint8 if len(self.loader.classes) <= 256 else np.uint16
         for name, classes in (("predictions", predictions), ("labels", self.loader.test[1])):

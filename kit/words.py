@@ -60,7 +60,10 @@ def flag(reasons) -> str:
 
 
 def how(row: dict | None) -> str:
-    return text(f"{row['mode']} {row['precision']}") if row else "-"
+    if not row:
+        return "-"
+    precision = row["precision"].replace("default", "PyTorch's default precision")
+    return text(f"{row['mode']} in {precision}")
 
 
 def names(models) -> str:
@@ -87,7 +90,7 @@ def answer(f: Findings) -> str:
     if interim := f.with_verdict(None):
         parts.append(f"no verdict yet: {names(interim)}")
     smoke_test = "In this smoke test, compared" if f.study.result["quick"] else "Compared"
-    found = f"{smoke_test} with `{f.reference}` over {pairs_of(f)}: {'; '.join(parts)}."
+    found = f"{smoke_test} with `{f.reference}` over {pairs_of(f)}, {'; '.join(parts)}."
     if f.spread and f.with_verdict("undecided"):
         smallest = f"{f.spread.detectable:.2g} points"
         found += f" These seeds reliably detect only differences above {smallest} (80% power)."
@@ -185,7 +188,7 @@ def spread_sentences(f: Findings) -> list[str]:
     )
     return [
         f"Accuracy has a standard deviation of {s.over_seeds:.2f} points over seeds{alone}.",
-        f"Paired differences have {s.of_difference:.2f}{pair}, 95% interval "
+        f"Paired differences have one of {s.of_difference:.2f}{pair}, 95% interval "
         f"{interval(s.interval, '.2f')}{shared}.",
         f"Minimum detectable difference (80% power, first of {len(f.against)} comparisons): "
         f"{s.detectable:.2f} points. Seeds needed to detect {needed}.",

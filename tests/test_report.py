@@ -38,7 +38,7 @@ def test_the_answer_and_the_published_figures_beside_ours(study):
     ]  # fmt: skip
     assert row_of(section, "cbam_classifier")[1] == "93.18 / -"
     assert "smoke test" not in text.lower() and "## What is missing" not in text
-    assert text.index("**Compared with `baseline` over only 2 to 3 seeds:") < text.index("| model ")
+    assert text.index("**Compared with `baseline` over only 2 to 3 seeds, ") < text.index("| model ")
     assert "published, from one run each: -0.57" in text and "python train.py --model" in text
     shown = FIGURES.keys() - {"accuracy_vs_epochs.png", "compared.png"}  # all stop at one epoch
     for figure in shown:
@@ -57,7 +57,7 @@ def test_the_terminal_shows_every_study_with_a_verdict(study, finished_run, caps
     assert written == f"written: {out}/report.md, and report.html beside it"
     assert title == "fashion_mnist, recipe published"
     assert answer.startswith(
-        "Compared with `baseline` over only 2 to 3 seeds: worse: `cbam_blocks` (-0.60); "
+        "Compared with `baseline` over only 2 to 3 seeds, worse: `cbam_blocks` (-0.60); "
     )
     assert row_of(table, "baseline") == ["`baseline`", "3", "93.20 ± 0.10", "-", "-", "1.00x"]
     assert row_of(table, "se")[1:3] == ["3", "93.10 ± 0.26"] and "undecided" in table
@@ -86,7 +86,7 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
     assert row_of(text, "cbam_blocks")[4] == "undecided"
     assert row_of(text, "eca")[4] == "equivalent"
     answer = next(line for line in text.splitlines() if line.startswith("**Compared"))
-    assert answer.startswith("**Compared with `baseline` over 5 seeds: worse: `se` (-1.00), ")
+    assert answer.startswith("**Compared with `baseline` over 5 seeds, worse: `se` (-1.00), ")
     assert "; equivalent (within 0.3 points): `eca` (+0.00); undecided: `cbam_blocks`" in answer
     assert "- `se` is worse than `baseline`: -1.00 points (" in text
     assert "over 5 seeds (92.20% against 93.20%; p < 0.001 after correction)" in text
@@ -100,7 +100,7 @@ def test_verdicts_against_the_baseline(finished_run, tmp_path):
     flags = ["--margin", "0.001", "--reference", "se", "--models", "eca", "baseline"]
     assert report.main(["--runs", str(runs), "--out", str(out), *flags]) == 0
     text = (out / "report.md").read_text()
-    assert "**Compared with `se` over 5 seeds: better: `baseline` (+1.00), `eca` (+1.00).**" in text
+    assert "**Compared with `se` over 5 seeds, better: `baseline` (+1.00), `eca` (+1.00).**" in text
     assert "Holm's correction over `baseline`, `eca`, level 5%" in text
     assert "cbam" not in text.partition("### Published")[0]
 
