@@ -43,7 +43,7 @@ from kit.command_line import (
     make_parser,
     table,
 )
-from kit.environment import device_name, source_hashes
+from kit.environment import device_name, own_modules, source_hashes
 from kit.files import check_writable, locked, write_atomically, write_json
 from kit.preflight import choose_device, preflight
 from kit.results import read_rows
@@ -306,7 +306,8 @@ def main(argv: list[str] | None = None) -> int:
                 text = save(args.out / "benchmark_train", rows, training_speed.markdown)
         print(text)
         return 0
-    common |= {"sha256": source_hashes(SOURCES), "timed_by": source_hashes(["benchmark.py"])}
+    sources = (*SOURCES, *own_modules())
+    common |= {"sha256": source_hashes(sources), "timed_by": source_hashes(["benchmark.py"])}
     axes = map(dict.fromkeys, (args.precisions, args.batch_sizes, args.models, args.modes))
     cases = [
         {"precision": precision, "batch_size": size, "model": model, "mode": mode}
@@ -327,7 +328,7 @@ def main(argv: list[str] | None = None) -> int:
             again = set(map(place, group))  # a case that fails now loses its old row too
             rows = sorted([*found, *(r for r in rows if place(r) not in again)], key=order)
             save(args.out / "benchmark", rows, markdown)  # so that --keep can resume
-        print(markdown(rows))
+        print(save(args.out / "benchmark", rows, markdown))
     print("MFLOPs: exact for convolutions and matrix products. GFLOPs: 2 x thop's MACs.")
     print(f"Written to {args.out / 'benchmark.json'}: {new} of {len(rows)} rows are new.")
     return 1 if failed or not rows else 0

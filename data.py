@@ -52,7 +52,8 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
     if not is_path and dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, a folder or an .npz")
     if folder.name in DATASETS or not is_name(folder.name) or not shows(str(folder)):
-        raise ValueError(f"{printable(folder)}: rename it: {NAMES}; {known} are taken")
+        name = dataset if dataset in DATASETS else printable(folder)
+        raise ValueError(f"{name}: rename it: {NAMES}; {known} are taken")
     return str(folder), folder.name
 
 

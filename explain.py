@@ -76,8 +76,8 @@ def load_model(run: FinishedRun, dataset: data.ImageData) -> nn.Module:
         model.load_state_dict(checkpoint.load(path))
     except Exception as error:  # damaged files can raise anything
         raise UserError(
-            f"{path} does not load as {config['model']} ({in_one_line(error)}): train it first "
-            "(weights are not in Git)"
+            f"{path} does not load as {config['model']} ({in_one_line(error)}): train it again "
+            "with --overwrite (weights are not in Git)"
         ) from None
     return channels_last(model).eval()
 

@@ -246,12 +246,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--margin", type=float, default=MARGIN, metavar="X",
         help=f"points of test accuracy within which models are equivalent; {default}")  # fmt: skip
     add("--compare", type=Path, help="folder of other runs to compare the first study with")
-    add("--formats", nargs="+", choices=FORMATS, default=["png"], help="of the figures; always PNG")
+    add("--formats", nargs="+", choices=FORMATS, default=["png"], help="formats besides PNG")
     add("--readme", type=Path, nargs="+", default=[], help="files whose blocks to update")
     add("--power", action="store_true", help="only print the seeds that --difference takes")
     add("--sd", type=float, help="over seeds, in points; default: estimated from --runs")
     add("--difference", type=float, help="to detect, in points")
-    add("--comparisons", type=int, default=4, help=f"number of them with the reference; {default}")
+    add("--comparisons", type=int, default=4, help=f"number of comparisons; {default}")
     args = parser.parse_args(argv)
     if args.power != bool(args.difference) or (args.sd is not None and not args.power):
         parser.error("--power and --difference go together; --sd only with them")

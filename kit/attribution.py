@@ -83,7 +83,8 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
-    """Raises UserError if a module changes shape or dtype: PyTorch would broadcast a gate."""
+    """Raises UserError if a module changes shape or dtype, since PyTorch would broadcast a gate, or
+    makes parameters or buffers in its first forward."""
     modules = attention_modules(model)
 
     def check(name, forward, x):

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 # A schedule may compute learning rates with NumPy.
-NUMPY_NUMBERS = [np._core.multiarray.scalar, np.dtype, *(type(np.dtype(k)) for k in "?ilfd")]
+NUMPY_NUMBERS = [np.float64().__reduce__()[0], np.dtype, *(type(np.dtype(k)) for k in "?ilfd")]
 
 
 @dataclass
@@ -61,9 +61,10 @@ class Progress:
 
 
 def attributes(model: torch.nn.Module) -> dict[str, dict]:
-    """{module: its numbers in Python}, such as a counter of steps."""
+    """{module: its numbers and flags in Python}, such as a counter of steps."""
+    kinds = (bool, int, float)
     return {
-        name: {k: v for k, v in vars(module).items() if type(v) in (int, float)}
+        name: {k: v for k, v in vars(module).items() if type(v) in kinds and k != "training"}
         for name, module in model.named_modules()
     }
 
@@ -92,8 +93,8 @@ def load_state(state: dict, parts: dict, device: torch.device) -> None:
             load_optimizer(part, state[name])
         elif part:
             part.load_state_dict(state[name])
-    for name, values in state["attributes"].items():
-        vars(parts["model"].get_submodule(name)).update(values)
+    for name, module in parts["model"].named_modules():
+        vars(module).update(state["attributes"].get(name, {}))
     torch.set_rng_state(state["rng"])
     random.setstate(state["python_rng"])
     np.random.set_state(state["numpy_rng"])  # noqa: NPY002

@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -105,16 +106,20 @@ def image() -> dict | None:
 
 def own_modules() -> list[str]:
     """Imported files of this folder that are not the project's: a module of your own, say."""
-    modules = {name: module for name, module in sys.modules.items() if name != "__main__"}
-    files = [Path(getattr(module, "__file__", None) or "") for module in modules.values()]
-    found = {path.relative_to(HERE) for path in files if HERE in path.parents}
-    top = {path: path.parts[0] for path in found if path.suffix == ".py"}
-    return sorted(str(path) for path in top if top[path] not in OURS and top[path][0] != ".")
+    root = Path(__file__).parent.parent  # as sys.path has it, links included
+    modules = [module for name, module in [*sys.modules.items()] if name != "__main__"]
+    files = {Path(getattr(module, "__file__", None) or "") for module in modules}
+    installed = {Path(sysconfig.get_path(kind)) for kind in ("stdlib", "purelib", "platlib")}
+    found = {path.relative_to(root) for path in files
+             if root in path.parents and installed.isdisjoint(path.parents)}  # fmt: skip
+    return sorted(str(path) for path in found
+                  if path.suffix == ".py" and path.parts[0] not in OURS)  # fmt: skip
 
 
 def source_hashes(names: Iterable[str] = ()) -> dict[str, str]:
     """sha256 of these scripts (by default those that results depend on) when this process started,
-    and of each top-level definition: functions, classes, constants, entries of dicts."""
+    and of each top-level definition without docstrings: functions, classes, constants, entries of
+    dicts. Other files are read at the first call."""
     found = {}
     for name in names or (*SOURCES, *own_modules()):
         if name not in AT_START:
@@ -128,22 +133,26 @@ def source_hashes(names: Iterable[str] = ()) -> dict[str, str]:
                 node.body.pop(0)
         for node in tree.body:
             for part, value in parts_of(node).items():
-                digest = hashlib.sha256(ast.dump(value).encode()).hexdigest()
-                found[f"{name}: {part}"] = digest[:12]
+                key = f"{name}: {part}"  # of the same name, all together
+                content = found.get(key, "") + ast.dump(value)
+                found[key] = hashlib.sha256(content.encode()).hexdigest()[:12]
     return found
 
 
 def parts_of(node: ast.stmt) -> dict[str, ast.AST]:
-    """{name: definition} of a top-level statement; an `if` or loop is named by its first line."""
+    """{name: definition} of a top-level statement; an `if` or loop is named by its first line.
+    Imports have none."""
     if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
         return {node.name: node}
     if not isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign)):
-        return {ast.unparse(node).partition("\n")[0]: node} if hasattr(node, "body") else {}
+        if hasattr(node, "body"):
+            return {ast.unparse(node).partition("\n")[0]: node}
+        return {"calls": node} if isinstance(node, ast.Expr) else {}
     target = ast.unparse(getattr(node, "target", None) or node.targets[0])
     if not isinstance(node.value, ast.Dict):
         return {target: node}
     entries = zip(node.value.keys, node.value.values, strict=True)
-    return {f"{target}[{ast.unparse(key)}]": value for key, value in entries if key}
+    return {f"{target}[{ast.unparse(key) if key else '**'}]": value for key, value in entries}
 
 
 def output_of(*command) -> str | None:

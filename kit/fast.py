@@ -225,8 +225,9 @@ def gradient_error(found: list, expected: list, each: bool) -> float:
     return torch.stack(errors).nan_to_num(0).max().item()  # 0 / 0: all are 0
 
 
-def generator_states() -> tuple:
-    return random.getstate(), str(np.random.get_state())  # noqa: NPY002
+def python_state(model: torch.nn.Module) -> tuple:
+    """What changes in it from step to step would be fixed by a graph."""
+    return random.getstate(), str(np.random.get_state()), attributes(model)  # noqa: NPY002
 
 
 def fast(step, forward, mode, precision, example: tuple, model, restore: Callable):
@@ -248,11 +249,11 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
 
     failures, size = [], len(example[0])
     if mode != "eager":
-        generators, numbers = generator_states(), attributes(model)
         weights = telling_weights(model, partial(gradients, step))
-        counts = any(numbers[name].items() - now.items() for name, now in attributes(model).items())
-        if counts or generators != generator_states():
-            what = "Python's or NumPy's generator, or count in an attribute,"
+        before = python_state(model)
+        step(*example)
+        if python_state(model) != before:
+            what = "Python's or NumPy's generator, or count in an attribute (use a buffer),"
             failures.append(f"mode {mode} would draw from {what} only once")
             mode = "eager"
         expected = gradients(step, weights)

@@ -95,7 +95,7 @@ class Findings:
         return found
 
     def compare_classes(self) -> ByClass | None:
-        """None with few seeds, or if a run's predictions are missing."""
+        """None with few seeds, before a plan's end, or if predictions are missing."""
         study = self.study
         final = [model for model, c in self.against.items() if not c.is_interim]
         models = [model for model in final if len(self.against[model].seeds) >= SEEDS_BY_CLASS]

@@ -209,7 +209,7 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
     """The images below each folder in `folder`, sorted by file name."""
     folders, files = entries(folder, left_out)
     left_out[BESIDE].update(files)
-    images, inside, names = {}, [], {path.name for path in folders}
+    images, inside, names = {}, {}, {path.name for path in folders}
     for path in folders:
         name = unicodedata.normalize("NFC", path.name)  # a Mac may have written it as NFD
         if not shows(name):
@@ -220,7 +220,8 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
         if len(names & set().union(*inner)) > 1:
             left_out["copy of the folder around it"].add(path)
             continue
-        inside += [{"".join(parts[:1]) for parts in inner}] if found else []  # "": directly in it
+        if found:
+            inside[path] = {"".join(parts[:1]) for parts in inner}  # "": directly in it
         kinds = {part_of("".join(parts[:1])) for parts in inner}
         if "train" in kinds and kinds & {"test", "val"}:
             raise UserError(f"{path} has parts of its own: move the classes into the parts")
@@ -233,10 +234,10 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
                     f"{printable(path)} has no images that Pillow reads: add some, or delete it"
                 )
             left_out["folder without images"].add(path)
-    common = set.intersection(*inside) if len(inside) > 1 else set()
-    if len(common) > 1 and "" not in set().union(*inside):
+    common = set.intersection(*inside.values()) if len(inside) > 1 else set()
+    if len(common) > 1 and "" not in set().union(*inside.values()):
         same = ", ".join(sorted(common)[:5])
-        note(f"{names_of(folders)} all hold {same}: if those are the classes, put them into "
+        note(f"{names_of([*inside])} all hold {same}: if those are the classes, put them into "
              "folders called train and test")  # fmt: skip
     if len(set(images.values())) < 2:
         raise UserError(f"{folder} needs a folder of images for each of two classes or more")
@@ -272,8 +273,8 @@ def divided(images: Labelled) -> tuple[Labelled, Labelled]:
 
 def without_a_word(stem: str) -> dict[str, str]:
     """{word: the rest of the name}; "": the whole name."""
-    words = [match[0] for pattern in (SUFFIX, PREFIX) if (match := pattern.search(stem))]
-    return {word: stem.replace(word, "") for word in words} | {"": stem}
+    found = [match for pattern in (SUFFIX, PREFIX) if (match := pattern.search(stem))]
+    return {word[0]: stem[: word.start()] + stem[word.end() :] for word in found} | {"": stem}
 
 
 def masks_and_variants(labelled: Labelled, images: np.ndarray) -> tuple[set[Path], set[Path]]:

@@ -128,6 +128,7 @@ class Run:
             self.write("code.diff", diff)
         self.write_best()
         self.write_metrics()
+        self.numbers = checkpoint.attributes(model)
         return self.progress
 
     def speed_up(self, step, forward):
@@ -181,6 +182,7 @@ class Run:
             self.save()
         self.write_metrics()
         log_epoch(self.writer, row)
+        self.note_counters()
         print(
             f"epoch {row['epoch']:2d}/{self.settings.epochs}  lr {row['lr']:.2e}  "
             f"train {row['train_loss']:.4f} {row['train_acc']:6.2f}%  "
@@ -188,6 +190,16 @@ class Run:
             f"{row['images_per_second']:,.0f} images/s  {row['seconds']:.1f} s",
             flush=True,
         )
+
+    def note_counters(self) -> None:
+        """Once: numbers that a module changes while it trains are in last.pt, not in best.pt."""
+        now = checkpoint.attributes(self.parts["model"])
+        changed = sorted(f"{name}.{key}" for name, before in self.numbers.items()
+                         for key, _ in before.items() - now.get(name, {}).items())  # fmt: skip
+        if changed:
+            advice = "make it a buffer (register_buffer)"
+            print(f"note: {changed[0]} changes, but best.pt lacks it: {advice}", file=sys.stderr)
+        self.numbers = {}
 
     def save(self) -> None:
         """Saves last.pt together with best.pt, so that the two match."""

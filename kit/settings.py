@@ -115,8 +115,11 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
     recipe = {name: value for name, (value, _) in table.items()} | recipes[settings.recipe]
     if unknown := [name for name in recipe if name not in settings]:
         parser.error(f"recipe {settings.recipe}: {unknown[0]} is no setting")
+    flags, prog = [*map(as_flag, recipe.items())], parser.prog
     parser.prog += f", recipe {settings.recipe}"  # its values are checked as flags are
-    settings = parser.parse_args([*map(as_flag, recipe.items()), *argv])
+    recipe = vars(parser.parse_args(["--model", settings.model, *flags]))
+    parser.prog = prog
+    settings = parser.parse_args([*flags, *argv])
     if settings.dry_run:
         settings.epochs, settings.warmup = 1, 0
         settings.limit_train = settings.limit_test = settings.batch_size

@@ -51,6 +51,7 @@ TABLES = {
 }
 # Environment variables that a word does not accept.
 OWN = {"full": [], "study": ["MODELS", "RECIPE", "DATASET", "RUNS", "SHARD"]}
+hashes = functools.cache(source_hashes)  # they stay as they were when this process started
 say = functools.partial(print, "#", flush=True)  # a heading among the commands
 # FLAGS may not change these.
 OF_THE_RUN = ("base_model", "dataset", "recipe", "seed", "runs", "dry_run", "overwrite")
@@ -90,7 +91,7 @@ class Training(Job):
             there = completed(self.folder, config)
         except UserError as error:
             return f"not done: {error}"
-        return "done" + in_brackets(changes_since(there.env, {"sha256": source_hashes()}))
+        return "done" + in_brackets(changes_since(there.env, {"sha256": hashes()}))
 
 
 @functools.cache

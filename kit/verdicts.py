@@ -33,7 +33,7 @@ class Comparison:
     p_holm: float = float("nan")  # corrected over all comparisons of the study
     corrected: tuple[float, float] = (float("nan"), float("nan"))  # confidence interval, likewise
     margin: float = MARGIN
-    planned: set[int] = field(default_factory=set)  # seeds planned for both; empty: no plan
+    planned: set[int] = field(default_factory=set)  # for both, or for the one with a plan
     unlike: list[str] = field(default_factory=list)  # other differences within its pairs, in words
 
     @property

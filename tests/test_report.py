@@ -38,7 +38,9 @@ def test_the_answer_and_the_published_figures_beside_ours(study):
     ]  # fmt: skip
     assert row_of(section, "cbam_classifier")[1] == "93.18 / -"
     assert "smoke test" not in text.lower() and "## What is missing" not in text
-    assert text.index("**Compared with `baseline` over only 2 to 3 seeds, ") < text.index("| model ")
+    assert text.index("**Compared with `baseline` over only 2 to 3 seeds, ") < text.index(
+        "| model "
+    )
     assert "published, from one run each: -0.57" in text and "python train.py --model" in text
     shown = FIGURES.keys() - {"accuracy_vs_epochs.png", "compared.png"}  # all stop at one epoch
     for figure in shown:

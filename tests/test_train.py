@@ -42,6 +42,7 @@ def result_of(folder):
         ({"anneal": "step"}, "--anneal: invalid choice: 'step'"),
         ({"ema": math.inf}, "--ema: inf is not"),
         ({"precision": "fp16"}, "--precision: invalid choice: 'fp16'"),
+        ({"epochs": "ten"}, "--epochs: invalid int value: 'ten'"),
     ],
 )
 def test_a_recipe_is_checked_as_flags_are(monkeypatch, capsys, change, said):
@@ -55,7 +56,7 @@ def test_a_recipe_is_checked_as_flags_are(monkeypatch, capsys, change, said):
 
 
 def test_a_recipe_may_have_any_flag_of_its_own(monkeypatch):
-    monkeypatch.setitem(train.RECIPES, "mine", dict(width=16, epochs=3, flip=True))
+    monkeypatch.setitem(train.RECIPES, "mine", dict(width=16, epochs="3", flip=True))
     settings = settings_of("--model", "se", "--recipe", "mine", "--lr", "0.5")
     assert (settings.width, settings.epochs, settings.flip, settings.batch_size) == (
         16,
