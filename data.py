@@ -162,7 +162,7 @@ class Loader:
         for part, of_part in labels.items():
             counts = of_part.bincount(minlength=len(self.classes))
             absent = [name for name, n in zip(self.classes, counts, strict=True) if not n]
-            if absent and not settings.dry_run:
+            if absent and not (settings.dry_run and part == "test"):  # of that it has a batch
                 note(f"no {part} image of {', '.join(absent[:5])} ({len(absent)} classes)")
         self.images, self.labels = dataset.train_images.to(device), dataset.train_labels.to(device)
         self.channels = self.images.shape[1]

@@ -117,7 +117,7 @@ def parse_settings(argv, description, table, recipes, models, data) -> argparse.
         parser.error(f"recipe {settings.recipe}: {unknown[0]} is no setting")
     flags, prog = [*map(as_flag, recipe.items())], parser.prog
     parser.prog += f", recipe {settings.recipe}"  # its values are checked as flags are
-    recipe = vars(parser.parse_args(["--model", settings.model, *flags]))
+    recipe = vars(parser.parse_args([f"--model={settings.model}", *flags]))
     parser.prog = prog
     settings = parser.parse_args([*flags, *argv])
     if settings.dry_run:
