@@ -216,6 +216,8 @@ def test_labels_of_medmnist_s_form_are_the_classes(tmp_path):
             {"test_images": np.zeros((0, 28, 28), np.uint8), "test_labels": np.zeros(0, int)},
             "not uint8 (0, 28, 28)",
         ),
+        ({"test_images": np.zeros((), np.uint8)}, "not uint8 ()"),
+        ({"test_images": np.zeros((12, 0, 28), np.uint8)}, "not uint8 (12, 0, 28)"),
         ({"shape": (28, 28, 28, 3)}, "volumes and several labels per image are not read"),
         ({"shape": (28, 28, 4)}, "volumes and several labels per image are not read"),
         ({"train_images": np.zeros((60, 28, 28)), "val_images": np.zeros((9, 28, 28))}, "float64"),
