@@ -205,6 +205,7 @@ class Loader:
 
 @exit_code
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script with `argv` as its command line."""
     parser = make_parser(__doc__)
     add, default = parser.add_argument, "default: %(default)s"
     known = f"{', '.join(DATASETS)}, a folder or .npz; {default}"

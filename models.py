@@ -347,6 +347,7 @@ def count_parameters(model: nn.Module) -> int:
 
 @exit_code
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script with `argv` as its command line."""
     make_parser(__doc__).parse_args(argv)
     for name in MODELS:
         print(f"{name:18s} {count_parameters(build_model(name)):>12,}")

@@ -261,6 +261,7 @@ def parse(argv: list[str] | None):
 
 @exit_code
 def main(argv: list[str] | None = None) -> int:
+    """Runs the script with `argv` as its command line; returns the exit code."""
     settings = parse(argv)
     preflight(settings.device, None if settings.dry_run else settings.runs)
     dataset = data.load_dataset(settings.dataset, settings.data_dir, settings.image_size)

@@ -51,6 +51,7 @@ def draw_compared(there: dict, styles: dict) -> plt.Figure:
 
 
 def differences(comparisons: dict, styles: dict, label: str, margin: float) -> plt.Figure:
+    """comparisons: {model: Comparison}; the margin in points of test accuracy."""
     figure, axes = frame(7, 1.6 + 0.6 * len(comparisons))
     axes.axvspan(-margin, margin, color="0.93", zorder=0)
     axes.axvline(0, color="0.6", lw=1)

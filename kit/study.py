@@ -222,6 +222,7 @@ def settings_of(what: str, planning: bool, gpus: list[str], gpu: str, fail) -> S
 
 @exit_code
 def main(argv: list[str] | None = None) -> int:
+    """Runs the runner with `argv` as its command line; returns the exit code."""
     parser = make_parser(__doc__)
     parser.prog = "run_all.sh"
     words = sys.argv[1:] if argv is None else argv

@@ -188,7 +188,7 @@ def spread_sentences(f: Findings) -> list[str]:
     )
     return [
         f"Accuracy has a standard deviation of {s.over_seeds:.2f} points over seeds{alone}.",
-        f"Paired differences have one of {s.of_difference:.2f}{pair}, 95% interval "
+        f"That of a paired difference is {s.of_difference:.2f}{pair}, 95% interval "
         f"{interval(s.interval, '.2f')}{shared}.",
         f"Minimum detectable difference (80% power, first of {len(f.against)} comparisons): "
         f"{s.detectable:.2f} points. Seeds needed to detect {needed}.",
