@@ -1,7 +1,7 @@
 """last.pt: everything needed to resume bit for bit, in one file that is written atomically.
 
-prev.pt is the previous one, kept until the run is complete. Both hold only plain types and tensors,
-which are loaded on the CPU with `weights_only=True` and copied into place.
+prev.pt is the previous one, kept until the run is complete. Both hold only plain types, NumPy's
+numbers and tensors, which are loaded on the CPU with `weights_only=True` and copied into place.
 """
 
 import io
