@@ -30,9 +30,9 @@ STYLE = {
 }  # fmt: skip
 LEGEND = """\
 Unless --images chose others: for each of the first ten classes the first test image that the model
-named above classifies correctly, and the first that it misclassifies. Above an
-image: its class; below: predicted class, probability, red with ✗ if wrong. Each Grad-CAM map has
-its own scale, dark blue (lowest) to yellow; pale: no evidence for the predicted class."""
+named above classifies correctly, and the first that it misclassifies. Above an image: its class;
+below: predicted class, probability, red with ✗ if wrong. Each Grad-CAM map has its own scale, dark
+blue (lowest) to yellow; pale: no evidence for the predicted class."""
 GATES = """
 All gates share the scale above. Each stage shows its last module. Grey: no input (inactive)."""
 
