@@ -39,7 +39,7 @@ from kit.findings import Findings
 from kit.report_tables import compared_table, gate_table
 from kit.results import PUBLISHED, Problem, Study, read_rows, read_studies
 from kit.runs import different, seeds_of, who
-from kit.verdicts import MARGIN, Comparison, seeds_in_words
+from kit.verdicts import LEVEL, MARGIN, Comparison, seeds_in_words
 from kit.words import one_line
 
 CSV_COLUMNS = (
@@ -251,13 +251,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--power", action="store_true", help="only print the seeds that --difference takes")
     add("--sd", type=float, help="over seeds, in points; default: estimated from --runs")
     add("--difference", type=float, help="to detect, in points")
-    add("--comparisons", type=int, default=4, help=f"number of comparisons; {default}")
+    add("--comparisons", type=int, help="number of comparisons; default: that of --runs; else 4")
     args = parser.parse_args(argv)
     if args.power != bool(args.difference) or (args.sd is not None and not args.power):
         parser.error("--power and --difference go together; --sd only with them")
     points = [args.difference or 1, 1 if args.sd is None else args.sd]
     sensible = min(points) > 0 and max(points) <= 100 and 1e-3 <= points[0] / points[1] <= 1e3
-    if not (sensible and 1 <= args.comparisons <= 1000):
+    if not (sensible and (args.comparisons is None or 1 <= args.comparisons <= 1000)):
         parser.error("--difference and --sd are in points, above 0 and up to 100, the first 0.001 "
                      "to 1,000 times the second; --comparisons is 1 to 1,000")  # fmt: skip
     if not 0 < args.margin <= 100:
@@ -272,6 +272,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def print_seeds(args: argparse.Namespace) -> None:
     """Prints seeds needed for --difference, given --sd or the spread in --runs."""
     sd = args.sd and args.sd * 2**0.5  # of differences, if paired accuracies are uncorrelated
+    comparisons, level = args.comparisons or 4, LEVEL
     if not sd:
         chosen = dict(dataset=args.dataset, recipe=args.recipe, model=args.models)
         studies, _ = read_studies(args.runs, args.reference, **chosen)
@@ -279,8 +280,9 @@ def print_seeds(args: argparse.Namespace) -> None:
         if not (found and found.spread):
             raise UserError(f"{args.runs} has fewer than three pairs of runs: give --sd")
         print(f"{one_line(found.study.title)}:")
-        sd = found.spread.of_difference
-    print(seeds_in_words(args.difference, sd, args.comparisons))
+        sd, level = found.spread.of_difference, found.level
+        comparisons = args.comparisons or len(found.family)
+    print(seeds_in_words(args.difference, sd, comparisons, level))
 
 
 @exit_code

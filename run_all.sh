@@ -4,7 +4,7 @@
 #   ./run_all.sh               full with a CUDA GPU, quick without
 #   ./run_all.sh quick         the four published models, 1 epoch on 1,920 images: minutes on a CPU
 #   ./run_all.sh full          the published table: MODELS x SEEDS, up to 50 epochs; then verdict
-#   ./run_all.sh verdict       MODELS x 20 SEEDS of 10 epochs each: enough to tell models apart
+#   ./run_all.sh verdict       MODELS x 20 SEEDS of 10 epochs each: meant to detect 0.2 points
 #   ./run_all.sh study         everything a claim needs; without a GPU small, by FLAGS
 #   ./run_all.sh plan WORD     prints the commands of one of these, trains nothing
 #   ./run_all.sh test [PYTEST_ARGUMENT ...]

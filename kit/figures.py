@@ -30,6 +30,8 @@ def draw_figures(found: Findings, there: dict | None, formats=("png",)) -> dict[
         if has_data(found) if name != "compared.png" else there and there["against"]:
             with noted(f"no {name}"):
                 figure = draw(there if name == "compared.png" else found, styles)
+                title = one_line(found.study.title)  # a figure may leave its report
+                figure.suptitle(title, x=0.01, ha="left", fontsize=9, color="0.4", wrap=True)
                 for kind in dict.fromkeys(["png", *formats]):
                     buffer, undated = io.BytesIO(), FORMATS[kind]
                     figure.savefig(buffer, format=kind, dpi=150, metadata={undated: None})
@@ -187,7 +189,6 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
 
 
 def frame(width: float, height: float) -> tuple[plt.Figure, plt.Axes]:
-    """Without a title: the caption has one."""
     return plt.subplots(figsize=(width, height), layout="constrained")
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from kit import costs, verdicts
-from kit.results import Study, in_table_order
+from kit.results import Study, in_table_order, planned_for_both
 from kit.runs import FinishedRun, unlike
 from kit.verdicts import Comparison
 
@@ -31,7 +31,7 @@ class Spread:
 
     over_seeds: float  # standard deviation, pooled over the models
     from_images: float | None  # what the finite test set alone would give
-    of_difference: float  # standard deviation of paired differences, pooled over comparisons
+    of_difference: float  # standard deviation of a paired difference
     interval: tuple[float, float]  # 95%
     difference_from_images: float | None
     detectable: float  # minimum detectable difference with the seeds at hand
@@ -52,13 +52,15 @@ class Findings:
         # By model, in table order: summary, comparison with the reference, comparison with the
         # control (each set corrected together).
         self.models = {model: summarize(runs) for model, runs in study.runs.items()}
-        others = [model for model in self.models if model != reference]
+        others = in_table_order({*self.models, *study.planned} - {reference})
         self.against = self.compare({model: (model, reference) for model in others})
+        self.family = [m for m in others if m in self.against or m in study.planned]
         self.controls = {m.replace(CONTROL, ""): m for m in others if CONTROL in m}
         with_control = [model for model in others if model in self.controls]
         self.controlled = self.compare({m: (m, self.controls[m]) for m in with_control})
-        self.unjudged = [m for m in others if m not in self.against and reference in self.models]
-        self.spread = spread_of(study, self.against, reference, self.level)
+        here = [model for model in others if model in self.models]
+        self.unjudged = [m for m in here if m not in self.against and reference in self.models]
+        self.spread = self.spread_over_seeds()
         self.by_class = self.compare_classes()
         # Correlation of epochs trained with test accuracy, over all runs.
         runs = [run.result for run in study.all_runs]
@@ -69,44 +71,95 @@ class Findings:
         self.fastest = costs.measured(study, cost_rows, fastest=True)
         self.stale = costs.by_other_code(study, self.costs)
         self.relative = costs.relative(study, self.costs, self.fastest)
-        self.front = self.pareto_front()
+        self.dominated = self.dominated_models()
+        timed = [m for m in self.models if m in self.costs]
+        judged = len(timed) > 1 and self.against
+        self.front = [m for m in timed if m not in self.dominated] if judged else []
         # Batch size, mode, precision and device, the same for all `costs`.
         self.timed = next(iter(self.costs.values()), None)
+        self.unplanned = [
+            run
+            for model, seeds in study.planned.items()
+            for seed, run in study.by_seed(model).items()
+            if seed not in seeds
+        ]
         self.missing = {
             m: left for m in in_table_order(study.planned) if (left := study.missing(m))
         }
 
     def compare(self, pairs: dict, other: Study | None = None) -> dict[str, Comparison]:
-        """{name: (model, reference in `other`)} -> {name: comparison}, corrected over all. Pairs
-        with fewer than two common seeds are left out."""
+        """{name: (model, reference in `other`)} -> {name: comparison} over planned seeds, corrected
+        over all, unfinished ones included. Pairs with fewer than two common seeds are left out."""
         study, there = self.study, other or self.study
-        values = {
-            name: (study.accuracies(model), there.accuracies(reference))
-            for name, (model, reference) in pairs.items()
-        }
+        planned, values = {}, {}
+        for name, (model, reference) in pairs.items():
+            both = study.planned.get(model), there.planned.get(reference)
+            planned[name] = seeds = planned_for_both(*both)
+            own = study.accuracies(model).items()
+            of_plan = {seed: value for seed, value in own if seed in seeds or not seeds}
+            values[name] = of_plan, there.accuracies(reference)
         step = 100 / study.result["test_images"]
-        found = compared(values, lambda name: step, self.level, self.margin)
+        expected = {name for name, seeds in planned.items() if seeds}
+        found = compared(values, lambda name: step, self.level, self.margin, expected)
         for name, c in found.items():
             model, reference = pairs[name]
             both = study.by_seed(model), there.by_seed(reference)
             c.unlike = unlike([tuple(runs[seed] for runs in both) for seed in c.seeds])
-            plans = study.planned.get(model, set()), there.planned.get(reference, set())
-            c.planned = plans[0] & plans[1] if all(plans) else plans[0] | plans[1]
+            c.planned = planned[name]
         return found
+
+    @property
+    def compared(self) -> dict[str, dict[int, FinishedRun]]:
+        """{model: {seed: run}} of the comparisons with the reference, its own runs first."""
+        seeds = {model: c.seeds for model, c in self.against.items()}
+        seeds = {self.reference: sorted({*itertools.chain(*seeds.values())})} | seeds
+        return {m: {seed: self.study.by_seed(m)[seed] for seed in own} for m, own in seeds.items()}
+
+    def spread_over_seeds(self) -> Spread | None:
+        """None with fewer than two degrees of freedom.
+
+        A paired difference has twice the variance that an accuracy has once the means of models and
+        seeds are removed. Of two models that is the variance of their differences.
+        """
+        if not self.against:
+            return None
+        runs = [run for own in self.compared.values() for run in own.values()]
+        models, seeds = [run.result["model"] for run in runs], [run.seed for run in runs]
+
+        def sds(values: list) -> tuple[float, float, int]:
+            """values (runs, k) -> SDs of their mean over seeds and of its difference; freedom."""
+            over_seeds, _ = verdicts.residual_variance(values, models)
+            within, freedom = verdicts.residual_variance(values, models, seeds)
+            return *(v.sum() ** 0.5 / v.size for v in (over_seeds, 2 * within)), freedom
+
+        over_seeds, sd, freedom = sds([[run.result["test_acc"]] for run in runs])
+        if freedom < 2:
+            return None
+        # The variance of a mean of N images is the sum of theirs / N^2 (Jordan 2023, 2304.01910).
+        of_images = [100.0 * run.correct for run in runs] if same_labels(runs) else None
+        images = sds(of_images)[:2] if of_images else (None, None)
+        sd = max(sd, 100 / self.study.result["test_images"])  # one image, as in each comparison
+        interval = verdicts.sd_interval(sd, freedom)
+        level, n = self.level / len(self.family), min(len(c.seeds) for c in self.against.values())
+        needed = {
+            points: tuple(verdicts.seeds_needed(points, s, level) for s in (sd, *interval))
+            for points in (0.1, 0.2, 0.3)
+        }
+        detectable = verdicts.detectable_difference(sd, n, level)
+        return Spread(over_seeds, images[0], sd, interval, images[1], detectable, needed)
 
     def compare_classes(self) -> ByClass | None:
         """None with few seeds, before a plan's end, or if predictions are missing."""
-        study = self.study
         final = [model for model, c in self.against.items() if not c.is_interim]
         models = [model for model in final if len(self.against[model].seeds) >= SEEDS_BY_CLASS]
-        runs = [run for model in [self.reference, *models] for run in study.runs.get(model, [])]
+        runs = [run for model in [self.reference, *models] for run in self.compared[model].values()]
         if not models or not same_labels(runs):
             return None
         labels, counts = np.unique(runs[0].labels, return_counts=True)
         sizes = dict(zip(labels, counts, strict=True))
 
         def of_class(model: str, label: int) -> dict[int, float]:
-            by_seed = study.by_seed(model).items()
+            by_seed = self.compared[model].items()
             return {seed: 100 * run.correct[run.labels == label].mean() for seed, run in by_seed}
 
         baseline = {label: of_class(self.reference, label) for label in labels}
@@ -114,32 +167,28 @@ class Findings:
             {(m, label): (of_class(m, label), baseline[label]) for m in models for label in labels},
             lambda name: 100 / sizes[name[1]], self.level, self.margin,
         )  # fmt: skip
-        names = dict(enumerate(study.result["classes"]))
+        names = dict(enumerate(self.study.result["classes"]))
         return ByClass(
             [str(names.get(label, label)) for label in labels],
             [mean(baseline[label].values()) for label in labels],
             {model: [found[model, label] for label in labels] for model in models},
         )
 
-    def pareto_front(self) -> list[str]:
-        """Models that no other dominates. Dominating: better or equivalent, and faster (p10 to p90
-        of inference times do not overlap)."""
+    def dominated_models(self) -> dict[str, list[str]]:
+        """{model: those that are better or equivalent, and faster (p10 to p90 of inference times do
+        not overlap)}: not on the Pareto front."""
         timed = [m for m in self.models if m in self.costs]
-        if len(timed) < 2 or not self.against:
-            return []
         pairs = self.compare({pair: pair for pair in itertools.combinations(timed, 2)})
         verdict = {pair: c.verdict for pair, c in pairs.items()}
         opposite = {"better": "worse", "worse": "better"}
         verdict |= {(b, a): opposite.get(v, v) for (a, b), v in verdict.items()}
 
-        def is_dominated(model):
-            return any(
-                self.costs[other]["ms_per_image_p90"] < self.costs[model]["ms_per_image_p10"]
-                and verdict.get((other, model)) in ("better", "equivalent")
-                for other in timed
-            )
+        def dominates(other: str, model: str) -> bool:
+            p90, p10 = self.costs[other]["ms_per_image_p90"], self.costs[model]["ms_per_image_p10"]
+            return p90 < p10 and verdict.get((other, model)) in ("better", "equivalent")
 
-        return [model for model in timed if not is_dominated(model)]
+        found = {m: [other for other in timed if dominates(other, m)] for m in timed}
+        return {model: others for model, others in found.items() if others}
 
     def with_verdict(self, verdict: str | None) -> list[str]:
         return [model for model, c in self.against.items() if c.verdict == verdict]
@@ -182,11 +231,14 @@ def balance_of(study: Study) -> tuple[float, dict[str, float]] | None:
     }
 
 
-def compared(values: dict, step, level: float, margin: float) -> dict[str, Comparison]:
-    """{name: (accuracies, reference's)} -> comparisons. step(name): one image in points."""
+def compared(
+    values: dict, step, level: float, margin: float, expected=frozenset()
+) -> dict[str, Comparison]:
+    """{name: (accuracies, reference's)} -> comparisons, corrected over them and those `expected`.
+    step(name): one image in points."""
     both = ((name, verdicts.compare(*v, step(name))) for name, v in values.items())
     found = {name: comparison for name, comparison in both if comparison}
-    verdicts.correct(list(found.values()), level)
+    verdicts.correct(list(found.values()), level, len(found.keys() | expected))
     for comparison in found.values():
         comparison.margin = margin
     return found
@@ -196,40 +248,6 @@ def same_labels(runs: list[FinishedRun]) -> bool:
     """Whether all runs have predictions, with the same test labels."""
     labels = runs[0].labels
     return all(r.correct is not None and np.array_equal(r.labels, labels) for r in runs)
-
-
-def spread_of(study: Study, against: dict, reference: str, level: float) -> Spread | None:
-    """None unless a comparison has three or more seeds."""
-    several = {model: c for model, c in against.items() if len(c.seeds) > 2}
-    if not several:
-        return None
-    of_models = [run_list for run_list in study.runs.values() if len(run_list) > 1]
-    over_seeds = [(stdev(r.result["test_acc"] for r in runs), len(runs)) for runs in of_models]
-    sd, interval = verdicts.pooled_sd([(c.sd, len(c.seeds)) for c in several.values()])
-    from_images = difference_from_images = None
-    if same_labels(study.all_runs):
-        correct = [np.array([run.correct for run in runs], float) for runs in of_models]
-        from_images = rms(map(verdicts.sd_from_images, correct))
-        pairs = [
-            np.array([study.by_seed(m)[s].correct - 1.0 * study.by_seed(reference)[s].correct
-                      for s in c.seeds])
-            for m, c in several.items()
-        ]  # fmt: skip
-        difference_from_images = rms(map(verdicts.sd_from_images, pairs))
-    first_level = level / len(against)
-    n = min(len(c.seeds) for c in several.values())
-    needed = {
-        points: tuple(verdicts.seeds_needed(points, s, first_level) for s in (sd, *interval))
-        for points in (0.1, 0.2, 0.3)
-    }
-    return Spread(
-        verdicts.pooled_sd(over_seeds)[0], from_images, sd, interval, difference_from_images,
-        verdicts.detectable_difference(sd, n, first_level), needed,
-    )  # fmt: skip
-
-
-def rms(values) -> float:
-    return mean(value**2 for value in values) ** 0.5
 
 
 # --- What attention attends to --------------------------------------------------------------------

@@ -114,8 +114,8 @@ def study_blocks(f: Findings, figures: list[str], explained: list[str]) -> list[
     if f.against:
         spread = words.spread_sentences(f) if f.spread else []
         verdicts = (
-            "Better, worse: the corrected interval excludes 0. Equivalent: it lies within "
-            f"{f.margin} points of 0. Undecided: neither."
+            "Better, worse: the corrected interval excludes 0. Equivalent: it contains 0 and lies "
+            f"within {f.margin} points of it. Undecided: neither."
         )
         blocks += ["### How sure", "\n".join([words.plan_sentence(f), *spread]), verdicts]
     if "baseline" in f.relative:
@@ -146,6 +146,9 @@ def timed(f: Findings) -> str:
 def left_out(f: Findings, text=words.text) -> list[str]:
     """What the table leaves out, and what its marks † mean."""
     lines = [f"**Left out, {text(who(r))}:** {text(why)}." for why, r in f.study.left_out.items()]
+    if f.unplanned:
+        plan = "not planned (to plan them: ./run_all.sh with all SEEDS)"
+        lines.append(f"**Not compared, {text(who(f.unplanned))}:** {plan}.")
     return [*lines, *map(text, f.lost), *(f"† {text(line)}" for line in words.notes(f))]
 
 

@@ -72,16 +72,16 @@ class Study:
     @property
     def planned(self) -> dict[str, set[int]]:
         """model -> planned seeds."""
-        found = {}
-        for plan in self.plans:
-            for model in plan["models"]:
-                found.setdefault(model, set()).update(plan["seeds"])
-        return found
+        return seeds_by_model(self.plans)
 
     def looks(self, reference: str) -> int:
-        """Possible looks at results: the most plans for any model except the reference."""
-        counts = Counter(model for plan in self.plans for model in plan["models"])
-        return max((n for model, n in counts.items() if model != reference), default=1)
+        """Possible looks at results: the most often that any comparison's planned seeds changed."""
+        history = [seeds_by_model(self.plans[:n]) for n in range(1, len(self.plans) + 1)]
+        planned = (
+            [planned_for_both(p[m], p.get(reference)) for p in history if m in p]
+            for m in self.planned.keys() - {reference}
+        )
+        return max((len({*map(frozenset, own)}) for own in planned), default=1)
 
     def missing(self, model: str) -> list[int]:
         return sorted(self.planned.get(model, set()) - self.by_seed(model).keys())
@@ -128,6 +128,19 @@ class Study:
         return {run.seed: run.result["test_acc"] for run in self.runs.get(model, [])}
 
 
+def seeds_by_model(plans: list[dict]) -> dict[str, set[int]]:
+    found = {}
+    for plan in plans:
+        for model in plan["models"]:
+            found.setdefault(model, set()).update(plan["seeds"])
+    return found
+
+
+def planned_for_both(one: set[int] | None, other: set[int] | None) -> set[int]:
+    """Planned seeds of a comparison. A model without a plan has whatever seeds the other has."""
+    return one & other if one and other else one or other or set()
+
+
 def read_studies(
     runs_dir: Path, reference: str = "baseline", **chosen
 ) -> tuple[list[Study], list[Problem]]:
@@ -135,12 +148,16 @@ def read_studies(
     then full length, then most runs. chosen: values of result.json to include; None: all."""
     groups, problems, plans = {}, [], []
     wanted = {key: values for key, values in chosen.items() if values}
-    try:
-        for plan in read_plans(runs_dir):
-            models = [m for m in plan["models"] if m in wanted.get("model", [m])]
-            plans += [plan | {"models": models}] if models else []
-    except UserError as error:
-        problems.append(Problem(str(error), is_lost=True))
+    folders = run_folders(runs_dir, problems)
+    # RUNS may lie above or below `runs_dir`: RUNS/<dataset>/<recipe>/<model>/seed<k>/
+    above = [path for folder in folders for path in folder.absolute().parents[3:4]]
+    for folder in {path.resolve(): path for path in [*above, runs_dir]}.values():
+        try:
+            for plan in read_plans(folder):
+                models = [m for m in plan["models"] if m in wanted.get("model", [m])]
+                plans += [plan | {"models": models}] if models else []
+        except UserError as error:
+            problems.append(Problem(str(error), is_lost=True))
 
     def is_wanted(folder: Path) -> bool:
         """By its config.json. If that cannot be read, the run may be wanted."""
@@ -151,7 +168,7 @@ def read_studies(
         config["dataset"] = config["dataset_name"]
         return all(config[key] in values for key, values in wanted.items())
 
-    for folder in run_folders(runs_dir, problems):
+    for folder in folders:
         if wanted and not is_wanted(folder):
             continue
         if not (folder / "result.json").exists():

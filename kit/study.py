@@ -32,7 +32,7 @@ from models import MODELS
 
 PUBLISHED = ["baseline", "se", "cbam_blocks", "cbam_classifier"]
 COMPARED = [*PUBLISHED, "se_static"]
-FURTHER = ["baseline", *(model for model in MODELS if model not in COMPARED)]
+FURTHER = ["baseline", "cbam_blocks", *(model for model in MODELS if model not in COMPARED)]
 # A model may have its own flags.
 PLACED = ["baseline", *(f"{model} --position {position}" for model in ("se", "cbam_blocks")
                         for position in ("stages", "prepool", "classifier"))]  # fmt: skip

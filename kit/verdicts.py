@@ -3,7 +3,8 @@
 A seed fixes the split, the image order and the backbone's initial weights for all models. So models
 are compared seed by seed: a paired t test with Holm's correction over all comparisons of a study.
 The test was chosen before seeing any results, and the number of seeds is planned (RUNS/plan.json):
-no verdict until all of them have finished, and after k plans the level is 5% / k.
+no verdict until all of them have finished, only they are compared, and after k plans the level is
+5% / k.
 """
 
 import bisect
@@ -86,19 +87,20 @@ def holm(p_values: list[float]) -> list[float]:
     return adjusted
 
 
-def correct(comparisons: list[Comparison], level: float = LEVEL) -> None:
-    """Sets p_holm and the interval of each of k comparisons.
+def correct(comparisons: list[Comparison], level: float = LEVEL, k: int = 0) -> None:
+    """Sets p_holm and the interval of each comparison; `k` counts those that are still to come.
 
     The i-th smallest p gets an interval at its level in Holm's test, level / (k - i + 1); after the
     first non-significant one, all use its level. So an interval excludes 0 exactly where Holm's
     adjusted p is below the level.
     """
-    adjusted = holm([comparison.p for comparison in comparisons])
+    k = max(k, len(comparisons))
+    adjusted = holm([c.p for c in comparisons] + [1.0] * (k - len(comparisons)))
     significant = True  # until the first that is not
     for rank, i in enumerate(np.argsort([c.p for c in comparisons], kind="stable")):
         c = comparisons[i]
         if significant:
-            own_level = level / (len(comparisons) - rank)
+            own_level = level / (k - rank)
             significant = adjusted[i] < level
         c.p_holm = adjusted[i]
         c.corrected = t_interval(c.difference, c.sd, len(c.seeds), own_level)
@@ -113,21 +115,19 @@ def correlation(a, b) -> float | None:
     return float(np.corrcoef(a, b)[0, 1]) if varied and len(a) > 2 else None
 
 
-def pooled_sd(groups: list[tuple[float, int]]) -> tuple[float, tuple[float, float]]:
-    """(pooled standard deviation of groups (sd, n), its chi-squared 95% interval)."""
-    freedom = sum(n - 1 for _, n in groups)
-    squares = sum(sd**2 * (n - 1) for sd, n in groups)
-    low, high = (float((squares / stats.chi2.ppf(q, freedom)) ** 0.5) for q in (0.975, 0.025))
-    return (squares / freedom) ** 0.5, (low, high)
+def residual_variance(values: list, *factors: list) -> tuple[np.ndarray, int]:
+    """(variance of each column of `values` (runs, k), its degrees of freedom) once the effects of
+    `factors` are removed by least squares. A factor lists each run's model, say, or seed."""
+    design = np.hstack([np.equal.outer(factor, sorted({*factor})) for factor in factors])
+    effects, _, rank, _ = np.linalg.lstsq(design.astype(float), values)
+    freedom = len(values) - int(rank)
+    return np.square(values - design @ effects).sum(axis=0) / freedom, freedom
 
 
-def sd_from_images(values: np.ndarray) -> float:
-    """Standard deviation of accuracy, in points, due to the finite test set alone.
-
-    values (seeds, images): 1 where a run is correct, or a pair's difference. The variance over
-    seeds of the mean of N images is the sum of theirs / N^2 (Jordan 2023, arXiv 2304.01910).
-    """
-    return float(100 * values.var(axis=0, ddof=1).sum() ** 0.5 / values.shape[1])
+def sd_interval(sd: float, freedom: int) -> tuple[float, float]:
+    """95% confidence interval of a standard deviation (chi-squared)."""
+    low, high = (sd * (freedom / stats.chi2.ppf(q, freedom)) ** 0.5 for q in (0.975, 0.025))
+    return float(low), float(high)
 
 
 def power(difference: float, sd: float, n: int, level: float = LEVEL) -> float:
@@ -162,12 +162,12 @@ def seeds_needed(difference: float, sd: float, level: float = LEVEL) -> int:
     return 2 + bisect.bisect_left(candidates, POWER, key=lambda n: power(difference, sd, n, level))
 
 
-def seeds_in_words(difference: float, sd: float, comparisons: int) -> str:
+def seeds_in_words(difference: float, sd: float, comparisons: int, level: float) -> str:
     """Seeds needed to detect `difference`; `sd`: of paired differences; both in points."""
-    alone, corrected = (seeds_needed(difference, sd, LEVEL / k) for k in (1, comparisons))
+    alone, corrected = (seeds_needed(difference, sd, level / k) for k in (1, comparisons))
     return (
-        f"To detect a difference of {difference:g} points with 80% power at a level of 5%, with a "
-        f"standard deviation of {sd:.2g} of paired differences:\n"
+        f"To detect a difference of {difference:g} points with 80% power at a level of "
+        f"{100 * level:.2g}%, with a standard deviation of {sd:.2g} of paired differences:\n"
         f"{alone:6,} seeds per model for a single comparison with the baseline\n"
         f"{corrected:6,} seeds per model for the first of {comparisons} comparisons (Holm)\n"
         "(paired t test)"

@@ -116,9 +116,8 @@ def pairs_of(f: Findings) -> str:
 
 
 def verdict(c: Comparison) -> str:
-    if c.is_interim:
-        return f"interim, {len({*c.seeds} & c.planned)} of {len(c.planned)}"
-    return c.verdict + flag(c.unlike)
+    interim = f"interim, {len(c.seeds)} of {len(c.planned)}"
+    return (c.verdict or interim) + flag(c.unlike)
 
 
 def sentence(f: Findings, model: str) -> str:
@@ -129,7 +128,7 @@ def sentence(f: Findings, model: str) -> str:
         "worse": f"`{model}` is worse than `{f.reference}`",
         "equivalent": f"`{model}` is equivalent to `{f.reference}` within {f.margin:g} points",
         "undecided": f"`{model}` is undecided",
-        None: f"`{model}` has no verdict yet ({verdict(c)})",
+        None: f"`{model}` has no verdict yet ({verdict(c).removesuffix(' †')})",
     }[c.verdict]
     few = "only " * (len(c.seeds) < FEW)
     words = [
@@ -178,19 +177,18 @@ def control_sentence(f: Findings, model: str) -> str:
 def spread_sentences(f: Findings) -> list[str]:
     """Sources of the spread, and the number of seeds needed."""
     s = f.spread
-    by_images = f"the {f.study.result['test_images']:,} test images alone would give"
-    alone = f"; {by_images} {s.from_images:.2f}" if s.from_images else ""
-    shared = f" (probably too narrow: all comparisons share `{f.reference}`)" * (len(f.against) > 1)
-    pair = f" ({s.difference_from_images:.2f} from the test images alone)" if s.from_images else ""
+    by_images = f"; the {f.study.result['test_images']:,} test images alone would give"
+    alone = f"{by_images} {s.from_images:.2f}" if s.from_images else ""
+    pair = f"{by_images} {s.difference_from_images:.2f}" if s.from_images else ""
     needed = "; ".join(
         f"{points:g} points: {middle:,} ({low:,} to {high:,})"
         for points, (middle, low, high) in s.seeds_needed.items()
     )
     return [
         f"Accuracy has a standard deviation of {s.over_seeds:.2f} points over seeds{alone}.",
-        f"That of a paired difference is {s.of_difference:.2f}{pair}, 95% interval "
-        f"{interval(s.interval, '.2f')}{shared}.",
-        f"Minimum detectable difference (80% power, first of {len(f.against)} comparisons): "
+        f"That of a paired difference is {s.of_difference:.2f}, 95% interval "
+        f"{interval(s.interval, '.2f')}{pair}.",
+        f"Minimum detectable difference (80% power, first of {len(f.family)} comparisons): "
         f"{s.detectable:.2f} points. Seeds needed to detect {needed}.",
     ]
 
@@ -215,34 +213,32 @@ def balance_sentence(f: Findings) -> str:
 
 
 def plan_sentence(f: Findings) -> str:
-    tested = f"Paired t test over seeds, Holm's correction over {names(f.against)}, level "
+    tested = f"Paired t test over seeds, Holm's correction over {names(f.family)}, level "
     tested += f"{100 * f.level:.2g}%"
     if not f.study.plans:
         chosen = "if the number of seeds was chosen after seeing results, the level does not hold"
         return f"{tested}. No plan was recorded: {chosen}."
     dates = ", ".join(dict.fromkeys(plan["date"] for plan in f.study.plans))
     n = f.study.looks(f.reference)
-    looks = f" (5% / {n}, because seeds were added)" * (n > 1)
+    all_looks = sum(5 / look for look in range(1, n + 1))
+    added = f" (5% / {n}, because seeds were added: over all looks at most {all_looks:.2g}%)"
+    looks = added * (n > 1)
     return f"{tested}{looks}. Planned on {dates}: {max(map(len, f.study.planned.values()))} seeds."
 
 
 def front_sentence(f: Findings) -> str:
-    dropped = [model for model in f.models if model in f.costs and model not in f.front]
     found = f"Pareto front (accuracy against inference time): {names(f.front)}."
-    if not dropped:
+    if not f.dominated:
         return f"{found} No model is shown to be both faster than another and better or equivalent."
-    why = "since another model is faster and better or equivalent"
-    return f"{found} Not on it: {names(dropped)}, {why}."
+    why = "; ".join(f"`{m}` ({names(others)})" for m, others in f.dominated.items())
+    return f"{found} Not on it, with what is faster and better or equivalent: {why}."
 
 
 def notes(f: Findings) -> list[str]:
     """What the marks † stand for."""
-    found = [
-        f"{model}: {line}"
-        for of in (f.against, f.controlled)
-        for model, c in of.items()
-        for line in c.unlike
-    ]
+    found = [f"{model}: {line}" for model, c in f.against.items() for line in c.unlike]
+    for model, c in f.controlled.items():
+        found += [f"{model} against {f.controls[model]}: {line}" for line in c.unlike]
     for model, scripts in f.stale.items():
         edited = ", ".join(scripts)
         found.append(f"{model}: cost and accuracy were measured with different code ({edited})")

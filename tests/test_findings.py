@@ -155,6 +155,37 @@ def test_the_seeds_count_that_both_should_have(make_study):
     assert verdict(("se", [0, 1, 2, 3])) == "interim, 3 of 4"
 
 
+def test_seeds_beyond_the_plan_are_not_compared(make_study):
+    """Or runs could be added by hand until a difference is significant."""
+    study = make_study({"baseline": BASE, "se": MORE[:4]})
+    study.plans = [dict(models=["baseline", "se"], seeds=[0, 1, 2])]
+    found = Findings(study, [])
+    assert found.against["se"].seeds == [0, 1, 2] and found.level == 0.05
+    assert {(run.result["model"], run.seed) for run in found.unplanned} == {
+        ("baseline", 3), ("baseline", 4), ("se", 3),
+    }  # fmt: skip
+    differences = np.subtract(MORE, BASE)[:3]
+    assert found.spread.of_difference == pytest.approx(max(0.01, differences.std(ddof=1)))
+
+
+def test_all_planned_models_count_and_every_change_of_a_pair_s_seeds(make_study):
+    study = make_study({"baseline": BASE, "se": MORE})
+
+    def found(*plans):
+        study.plans = [dict(models=models.split(), seeds=seeds) for models, seeds in plans]
+        found = Findings(study, [])
+        c = found.against["se"]
+        return round(c.p_holm / c.p), round(0.05 / found.level)
+
+    five = [0, 1, 2, 3, 4]
+    assert found() == (1, 1) == found(("baseline se", five))
+    assert found(("baseline se eca", five)) == (2, 1)  # eca has not finished
+    assert found(("baseline se", five), ("baseline se eca", five)) == (2, 1)  # no more seeds
+    assert found(("baseline se", [0, 1]), ("baseline se", five)) == (1, 2)
+    assert found(("baseline se", five), ("baseline", [5, 6])) == (1, 1)
+    assert found(("se", five), ("baseline", [0, 1]), ("baseline", five)) == (1, 2)
+
+
 def test_class_by_class_as_counted_one_by_one(make_study):
     study = make_study({"baseline": BASE * 2, "se": BASE * 2})
     generator = np.random.default_rng(0)

@@ -134,7 +134,16 @@ def test_no_verdict_before_the_planned_seeds_are_finished(finished_run, tmp_path
     assert "planned, not finished: se seeds 3 4" in text
     planned(runs, 2, 3)
     text, verdict = made()
-    assert verdict == "better" and "level 2.5% (5% / 2, because seeds were added)" in text
+    added = "5% / 2, because seeds were added: over all looks at most 7.5%"
+    assert verdict == "better" and f"level 2.5% ({added})" in text
+    planned(runs, 2)
+    assert "Not compared, baseline seed 2, se seed 2:** not planned" in made()[0]
+    (runs / "plan.json").rename(tmp_path / "plan.json")
+    assert "No plan was recorded" in made()[0]
+    (tmp_path / "plan.json").rename(runs / "plan.json")
+    for folder in (tmp_path, runs / "fashion_mnist"):  # above RUNS, and below
+        assert report.main(["--runs", str(folder), "--out", str(out)]) == 0
+        assert "Planned on 2026-11-01: 2 seeds" in (out / "report.md").read_text()
     planned(runs, 9, recipe="short")  # another study's
     assert made()[1] == "better"
     planned(runs, 3, models=["baseline", "se", "eca"])

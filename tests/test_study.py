@@ -188,7 +188,7 @@ def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path)
         finish(tmp_path / "runs", "--model", "se", "--seed", k, "--recipe", "short")
     lines = plan("study", OUT=tmp_path)
     compared, at = study.COMPARED, ("stages", "prepool", "classifier")
-    further = ["baseline", *(model for model in MODELS if model not in compared)]
+    further = ["baseline", "cbam_blocks", *(m for m in MODELS if m not in compared)]
     placed = [("baseline", "")]
     placed += [(m, f"--position {position}") for m in ("se", "cbam_blocks") for position in at]
     expected = [
@@ -200,7 +200,7 @@ def test_the_study_is_every_run_once_and_what_matters_most_first(plan, tmp_path)
         *(("positions/runs", "short", m, k, flags) for k in range(10) for m, flags in placed),
     ]  # fmt: skip
     assert runs_in(lines) == [(f"{tmp_path}/{r}", *n, str(k), f) for r, *n, k, f in expected]
-    assert len(expected) == 335 and sum(line.endswith("# done") for line in lines) == 3
+    assert len(expected) == 345 and sum(line.endswith("# done") for line in lines) == 3
     scripts = [shlex.split(line, comments=True)[1] for line in lines if line[0] != "#"]
     assert scripts[:2] == ["data.py", "-m"]
     looks = ["explain.py", *["benchmark.py"] * 3, "report.py", "train.py"]
@@ -211,7 +211,7 @@ def test_a_small_study_is_the_same_with_flags_and_seeds(plan, monkeypatch):
     monkeypatch.setattr(study, "visible_gpus", lambda: ([], "no GPU at all"))
     whole, lines = plan("study", OUT="small"), plan("study", OUT="small", **SMALL)
     few = [run[:4] for run in runs_in(whole) if int(run[3]) < 2]
-    assert [run[:4] for run in runs_in(lines)] == few and len(few) == 62
+    assert [run[:4] for run in runs_in(lines)] == few and len(few) == 64
     assert all(SMALL["FLAGS"] in flags for *_, flags in runs_in(lines))
     costs = [line for line in lines if " benchmark.py " in line]
     like = "--like small/runs/fashion_mnist/published/baseline/seed0"

@@ -1,5 +1,7 @@
 """Statistics against published examples, closed forms, other libraries and simulation."""
 
+import itertools
+
 from kit import verdicts
 
 import numpy as np
@@ -104,6 +106,20 @@ def test_the_verdict_is_holm_s():
             assert c.corrected[0] <= low and high <= c.corrected[1]
 
 
+def test_a_verdict_does_not_wait_for_other_models():
+    """Two of four comparisons are there: as if the other two showed nothing."""
+    generator = np.random.default_rng(3)
+    baseline, *models = generator.normal([[93], [93.3], [93.4], [93], [93]], 0.1, (5, 6))
+    early = [verdicts.compare(*map(dict, map(enumerate, (m, baseline)))) for m in models[:2]]
+    nothing = [verdicts.compare(dict(enumerate(baseline)), dict(enumerate(baseline)))] * 2
+    late = [verdicts.compare(*map(dict, map(enumerate, (m, baseline)))) for m in models[:2]]
+    verdicts.correct(early, k=4)
+    verdicts.correct([*late, *nothing])
+    assert [c.p_holm for c in early] == [c.p_holm for c in late]
+    assert [c.corrected for c in early] == [c.corrected for c in late]
+    assert min(c.p_holm for c in early) == pytest.approx(4 * min(c.p for c in early))
+
+
 @pytest.mark.slow
 def test_no_difference_is_seldom_called_one():
     generator = np.random.default_rng(2)
@@ -155,19 +171,50 @@ def test_equivalent_within_the_margin():
     assert near.verdict is None and near.is_interim
 
 
-def test_the_pooled_interval_is_that_of_chi_squared():
-    sd, (low, high) = verdicts.pooled_sd([(0.5, 3), (0.7, 5)])
-    assert sd == pytest.approx(((2 * 0.25 + 4 * 0.49) / 6) ** 0.5)
-    assert stats.chi2.cdf(6 * sd**2 / low**2, 6) == pytest.approx(0.975)
-    assert stats.chi2.cdf(6 * sd**2 / high**2, 6) == pytest.approx(0.025)
+def test_the_variance_that_models_and_seeds_leave():
+    """Of a complete table: what is left of each value without its row's and its column's mean."""
+    generator = np.random.default_rng(10)
+    table = generator.normal(93, 0.3, (4, 5))  # models, seeds
+    models, seeds = (list(each) for each in zip(*np.ndindex(4, 5), strict=True))
+    values = table.reshape(-1, 1)
+    left = table - table.mean(1, keepdims=True) - table.mean(0) + table.mean()
+    variance, freedom = verdicts.residual_variance(values, models, seeds)
+    assert freedom == 12 and variance == pytest.approx((left**2).sum() / 12)
+    differences = [a - b for a, b in itertools.combinations(table, 2)]
+    assert 2 * variance == pytest.approx(np.mean(np.var(differences, axis=1, ddof=1)))
+    variance, freedom = verdicts.residual_variance(values, models)
+    assert freedom == 16 and variance == pytest.approx(np.mean(table.var(1, ddof=1)))
+    # Without two of the runs, by the pseudo-inverse: a column for each model and seed but one.
+    kept = [k for k in range(20) if k not in (7, 11)]
+    design = np.array([
+        [1, *(models[k] == m for m in (1, 2, 3)), *(seeds[k] == s for s in (1, 2, 3, 4))]
+        for k in kept
+    ], float)  # fmt: skip
+    left = values[kept] - design @ np.linalg.pinv(design) @ values[kept]
+    own = [models[k] for k in kept], [seeds[k] for k in kept]
+    variance, freedom = verdicts.residual_variance(values[kept], *own)
+    assert freedom == 10 and variance == pytest.approx((left**2).sum() / 10)
+
+
+def test_the_interval_of_a_standard_deviation_covers_it():
+    """The models share a baseline, and their pairs share seeds: 95%, to two standard errors."""
+    generator = np.random.default_rng(11)
+    models, seeds = (list(each) for each in zip(*np.ndindex(5, 4), strict=True))
+    covered = 0
+    for _ in range(1000):
+        table = generator.normal(0, 0.15, (5, 4)) + generator.normal(0, 0.3, 4)
+        variance, freedom = verdicts.residual_variance(table.reshape(-1, 1), models, seeds)
+        low, high = verdicts.sd_interval(float(variance[0]) ** 0.5, freedom)
+        covered += low < 0.15 < high
+    assert 950 - 14 <= covered <= 950 + 14
 
 
 def test_the_share_of_test_images_is_binomial():
     """Images that are right with chance p, independently: a variance of p (1 - p) / N."""
     generator = np.random.default_rng(9)
-    right = generator.random((50, 20_000)) < 0.9
-    expected = 100 * (0.9 * 0.1 / 20_000) ** 0.5
-    assert verdicts.sd_from_images(right) == pytest.approx(expected, rel=0.02)
+    right = 1.0 * (generator.random((50, 20_000)) < 0.9)
+    variance, _ = verdicts.residual_variance(right, [0] * 50)
+    assert variance.sum() / 20_000 == pytest.approx(0.9 * 0.1, rel=0.02)
 
 
 @pytest.mark.parametrize(("effect", "pairs"), [(0.2, 199), (0.5, 34), (0.8, 15)])
