@@ -40,7 +40,7 @@ DATASETS = {
 
 def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
     """(a key of DATASETS or an absolute path, the name of its results). Raises ValueError."""
-    is_folder = dataset not in DATASETS and not dataset.endswith(".npz")
+    is_folder = dataset not in DATASETS and not dataset.lower().endswith(".npz")
     if image_size is not None and not (is_folder and 1 <= image_size <= 4096):
         what = f"is for folders of images, from 1 to 4096: not {image_size} for {dataset!r}"
         raise ValueError(f"--image-size {what}")
@@ -48,7 +48,7 @@ def resolve(dataset: str, image_size: int | None = None) -> tuple[str, str]:
         return dataset, dataset
     folder = Path(os.path.abspath(dataset))  # a link is named after itself, not its target
     known = ", ".join(DATASETS)
-    is_path = dataset and ("/" in dataset or folder.is_dir() or folder.suffix == ".npz")
+    is_path = dataset and ("/" in dataset or folder.is_dir() or folder.suffix.lower() == ".npz")
     if not is_path and dataset not in DATASETS:
         raise ValueError(f"unknown data set {dataset!r}: choose from {known}, a folder or an .npz")
     if folder.name in DATASETS or not is_name(folder.name) or not shows(str(folder)):
@@ -70,7 +70,7 @@ def load_dataset(
         raise UserError(str(error)) from None
     if name in DATASETS:
         load = DATASETS[name]
-    elif name.endswith(".npz"):
+    elif name.lower().endswith(".npz"):
         load = partial(load_npz, Path(name))
     else:
         load = partial(load_folder, Path(name), image_size=image_size)
@@ -78,6 +78,8 @@ def load_dataset(
     dataset = load(Path(data_dir), **asked)
     if not isinstance(dataset, ImageData):
         raise UserError(f"{name}: not an ImageData, but a {type(dataset).__name__}")
+    if (brightest := dataset.train_images.max()) < 32:  # of 12 bits in 16, or of floats in [0, 1]
+        note(f"the brightest training pixel is {brightest} of 255: scale pixels to 0 to 255")
     note_copies("test", *dataset.keys[::-1])
     labels = np.append(dataset.train_labels, dataset.test_labels)
     # image: a number for each distinct image; first: where that number first occurs.

@@ -76,8 +76,8 @@ def load_model(run: FinishedRun, dataset: data.ImageData) -> nn.Module:
         model.load_state_dict(checkpoint.load(path))
     except Exception as error:  # damaged files can raise anything
         raise UserError(
-            f"{path} does not load as {config['model']} ({in_one_line(error)}): train it again "
-            "with --overwrite (weights are not in Git)"
+            f"{path} does not load as {config['model']} ({in_one_line(error)}): restore the "
+            "code of its training, or train it again with --overwrite (weights are not in Git)"
         ) from None
     return channels_last(model).eval()
 
@@ -92,7 +92,7 @@ def check_predictions(run: FinishedRun, dataset, idx, predictions) -> None:
     if differ > max(1, TOLERANCE * len(idx)):
         raise UserError(
             f"{run.folder}: {differ:,} of {len(idx):,} predictions differ from the run's: "
-            "weights, code or images have changed since it was trained"
+            "weights, code or images have changed since it was trained, or the model is random"
         )
     if differ:
         print(f"note: {run.folder}: {differ:,} of {len(idx):,} predictions differ", file=sys.stderr)

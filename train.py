@@ -13,7 +13,6 @@ current step; the same command resumes it, or says that it is complete. Each epo
 on their kind: `quick` takes half a minute, one epoch of the published recipe 9 to 14 minutes.
 """
 
-import copy
 import math
 import sys
 import time
@@ -72,6 +71,15 @@ RECIPES = {
 # --- Training -------------------------------------------------------------------------------------
 
 
+def build_model(settings, loader):
+    """The model on its device, in the fastest layout for convolutions."""
+    model = models.build_model(
+        settings.base_model, len(loader.classes), loader.channels, settings.width, settings.seed,
+        settings.position, settings.reduction,
+    )  # fmt: skip
+    return channels_last(model.to(settings.device))
+
+
 def prepare(settings, dataset):
     """(loader, model, optimizer, scheduler, ema, forward, step); `forward` may get compiled."""
     device = settings.device
@@ -82,11 +90,7 @@ def prepare(settings, dataset):
 
     # Model, optimizer, schedule.
     seed_generators(settings.seed)  # for modules that draw random numbers, such as dropout
-    model = models.build_model(
-        settings.base_model, len(dataset.classes), loader.channels, settings.width, settings.seed,
-        settings.position, settings.reduction,
-    ).to(device)  # fmt: skip
-    channels_last(model)  # the fastest layout for convolutions
+    model = build_model(settings, loader)
     optimizer = adam(model, settings.lr, settings.weight_decay)
     unit = loader.steps if settings.anneal == "batch" else 1  # scheduler steps per epoch
     scheduler = cosine(optimizer, settings.epochs * unit, settings.warmup * unit)
@@ -159,9 +163,9 @@ def train(settings, dataset, run: Run) -> dict:
             scheduler.step()
         run.log_and_save()
 
-    # The test set is used only here: with the last weights, and with those of `tested`.
+    # The test set is used only here: with the last weights, and with best.pt's in a new model.
     _, last_predictions = evaluate(eval_model, loader, *loader.test, run)
-    tested_model = copy.deepcopy(eval_model)
+    tested_model = build_model(settings, loader)
     tested_model.load_state_dict(progress.best)
     _, predictions = evaluate(tested_model, loader, *loader.test, run)
     run.save_predictions(predictions)
@@ -220,7 +224,8 @@ def evaluate(model, loader, images, labels, run):
     """(mean cross-entropy, predicted classes (N,)) of uint8 images, in evaluation mode."""
     model.eval()
     loss, predictions = 0.0, []
-    size = max(1, 784_000 // images[0, 0].numel())  # 1,000 images of 28x28
+    size = 784_000 // images[0, 0].numel()  # 1,000 images of 28x28; fewer in smaller batches
+    size = max(1, min(size, 16 * run.settings.batch_size))
     for batch, targets in zip(images.split(size), labels.split(size), strict=True):
         run.leave_if_stopped()
         with autocast(run.settings.precision, images.device):

@@ -84,27 +84,41 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
     """Raises UserError if a module changes shape or dtype, since PyTorch would broadcast a gate, or
-    makes parameters or buffers in its first forward."""
+    has layers that would not be trained or saved."""
     modules = attention_modules(model)
+    for name, module in model.named_modules():
+        for key, value in vars(module).items():
+            if isinstance(value, (list, tuple)) and any(isinstance(x, nn.Module) for x in value):
+                why = "a plain list, so they would not be trained: use nn.ModuleList"
+                raise UserError(f"{name}.{key} has its layers in {why}")
 
     def check(name, forward, x):
-        output = forward(x)
+        try:
+            output = forward(x)
+        except RuntimeError as error:
+            if "view size is not compatible" in str(error):
+                advice = "use x.reshape, x is in the channels_last layout"
+                raise UserError(f"{name}: {advice}") from None
+            raise
         made, taken = (
             (getattr(t, "dtype", type(t)), getattr(t, "shape", None)) for t in (output, x)
         )
-        if made != taken:
+        if made != taken and not tried.training:  # stochastic depth may return 0 there
             raise UserError(
                 f"{name} ({type(modules[name]).__name__}) makes {made[0]} {made[1]} of {taken[0]} "
                 f"{taken[1]}: return the input times the gate, in the input's shape and dtype"
             )
         return output
 
-    tried = wrapped(model, modules, check).eval()
-    before = tried.state_dict().keys()
-    predict(tried, images)
-    if new := sorted(tried.state_dict().keys() - before):
+    late = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
+    if not late:
+        tried = wrapped(model, modules, check).eval()
+        predict(tried, images)
+        predict(tried.train(), images)
+        late = sorted(tried.state_dict().keys() - model.state_dict().keys())
+    if late:
         why = "so it would not be trained or restored: make it in __init__"
-        raise UserError(f"{new[0]} is made in the first forward, {why}")
+        raise UserError(f"{late[0]} is made in the first forward, {why}")
 
 
 @torch.no_grad()

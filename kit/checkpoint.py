@@ -14,7 +14,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kit.command_line import in_one_line, is_out_of_memory
+from kit.command_line import UserError, in_one_line, is_out_of_memory
 from kit.runs import different
 
 import numpy as np
@@ -139,31 +139,39 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
     """Loads last.pt, or else prev.pt, into the parts. Returns its progress.
 
     A damaged file, or another run's, is renamed. With none left, the run starts from scratch.
+    Raises UserError, and renames nothing, if whole files do not fit the parts.
     """
     as_built = deepcopy(get_state(parts, device))
+    bad, misfits, progress = {}, [], None
     for path in (folder / "last.pt", folder / "prev.pt"):
-        if not path.is_file():
+        if progress or not path.is_file():
             continue
         try:
             state = load(path)
             if other := different(state["config"], config):
                 raise ValueError(f"it is of a run with {'; '.join(other)}")
-            progress = Progress(**state["progress"])
-            if [row["epoch"] for row in progress.history] != list(range(1, progress.epochs + 1)):
+            found = Progress(**state["progress"])
+            if [row["epoch"] for row in found.history] != list(range(1, found.epochs + 1)):
                 raise ValueError("its epochs are not in order")
+            misfits.append(path)  # unless it loads
             load_state(state, parts, device)
+            progress = found
         except Exception as error:  # a damaged file can raise anything
             if isinstance(error, OSError) or is_out_of_memory(error):
                 raise
             load_state(as_built, parts, device)  # it may have been loaded in part
-            path.rename(path.with_name(f"{path.name}.corrupt"))
-            renamed = f"{path} renamed to {path.name}.corrupt"
-            print(f"note: {renamed}: {in_one_line(error)}", file=sys.stderr)
-            continue
-        # PyTorch would warn if only the scheduler's step is left to do.
-        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
-        return progress
-    return Progress()
+            bad[path] = in_one_line(error)
+    if misfits and not progress:
+        raise UserError(
+            f"{misfits[0]} does not fit the model or the optimizer ({bad[misfits[0]]}): restore "
+            "the code of before, or use --overwrite or another --runs folder"
+        )
+    for path, why in bad.items():
+        path.rename(path.with_name(f"{path.name}.corrupt"))
+        print(f"note: {path} renamed to {path.name}.corrupt: {why}", file=sys.stderr)
+    # PyTorch would warn if only the scheduler's step is left to do.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+    return progress or Progress()
 
 
 def why_no_graph(optimizer: torch.optim.Optimizer) -> str | None:

@@ -16,8 +16,8 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).requires_grad_(False)
-        states = self.model.state_dict().values(), model.state_dict().values()
-        pairs = list(zip(*states, strict=True))
+        tensors = ([*m.parameters(), *m.buffers()] for m in (self.model, model))  # shared ones once
+        pairs = list(zip(*tensors, strict=True))
         self.floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]
         self.decay = decay

@@ -240,7 +240,9 @@ def in_class_folders(folder: Path, left_out: LeftOut) -> Labelled:
         note(f"{names_of([*inside])} all hold {same}: if those are the classes, put them into "
              "folders called train and test")  # fmt: skip
     if len(set(images.values())) < 2:
-        raise UserError(f"{folder} needs a folder of images for each of two classes or more")
+        unread = len(left_out[UNREAD])
+        also = f"; Pillow does not read {unread:,} of its files" * (unread > 0)
+        raise UserError(f"{folder} needs a folder of images for each of two classes or more{also}")
     return in_order(images)
 
 

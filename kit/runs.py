@@ -178,10 +178,12 @@ def different(there: dict, here: dict, ignore: Iterable[str] = ()) -> list[str]:
 def refuse_another_run(folder: Path, there: dict, config: dict, ignore: Iterable[str] = ()) -> None:
     """Raises UserError unless `there`, the config.json in `folder`, is this run's."""
     if differences := different(there, config, ignore):
-        raise UserError(
-            f"{folder} holds a run with {'; '.join(differences)}: use --overwrite to discard that "
-            "run, or another --runs folder"
-        )
+        advice = "use --overwrite to discard that run, or another --runs folder"
+        by_device = [key for key in ("mode", "precision") if there.get(key) != config.get(key)]
+        if len(differences) == len(by_device):  # `auto` chose others here
+            flags = " ".join(f"--{key} {there.get(key)}" for key in by_device)
+            advice = f"resume it with {flags}, {advice}"
+        raise UserError(f"{folder} holds a run with {'; '.join(differences)}: {advice}")
 
 
 def edited(then: dict, now: dict) -> list[str]:

@@ -208,6 +208,16 @@ def test_labels_of_medmnist_s_form_are_the_classes(tmp_path):
         assert read.classes == ["1", "5"] and read.test_labels.tolist() == [0, 1] * 6
 
 
+def test_pixels_from_0_to_1_and_capitals_in_a_file_s_name(tmp_path, capsys):
+    """(images / 255).astype("uint8") is a mistake that trains."""
+    sizes = {"train": 60, "val": 9}
+    dark = {f"{part}_images": np.ones((n, 28, 28), np.uint8) for part, n in sizes.items()}
+    npz(tmp_path / "a.npz", **dark)
+    (tmp_path / "a.npz").rename(tmp_path / "A.NPZ")
+    assert data.main(["--dataset", str(tmp_path / "A.NPZ")]) == 0
+    assert "the brightest training pixel is 1 of 255: scale" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -312,6 +312,15 @@ def test_a_class_without_images_that_can_be_read_is_refused(tmp_path, capsys, fi
     assert is_one_line(error) and "bird has no images that Pillow reads" in error
 
 
+def test_classes_of_files_that_pillow_does_not_read_are_no_missing_classes(tmp_path, capsys):
+    folder = make(tmp_path / "set", {"cat": 0, "dog": 0})
+    for name in ("cat", "dog"):
+        (folder / name / "1.dcm").write_bytes(b"something")
+    assert data.main(["--dataset", str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "Pillow does not read 2 of its files" in error
+
+
 def test_the_first_lines_of_both_scripts_say_what_was_found(tmp_path, capsys):
     names = [f"class{i:02d}" for i in range(13)]
     make(tmp_path / "set" / "Training", dict.fromkeys(names, 4), size=(12, 12))

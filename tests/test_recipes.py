@@ -80,6 +80,17 @@ def test_the_ema_is_a_moving_average():
     assert torch.equal(again.model.weight, ema.model.weight) and again.steps == 100
 
 
+def test_the_ema_of_a_shared_layer_moves_once():
+    layer = torch.nn.Linear(1, 1)
+    model = torch.nn.Sequential(layer, layer)
+    ema = EMA(model, decay=0.9)
+    before = layer.weight.item()
+    with torch.no_grad():
+        layer.weight += 1
+    ema.update()
+    assert ema.model[0].weight.item() == pytest.approx(before + 0.9)
+
+
 @pytest.fixture(scope="module")
 def strong_run(tmp_path_factory):
     runs = tmp_path_factory.mktemp("strong")

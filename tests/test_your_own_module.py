@@ -170,6 +170,136 @@ def test_what_is_made_in_the_first_forward_is_refused(tmp_path, monkeypatch, cap
     assert is_one_line(error) and "layer1.0.attention.fc.bias is made in the first forward" in error
 
 
+class Lazy(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.fc = nn.LazyLinear(channels)
+
+    def forward(self, x):
+        return x * self.fc(x.mean((2, 3))).sigmoid()[:, :, None, None]
+
+
+class LateBuffer(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("mean", None)
+
+    def forward(self, x):
+        if self.training:
+            self.mean = x.detach().mean()
+        return x
+
+
+class Listed(nn.Module):
+    def __init__(self, channels: int):
+        super().__init__()
+        self.layers = [nn.Linear(channels, channels)]
+
+    def forward(self, x):
+        return x * self.layers[0](x.mean((2, 3))).sigmoid()[:, :, None, None]
+
+
+class Views(nn.Module):
+    """As the authors of SGE (arXiv 1905.09646) form groups."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+
+    def forward(self, x):
+        n, c, h, w = x.shape
+        return x * x.view(n * 4, -1, h, w).mean((2, 3)).sigmoid().view(n, c, 1, 1)
+
+
+@pytest.mark.parametrize(("module", "words"), [
+    (Lazy, "layer1.0.attention.fc.weight is made in the first forward"),
+    (LateBuffer, "layer1.0.attention.mean is made in the first forward"),
+    (Listed, "layer1.0.attention.layers has its layers in a plain list"),
+    (Views, "layer1.0.attention: use x.reshape"),
+])  # fmt: skip
+def test_what_would_not_train_is_refused_before_training(
+    module, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(models.MODELS, "mine", (module, "blocks"))
+    assert train_small("mine", tmp_path, "--width", "16", "--dry-run") == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and words in error
+
+
+class Kernels(nn.Module):
+    """Parameters of other shapes than layers have, a loss of its own, now and then no branch."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.kernels = nn.Parameter(torch.zeros(2, channels, 1, 3, 3))
+        self.complex = nn.Parameter(torch.zeros(channels, 3, 2, 2))
+
+    def forward(self, x):
+        gate = (self.kernels.mean((0, 2, 3, 4)) + torch.view_as_complex(self.complex).abs().sum(
+            (1, 2))).sigmoid()  # fmt: skip
+        if self.training:
+            self.loss = gate.mean()
+            if torch.rand(()) < 0.3:
+                return 0
+        return x * gate[:, None, None]
+
+
+def test_a_module_may_have_any_parameters_and_a_loss(tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "mine", (Kernels, "blocks"))
+    assert train_small("mine", tmp_path, "--width", "16", "--epochs", "1") == 0
+
+
+class Drifts(nn.Module):
+    """A state that best.pt lacks."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    def forward(self, x):
+        self.scale *= 0.5 if self.training else 1.0
+        return x * self.scale
+
+
+@pytest.mark.parametrize("ema", [[], ["--ema", "0.9"]])
+def test_the_tested_weights_are_those_of_best_pt_alone(ema, tmp_path, monkeypatch):
+    monkeypatch.setitem(models.MODELS, "mine", (Drifts, "blocks"))
+    assert train_small("mine", tmp_path, "--epochs", "1", *ema) == 0
+    run = str(tmp_path / "fashion_mnist/published/mine/seed0")
+    assert explain.main(["--run", run, "--limit-test", "100", "--out", str(tmp_path)]) == 0
+
+
+class Other(Lazy):
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.fc = nn.Sequential(nn.Linear(channels, 4), nn.Linear(4, channels))
+
+
+class Another(Lazy):
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.fc = nn.Linear(channels, channels)
+
+
+def test_a_module_that_was_rewritten_does_not_cost_a_stopped_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(models.MODELS, "mine", (Other, "blocks"))
+    assert train_small("mine", tmp_path / "whole", "--epochs", "2") == 0
+    folder = "fashion_mnist/published/mine/seed0"
+    with monkeypatch.context() as patch:
+        stop_at(6, patch)
+        assert train_small("mine", tmp_path / "parts", "--epochs", "2") == 130
+    there = {p: p.read_bytes() for p in (tmp_path / "parts").rglob("*") if p.is_file()}
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setitem(models.MODELS, "mine", (Another, "blocks"))
+        assert train_small("mine", tmp_path / "parts", "--epochs", "2") == 1
+    error = capsys.readouterr().err
+    assert is_one_line(error) and "does not fit the model or the optimizer" in error
+    now = {p: p.read_bytes() for p in (tmp_path / "parts").rglob("*") if p.is_file()}
+    assert {p for p in there if there[p] != now.get(p) and "events" not in p.name} == set()
+    assert train_small("mine", tmp_path / "parts", "--epochs", "2") == 0
+    assert metrics_of(tmp_path / "whole" / folder) == metrics_of(tmp_path / "parts" / folder)
+
+
 class ReturnsGate(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
