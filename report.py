@@ -206,25 +206,20 @@ def summary_json(found: list[Findings], costs: list[dict], there: dict | None) -
             return sorted(found)
         return vars(found) | ({"verdict": found.verdict} if isinstance(found, Comparison) else {})
 
+    of_study = "dataset", "recipe", "overrides", "plans"
+    own = "reference", "margin", "level", "models", "spread", "by_class", "missing", "explained"
     studies = [
-        {key: getattr(f.study, key) for key in ("dataset", "recipe", "overrides", "plans")}
+        {key: getattr(f.study, key) for key in of_study}
+        | {key: getattr(f, key) for key in own}
         | {
             "quick": f.study.result["quick"],
-            "reference": f.reference,
-            "margin": f.margin,
-            "level": f.level,
-            "models": f.models,
             "against_reference": f.against,
             "against_control": f.controlled,
-            "spread": f.spread,
-            "by_class": f.by_class,
             "costs": f.relative,
             "costs_of_other_code": f.stale,
             "epochs_and_accuracy": f.stopping,
             "pareto_front": f.front,
-            "missing": f.missing,
             "left_out": {why: who(runs) for why, runs in f.study.left_out.items()},
-            "explained": f.explained,
         }
         for f in found
     ]

@@ -36,15 +36,12 @@ def measured(study: Study, rows: list[dict], fastest: bool = False) -> dict[str,
     sizes = {row["batch_size"] for row in rows}
     size = 64 if 64 in sizes else max(sizes, default=64)
     rows = [row for row in rows if row["batch_size"] == size]
+    way = "eager", "default" if "default" in {row["precision"] for row in rows} else "fp32"
     if fastest:
         baselines = [row for row in rows if row["model"] == "baseline"]
-        best = min(baselines, key=lambda row: row["ms_per_image"], default=None)
-        own_way = best and (best["mode"], best["precision"])
-        rows = [row for row in rows if (row["mode"], row["precision"]) == own_way]
-    else:
-        way = "default" if "default" in {row["precision"] for row in rows} else "fp32"
-        rows = [row for row in rows if row["precision"] == way]
-    return {row["model"]: row for row in rows}
+        best = min(baselines, key=lambda row: row["ms_per_image"], default={})
+        way = best.get("mode"), best.get("precision")
+    return {row["model"]: row for row in rows if (row["mode"], row["precision"]) == way}
 
 
 def by_other_code(study: Study, costs: dict[str, dict]) -> dict[str, list[str]]:
@@ -52,10 +49,8 @@ def by_other_code(study: Study, costs: dict[str, dict]) -> dict[str, list[str]]:
     found = {}
     for model, row in costs.items():
         codes = [run.env["sha256"] for run in study.runs.get(model, [])]
-        scripts = {
-            name for code in codes for name in edited(row["sha256"], code) if name in row["sha256"]
-        }
-        found |= {model: sorted(scripts)} if scripts else {}
+        if scripts := {name for code in codes for name in edited(row["sha256"], code)}:
+            found[model] = sorted(scripts)
     return found
 
 

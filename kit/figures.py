@@ -165,7 +165,6 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
     size = (11, max(4, 1 + 0.25 * len(study.runs)))
     figure, both = plt.subplots(1, 2, figsize=size, layout="constrained")
     keys = {"val_acc": "validation accuracy (%)", "train_loss": "training loss"}
-    longest = max(len(run.metrics) for run in study.all_runs)
     for axes, (key, name) in zip(both, keys.items(), strict=True):
         for model, runs in study.runs.items():
             curves = [[row[key] for row in run.metrics] for run in runs]
@@ -179,11 +178,10 @@ def draw_curves(found: Findings, styles: dict) -> plt.Figure:
                 band = list(map(min, values)), list(map(max, values))
                 axes.fill_between(epochs, *band, color=color, alpha=0.15, lw=0)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set(xlabel="epoch", ylabel=name, xlim=(1, longest))
+        axes.set(xlabel="epoch", ylabel=name, xlim=(1, max(found.epochs)))
     add_legend(both[1])
     if max(map(len, study.runs.values())) > 1:
-        uneven = len({len(run.metrics) for run in study.all_runs}) > 1
-        longer = "; dashed: seeds that trained longer" * uneven
+        longer = "; dashed: seeds that trained longer" * (len(found.epochs) > 1)
         figure.supxlabel(f"mean over seeds, band from lowest to highest{longer}", fontsize=9)
     return figure
 
@@ -208,15 +206,9 @@ FIGURES = {  # file name -> (drawing function, whether it has data)
     "test_accuracy.png": (draw_accuracy, lambda found: found.models),
     "inference_time.png": (draw_time, lambda found: found.costs),
     "accuracy_vs_params.png": (draw_params, lambda found: "baseline" in found.models),
-    "accuracy_vs_epochs.png": (
-        draw_epochs,
-        lambda found: len({run.result["epochs_run"] for run in found.study.all_runs}) > 1,
-    ),
+    "accuracy_vs_epochs.png": (draw_epochs, lambda found: len(found.epochs) > 1),
     "accuracy_vs_latency.png": (draw_latency, lambda found: found.costs.keys() & found.models),
-    "learning_curves.png": (
-        draw_curves,
-        lambda found: max(len(run.metrics) for run in found.study.all_runs) > 1,
-    ),
+    "learning_curves.png": (draw_curves, lambda found: max(found.epochs) > 1),
     "differences.png": (draw_differences, lambda found: found.against),
     "compared.png": (draw_compared, None),
 }

@@ -62,6 +62,7 @@ class Findings:
         self.unjudged = [m for m in here if m not in self.against and reference in self.models]
         self.spread = self.spread_over_seeds()
         self.by_class = self.compare_classes()
+        self.epochs = {run.result["epochs_run"] for run in study.all_runs}
         # Correlation of epochs trained with test accuracy, over all runs.
         runs = [run.result for run in study.all_runs]
         of_runs = [[result[key] for result in runs] for key in ("epochs_run", "test_acc")]
@@ -83,9 +84,8 @@ class Findings:
             for seed, run in study.by_seed(model).items()
             if seed not in seeds
         ]
-        self.missing = {
-            m: left for m in in_table_order(study.planned) if (left := study.missing(m))
-        }
+        left = {m: seeds - study.by_seed(m).keys() for m, seeds in study.planned.items()}
+        self.missing = {m: sorted(left[m]) for m in in_table_order(left) if left[m]}
 
     def compare(self, pairs: dict, other: Study | None = None) -> dict[str, Comparison]:
         """{name: (model, reference in `other`)} -> {name: comparison} over planned seeds, corrected

@@ -8,25 +8,15 @@ import json
 import os
 import re
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from kit.command_line import UserError, in_one_line
-from kit.files import check, maybe, read_json, read_small
+from kit.files import check, read_json, read_small
 from kit.plans import read_plans
-from kit.runs import (
-    CONFIG,
-    COUNT,
-    NUMBER,
-    PERCENT,
-    POSITIVE,
-    SIZE,
-    FinishedRun,
-    different,
-    is_name,
-    read_run,
-)
+from kit.runs import CONFIG, COST, EXPLAINED, FinishedRun, different, read_run
 
 import numpy as np
 
@@ -37,20 +27,6 @@ PUBLISHED = {
     "cbam_blocks": dict(test_acc=92.59, params_m=11.26, flops_g=0.92, ms_per_image=0.09),
     "cbam_classifier": dict(test_acc=93.18, params_m=11.21, flops_g=0.92, ms_per_image=0.07),
 }
-COST = dict(
-    model=is_name, precision=is_name, mode=is_name, device=str, torch=str, image=str, classes=SIZE,
-    batch_size=SIZE, width=SIZE, sha256={str: str}, params=POSITIVE, flops=POSITIVE,
-    flops_aten=POSITIVE, ms_per_image=POSITIVE, ms_per_image_p10=POSITIVE,
-    ms_per_image_p90=POSITIVE, ms_per_image_p99=POSITIVE,
-)  # fmt: skip
-STAGE = dict(
-    mean=NUMBER, spread_over_channels=NUMBER, spread_over_images=NUMBER, hardly_vary=(0, 1),
-    saturated=maybe((0, 1)),
-)  # fmt: skip
-EXPLAINED = dict(
-    test_images=SIZE, test_acc=PERCENT, test_acc_gates_fixed=maybe(PERCENT), won=COUNT, lost=COUNT,
-    gates=lambda gates: all(check(stage, STAGE) for stage in gates.values()),
-)  # fmt: skip
 
 
 class Problem(NamedTuple):
@@ -82,9 +58,6 @@ class Study:
             for m in self.planned.keys() - {reference}
         )
         return max((len({*map(frozenset, own)}) for own in planned), default=1)
-
-    def missing(self, model: str) -> list[int]:
-        return sorted(self.planned.get(model, set()) - self.by_seed(model).keys())
 
     @property
     def mark(self) -> str:
@@ -159,18 +132,12 @@ def read_studies(
         except UserError as error:
             problems.append(Problem(str(error), is_lost=True))
 
-    def is_wanted(folder: Path) -> bool:
-        """By its config.json. If that cannot be read, the run may be wanted."""
-        try:
-            config = read_json(folder / "config.json", CONFIG)
-        except ValueError:
-            return True
-        config["dataset"] = config["dataset_name"]
-        return all(config[key] in values for key, values in wanted.items())
-
     for folder in folders:
-        if wanted and not is_wanted(folder):
-            continue
+        with suppress(ValueError):  # without a readable config.json the run may be wanted
+            config = read_json(folder / "config.json", CONFIG)
+            config["dataset"] = config["dataset_name"]
+            if not all(config[key] in values for key, values in wanted.items()):
+                continue
         if not (folder / "result.json").exists():
             problems.append(Problem(f"unfinished: {folder}, {epochs_of(folder)} epochs done"))
             continue
@@ -229,16 +196,39 @@ def run_folders(runs_dir: Path, problems: list[Problem]) -> list[Path]:
 
 def comparable(runs: list[FinishedRun]) -> tuple[dict, dict]:
     """({model: its runs, sorted by seed}, {reason: runs left out}) for one study."""
-    left_out, kept = {}, {}
-    for run in alike(runs, left_out):
-        first = kept.setdefault((run.result["model"], run.seed), run)
-        if first is not run:
-            left_out.setdefault(f"same model and seed as {first.folder}", []).append(run)
-    by_model = {}
-    for key in sorted(kept):
-        by_model.setdefault(key[0], []).append(kept[key])
-    found = {model: of_one_model(by_model[model], left_out) for model in in_table_order(by_model)}
-    return {model: own for model, own in found.items() if own}, left_out
+    keys = {run.folder: json.dumps(run.settings, sort_keys=True) for run in runs}
+    n = Counter(keys.values())
+    # The most common settings (in a tie, a baseline's).
+    usual = max(runs, key=lambda run: (n[keys[run.folder]], run.result["model"] == "baseline"))
+    kept, found, left_out = {}, {}, {}
+    for run in runs:
+        if differences := different(run.settings, usual.settings):
+            why = f"its settings differ: {'; '.join(differences)}"
+        elif (first := kept.setdefault((run.result["model"], run.seed), run)) is not run:
+            why = f"same model and seed as {first.folder}"
+        else:
+            continue
+        left_out.setdefault(why, []).append(run)
+    for model in in_table_order({model for model, _ in kept}):
+        own = [kept[key] for key in sorted(kept) if key[0] == model]
+        for run in own:
+            if why := why_invalid(run, own):
+                left_out.setdefault(why, []).append(run)
+            else:
+                found.setdefault(model, []).append(run)
+    return found, left_out
+
+
+def why_invalid(run: FinishedRun, runs: list[FinishedRun]) -> str | None:
+    """Why it is no result of its model, whose `runs` must be of one size and no two alike."""
+    sizes = Counter(each.result["params"] for each in runs).most_common()
+    usual = sizes[0][0] if len(sizes) == 1 or sizes[0][1] > sizes[1][1] else None
+    if run.result["params"] != usual:
+        sizes_in_words = " or ".join(f"{size:,}" for size, _ in sizes)
+        return f"seeds of one model have different parameter counts, {sizes_in_words}"
+    if any(other is not run and same_mistakes(run, other) for other in runs):
+        return "the same predictions for different seeds: one run is a copy"
+    return None
 
 
 def epochs_of(folder: Path) -> int:
@@ -247,42 +237,6 @@ def epochs_of(folder: Path) -> int:
         return len(read_small(path).splitlines())
     except OSError:
         return 0
-
-
-def alike(runs: list[FinishedRun], left_out: dict[str, list[FinishedRun]]) -> list[FinishedRun]:
-    """Runs with the most common settings (in a tie, a baseline's); `left_out` gets the others."""
-    keys = {run.folder: json.dumps(run.settings, sort_keys=True) for run in runs}
-    n = Counter(keys.values())
-    usual = max(runs, key=lambda run: (n[keys[run.folder]], run.result["model"] == "baseline"))
-    found = []
-    for run in runs:
-        if differences := different(run.settings, usual.settings):
-            why = f"its settings differ: {'; '.join(differences)}"
-            left_out.setdefault(why, []).append(run)
-        else:
-            found.append(run)
-    return found
-
-
-def of_one_model(
-    runs: list[FinishedRun], left_out: dict[str, list[FinishedRun]]
-) -> list[FinishedRun]:
-    """One model's valid runs: of one size, no two with the same mistakes."""
-    sizes = Counter(run.result["params"] for run in runs).most_common()
-    usual = sizes[0][0] if len(sizes) == 1 or sizes[0][1] > sizes[1][1] else None
-    found = []
-    for run in runs:
-        copies = [other for other in runs if other is not run and same_mistakes(run, other)]
-        if run.result["params"] != usual:
-            sizes_in_words = " or ".join(f"{size:,}" for size, _ in sizes)
-            why = f"seeds of one model have different parameter counts, {sizes_in_words}"
-        elif copies:
-            why = "the same predictions for different seeds: one run is a copy"
-        else:
-            found.append(run)
-            continue
-        left_out.setdefault(why, []).append(run)
-    return found
 
 
 def same_mistakes(run: FinishedRun, other: FinishedRun) -> bool:

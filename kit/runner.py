@@ -32,10 +32,6 @@ class Job:
         """For a plan. A job is skipped if it begins with "done"."""
         return "skips what is there" * ("--keep" in self.command)
 
-    @property
-    def is_done(self) -> bool:
-        return self.state.startswith("done")
-
 
 class Runner:
     """Up to `jobs` commands at a time. gpus: indices or UUIDs; parallel jobs get one each."""

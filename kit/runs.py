@@ -23,7 +23,7 @@ from functools import cached_property
 from pathlib import Path
 
 from kit.command_line import UserError, in_one_line, is_name
-from kit.files import maybe, read_json, read_small, say_no_locks
+from kit.files import check, maybe, read_json, read_small, say_no_locks
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -53,6 +53,20 @@ CONFIG = dict(
 )  # fmt: skip
 ENV = dict(torch=str, sha256={str: str}, variables=maybe(dict), changes=maybe(list))
 METRICS = dict(epoch=COUNT, train_loss=NUMBER, lr=NUMBER, val_acc=PERCENT)
+COST = dict(
+    model=is_name, precision=is_name, mode=is_name, device=str, torch=str, image=str, classes=SIZE,
+    batch_size=SIZE, width=SIZE, sha256={str: str}, params=POSITIVE, flops=POSITIVE,
+    flops_aten=POSITIVE, ms_per_image=POSITIVE, ms_per_image_p10=POSITIVE,
+    ms_per_image_p90=POSITIVE, ms_per_image_p99=POSITIVE,
+)  # fmt: skip
+STAGE = dict(
+    mean=NUMBER, spread_over_channels=NUMBER, spread_over_images=NUMBER, hardly_vary=(0, 1),
+    saturated=maybe((0, 1)),
+)  # fmt: skip
+EXPLAINED = dict(
+    test_images=SIZE, test_acc=PERCENT, test_acc_gates_fixed=maybe(PERCENT), won=COUNT, lost=COUNT,
+    gates=lambda gates: all(check(stage, STAGE) for stage in gates.values()),
+)  # fmt: skip
 
 # --- A finished run -------------------------------------------------------------------------------
 

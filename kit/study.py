@@ -108,7 +108,7 @@ def training(s: SimpleNamespace, recipe, models, seeds, folder="", flags=()) -> 
 
 def finished(s: SimpleNamespace, runs: list[Training]) -> list[Training]:
     """The finished runs; in a plan, all of them."""
-    return [run for run in runs if s.planning or run.is_done]
+    return [run for run in runs if s.planning or run.state.startswith("done")]
 
 
 def explain(s: SimpleNamespace, runs: list[Training], limit: int = 10000) -> list[Job]:
@@ -145,7 +145,7 @@ def study(s: SimpleNamespace) -> Iterator[list[Job]]:
     modes = ["--modes", "eager", *["compile+graph"] * on_gpu]
 
     say("1. Is the fast step the step of plain PyTorch? If not, nothing more is run.")
-    if s.planning or not any(run.is_done for run in published):
+    if s.planning or not finished(s, published):
         yield [Job([*test, same], needed=True)]
     say("2. The published study, and what the models of its first seed look at")
     yield published

@@ -8,7 +8,6 @@ no verdict until all of them have finished, only they are compared, and after k 
 """
 
 import bisect
-import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -141,25 +140,16 @@ def power(difference: float, sd: float, n: int, level: float = LEVEL) -> float:
 
 def detectable_difference(sd: float, n: int, level: float = LEVEL) -> float:
     """Minimum detectable difference at 80% power."""
-    return sd * detectable_effect(n, level)
-
-
-@functools.cache
-def detectable_effect(n: int, level: float) -> float:
-    """The same, in units of `sd`."""
-    most = 1.0
+    most = 1.0  # in units of `sd`
     while power(most, 1.0, n, level) < POWER:
         most *= 2
-    return float(optimize.brentq(lambda effect: power(effect, 1.0, n, level) - POWER, 0, most))
+    return sd * float(optimize.brentq(lambda effect: power(effect, 1.0, n, level) - POWER, 0, most))
 
 
 def seeds_needed(difference: float, sd: float, level: float = LEVEL) -> int:
     """Pairs needed to detect `difference` with 80% power; `sd` is of differences."""
-    enough = 2
-    while power(difference, sd, enough, level) < POWER:
-        enough *= 2
-    candidates = range(2, enough)
-    return 2 + bisect.bisect_left(candidates, POWER, key=lambda n: power(difference, sd, n, level))
+    pairs = range(2, 10**9)
+    return pairs[bisect.bisect_left(pairs, POWER, key=lambda n: power(difference, sd, n, level))]
 
 
 def seeds_in_words(difference: float, sd: float, comparisons: int, level: float) -> str:
