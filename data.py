@@ -78,7 +78,7 @@ def load_dataset(
     dataset = load(Path(data_dir), **asked)
     if not isinstance(dataset, ImageData):
         raise UserError(f"{name}: not an ImageData, but a {type(dataset).__name__}")
-    if (brightest := dataset.train_images.max()) < 32:  # of 12 bits in 16, or of floats in [0, 1]
+    if (brightest := dataset.train_images.max()) < 32:  # 12 of 16 bits, or floats in [0, 1]
         note(f"the brightest training pixel is {brightest} of 255: scale pixels to 0 to 255")
     note_copies("test", *dataset.keys[::-1])
     labels = np.append(dataset.train_labels, dataset.test_labels)

@@ -77,7 +77,7 @@ def load_model(run: FinishedRun, dataset: data.ImageData) -> nn.Module:
     except Exception as error:  # damaged files can raise anything
         raise UserError(
             f"{path} does not load as {config['model']} ({in_one_line(error)}): restore the "
-            "code of its training, or train it again with --overwrite (weights are not in Git)"
+            "code that it was trained with, or train it again with --overwrite (Git has no weights)"
         ) from None
     return channels_last(model).eval()
 

@@ -246,7 +246,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--power", action="store_true", help="only print the seeds that --difference takes")
     add("--sd", type=float, help="over seeds, in points; default: estimated from --runs")
     add("--difference", type=float, help="to detect, in points")
-    add("--comparisons", type=int, help="number of comparisons; default: that of --runs; else 4")
+    add("--comparisons", type=int, help="how many; default: those of --runs; with --sd 4")
     args = parser.parse_args(argv)
     if args.power != bool(args.difference) or (args.sd is not None and not args.power):
         parser.error("--power and --difference go together; --sd only with them")

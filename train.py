@@ -224,8 +224,8 @@ def evaluate(model, loader, images, labels, run):
     """(mean cross-entropy, predicted classes (N,)) of uint8 images, in evaluation mode."""
     model.eval()
     loss, predictions = 0.0, []
-    size = 784_000 // images[0, 0].numel()  # 1,000 images of 28x28; fewer in smaller batches
-    size = max(1, min(size, 16 * run.settings.batch_size))
+    size = 784_000 // images[0, 0].numel()  # 1,000 images of 28x28
+    size = max(1, min(size, 16 * run.settings.batch_size))  # a smaller batch saves memory here too
     for batch, targets in zip(images.split(size), labels.split(size), strict=True):
         run.leave_if_stopped()
         with autocast(run.settings.precision, images.device):

@@ -82,22 +82,25 @@ def attention_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+@torch.no_grad()
 def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
     """Raises UserError if a module changes shape or dtype, since PyTorch would broadcast a gate, or
     has layers that would not be trained or saved."""
     modules = attention_modules(model)
+    trained = {*model.modules(), *model.parameters()}
     for name, module in model.named_modules():
         for key, value in vars(module).items():
-            if isinstance(value, (list, tuple)) and any(isinstance(x, nn.Module) for x in value):
+            inside = value if isinstance(value, (list, tuple)) else ()
+            if {x for x in inside if isinstance(x, (nn.Module, nn.Parameter))} - trained:
                 why = "a plain list, so they would not be trained: use nn.ModuleList"
-                raise UserError(f"{name}.{key} has its layers in {why}")
+                raise UserError(f"{f'{name}.{key}'.lstrip('.')} has its layers in {why}")
 
     def check(name, forward, x):
         try:
             output = forward(x)
         except RuntimeError as error:
             if "view size is not compatible" in str(error):
-                advice = "use x.reshape, x is in the channels_last layout"
+                advice = "use reshape instead of view, since x is in the channels_last layout"
                 raise UserError(f"{name}: {advice}") from None
             raise
         made, taken = (
@@ -110,13 +113,10 @@ def check_shapes(model: nn.Module, images: torch.Tensor) -> None:
             )
         return output
 
-    late = [name for name, p in model.named_parameters() if nn.parameter.is_lazy(p)]
-    if not late:
-        tried = wrapped(model, modules, check).eval()
-        predict(tried, images)
-        predict(tried.train(), images)
-        late = sorted(tried.state_dict().keys() - model.state_dict().keys())
-    if late:
+    tried = wrapped(model, modules, check).eval()
+    tried(images)
+    tried.train()(images)  # two at once, for BatchNorm
+    if late := sorted(tried.state_dict().keys() - model.state_dict().keys()):
         why = "so it would not be trained or restored: make it in __init__"
         raise UserError(f"{late[0]} is made in the first forward, {why}")
 

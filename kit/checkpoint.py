@@ -139,7 +139,8 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
     """Loads last.pt, or else prev.pt, into the parts. Returns its progress.
 
     A damaged file, or another run's, is renamed. With none left, the run starts from scratch.
-    Raises UserError, and renames nothing, if whole files do not fit the parts.
+    Raises UserError, and renames nothing, if an undamaged file does not fit the parts, and no other
+    file does.
     """
     as_built = deepcopy(get_state(parts, device))
     bad, misfits, progress = {}, [], None
@@ -164,13 +165,13 @@ def resume(folder: Path, parts: dict, device: torch.device, config: dict) -> Pro
     if misfits and not progress:
         raise UserError(
             f"{misfits[0]} does not fit the model or the optimizer ({bad[misfits[0]]}): restore "
-            "the code of before, or use --overwrite or another --runs folder"
+            "the code that it was trained with, or use --overwrite or another --runs folder"
         )
     for path, why in bad.items():
         path.rename(path.with_name(f"{path.name}.corrupt"))
         print(f"note: {path} renamed to {path.name}.corrupt: {why}", file=sys.stderr)
-    # PyTorch would warn if only the scheduler's step is left to do.
-    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
+    if progress:  # PyTorch would warn if only the scheduler's step is left to do
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     return progress or Progress()
 
 

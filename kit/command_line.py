@@ -18,7 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2,
             signal.SIGXCPU)  # fmt: skip
 # Lowering these saves memory, if a script has them.
-SMALLER = ("--batch-size", "--batch-sizes", "--width", "--image-size", "--limit-test")
+SMALLER = ("--batch-size", "--batch-sizes", "--width", "--limit-test")
 parsers: list[argparse.ArgumentParser] = []  # the last one is the running script's
 
 
@@ -125,7 +125,7 @@ def exit_code(main: Callable[[list[str] | None], int | None]) -> Callable[..., i
             if not is_out_of_memory(error):
                 raise
             flags = [f for f in SMALLER if parsers and f in parsers[-1]._option_string_actions]
-            message = f"out of memory: try a smaller {' or '.join(flags[:3]) or 'model'}"
+            message = f"out of memory: try a smaller {' or '.join(flags[:2]) or 'model'}"
         print(f"error: {' '.join(message.split())}", file=sys.stderr)  # one line, always
         return 1
 

@@ -16,7 +16,7 @@ class EMA:
 
     def __init__(self, model: nn.Module, decay: float):
         self.model = copy.deepcopy(model).requires_grad_(False)
-        tensors = ([*m.parameters(), *m.buffers()] for m in (self.model, model))  # shared ones once
+        tensors = ([*m.parameters(), *m.buffers()] for m in (self.model, model))  # shared: once
         pairs = list(zip(*tensors, strict=True))
         self.floats = [pair for pair in pairs if pair[0].is_floating_point()]
         self.counts = [pair for pair in pairs if not pair[0].is_floating_point()]

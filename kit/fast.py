@@ -35,7 +35,7 @@ if ignored := os.environ.keys() & {
         print(f"note: {name}={os.environ.pop(name)} ignored: --precision decides", file=sys.stderr)
 
 from kit.checkpoint import attributes
-from kit.command_line import in_one_line
+from kit.command_line import UserError, in_one_line
 
 import numpy as np
 import torch
@@ -118,17 +118,20 @@ def autocast(precision: str, device: torch.device) -> torch.autocast:
 
 
 def channels_last(model: torch.nn.Module) -> torch.nn.Module:
-    """Converts the model, in place, to the fastest layout for convolutions.
+    """Converts the model, in place, to the fastest layout for convolutions. Raises UserError for
+    lazy layers, which have none yet and could not be trained.
 
     Not narrow models on a CPU: oneDNN's gradient of a strided 1x1 convolution with fewer than 16
     input channels writes out of bounds (uxlfoundation/oneDNN issue 6035).
     """
+    if lazy := [k for k, p in model.named_parameters() if torch.nn.parameter.is_lazy(p)]:
+        raise UserError(f"{lazy[0]} is of a lazy layer: give it its sizes in __init__")
     convolutions = [m for m in model.modules() if isinstance(m, torch.nn.Conv2d)]
     strided = [m for m in convolutions if m.kernel_size == (1, 1) and m.stride != (1, 1)]
     if any(m.in_channels < 16 and m.weight.is_cpu for m in strided):
         return model
     for m in convolutions:
-        if m.out_channels > 1:  # of one channel cuDNN and the compiler have different ideas
+        if m.out_channels > 1:  # with one, cuDNN and the compiler disagree about the layout
             m.to(memory_format=torch.channels_last)
     return model
 
@@ -224,10 +227,9 @@ def gradient_error(found: list, expected: list, each: bool) -> float:
     return torch.stack(errors).nan_to_num(0).max().item()  # 0 / 0: all are 0
 
 
-def python_state(model: torch.nn.Module) -> tuple:
-    """What changes in it from step to step would be fixed by a graph."""
-    on_gpu = not next(model.parameters()).is_cpu
-    drawn = str(np.random.get_state()), on_gpu and torch.get_rng_state().tolist()  # noqa: NPY002
+def python_state(model: torch.nn.Module, mode: str) -> tuple:
+    """What changes in it from step to step would be fixed by compiling or by a graph."""
+    drawn = str(np.random.get_state()), "graph" in mode and str(torch.get_rng_state().tolist())  # noqa: NPY002
     return random.getstate(), drawn, attributes(model)
 
 
@@ -251,9 +253,9 @@ def fast(step, forward, mode, precision, example: tuple, model, restore: Callabl
     failures, size = [], len(example[0])
     if mode != "eager":
         weights = telling_weights(model, partial(gradients, step))
-        before = python_state(model)
+        before = python_state(model, mode)
         step(*example)
-        if python_state(model) != before:
+        if python_state(model, mode) != before:
             what = "a generator on the CPU, or count in an attribute (use a buffer),"
             failures.append(f"mode {mode} would draw from {what} only once")
             mode = "eager"

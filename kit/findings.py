@@ -3,6 +3,7 @@
 Everything is computed here, once. words.py and pages.py describe it, figures.py draws it.
 """
 
+import functools
 import itertools
 from dataclasses import dataclass
 from statistics import mean, stdev
@@ -96,20 +97,20 @@ class Findings:
             both = study.planned.get(model), there.planned.get(reference)
             planned[name] = seeds = planned_for_both(*both)
             own = study.accuracies(model).items()
-            of_plan = {seed: value for seed, value in own if seed in seeds or not seeds}
+            of_plan = {seed: value for seed, value in own if seeds is None or seed in seeds}
             values[name] = of_plan, there.accuracies(reference)
         step = 100 / study.result["test_images"]
-        expected = {name for name, seeds in planned.items() if seeds}
+        expected = {name for name, (model, _) in pairs.items() if model in study.planned}
         found = compared(values, lambda name: step, self.level, self.margin, expected)
         for name, c in found.items():
             model, reference = pairs[name]
             both = study.by_seed(model), there.by_seed(reference)
             c.unlike = unlike([tuple(runs[seed] for runs in both) for seed in c.seeds])
-            c.planned = planned[name]
+            c.planned = planned[name] or set()
         return found
 
-    @property
-    def compared(self) -> dict[str, dict[int, FinishedRun]]:
+    @functools.cached_property
+    def compared_runs(self) -> dict[str, dict[int, FinishedRun]]:
         """{model: {seed: run}} of the comparisons with the reference, its own runs first."""
         seeds = {model: c.seeds for model, c in self.against.items()}
         seeds = {self.reference: sorted({*itertools.chain(*seeds.values())})} | seeds
@@ -123,11 +124,12 @@ class Findings:
         """
         if not self.against:
             return None
-        runs = [run for own in self.compared.values() for run in own.values()]
+        runs = [run for own in self.compared_runs.values() for run in own.values()]
         models, seeds = [run.result["model"] for run in runs], [run.seed for run in runs]
 
         def sds(values: list) -> tuple[float, float, int]:
-            """values (runs, k) -> SDs of their mean over seeds and of its difference; freedom."""
+            """values (runs, k) -> (SD over seeds of their mean over k, SD of its paired difference,
+            degrees of freedom)."""
             over_seeds, _ = verdicts.residual_variance(values, models)
             within, freedom = verdicts.residual_variance(values, models, seeds)
             return *(v.sum() ** 0.5 / v.size for v in (over_seeds, 2 * within)), freedom
@@ -152,20 +154,24 @@ class Findings:
         """None with few seeds, before a plan's end, or if predictions are missing."""
         final = [model for model, c in self.against.items() if not c.is_interim]
         models = [model for model in final if len(self.against[model].seeds) >= SEEDS_BY_CLASS]
-        runs = [run for model in [self.reference, *models] for run in self.compared[model].values()]
-        if not models or not same_labels(runs):
+        if not models:
+            return None
+        used = [self.compared_runs[model] for model in (self.reference, *models)]
+        runs = [run for by_seed in used for run in by_seed.values()]
+        if not same_labels(runs):
             return None
         labels, counts = np.unique(runs[0].labels, return_counts=True)
         sizes = dict(zip(labels, counts, strict=True))
 
         def of_class(model: str, label: int) -> dict[int, float]:
-            by_seed = self.compared[model].items()
+            by_seed = self.compared_runs[model].items()
             return {seed: 100 * run.correct[run.labels == label].mean() for seed, run in by_seed}
 
         baseline = {label: of_class(self.reference, label) for label in labels}
         found = compared(
             {(m, label): (of_class(m, label), baseline[label]) for m in models for label in labels},
             lambda name: 100 / sizes[name[1]], self.level, self.margin,
+            {(m, label) for m in self.family for label in labels},
         )  # fmt: skip
         names = dict(enumerate(self.study.result["classes"]))
         return ByClass(

@@ -239,7 +239,7 @@ def results_tex(f: Findings) -> str:
         cells = [words.tex(model + f.study.mark), *map(words.fmt, words.mean_and_sd(f, model))]
         if c:
             bounds = words.interval(c.corrected).replace("to", "$ to $")
-            word = words.tex(words.verdict(c).removesuffix(" †")) + mark * bool(c.unlike)
+            word = words.tex(words.progress(c)) + mark * bool(c.unlike)
             cells += [str(len(c.seeds)), f"${c.difference:+.2f}$", f"${bounds}$", word]
         else:
             cells += [str(s["n"]), "", "", ""]

@@ -36,7 +36,7 @@ def main_table(f: Findings, seeds: bool = True) -> str:
     verdicts = [f.against.get(model) for model in models]
     return columns({
         "model": [f"`{model}`{f.study.mark}" for model in models],
-        "seeds": [seeds and str(len(c.seeds) if (c := f.against.get(m)) else f.models[m]["n"])
+        "seeds": [seeds and str(len(f.compared_runs.get(m) or f.models[m]["seeds"]))
                   for m in models],
         "test accuracy %": [accuracy(f, model) for model in models],
         f"against `{f.reference}`, points": [difference(f, model) for model in models],

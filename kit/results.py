@@ -4,6 +4,7 @@ Needs no torch. Run folders may be anywhere below --runs: result.json says what 
 or incompatible runs are left out, with a line that says why.
 """
 
+import itertools
 import json
 import os
 import re
@@ -51,13 +52,14 @@ class Study:
         return seeds_by_model(self.plans)
 
     def looks(self, reference: str) -> int:
-        """Possible looks at results: the most often that any comparison's planned seeds changed."""
+        """Possible looks at results: the most sets of seeds ever planned for one comparison."""
         history = [seeds_by_model(self.plans[:n]) for n in range(1, len(self.plans) + 1)]
-        planned = (
-            [planned_for_both(p[m], p.get(reference)) for p in history if m in p]
-            for m in self.planned.keys() - {reference}
-        )
-        return max((len({*map(frozenset, own)}) for own in planned), default=1)
+        sets = (
+            {frozenset(planned_for_both(p.get(a), p.get(b))) for p in history
+             if p.keys() >= self.planned.keys() & {a, b}}
+            for a, b in itertools.combinations({*self.planned, reference}, 2)
+        )  # fmt: skip
+        return max(map(len, sets), default=1)
 
     @property
     def mark(self) -> str:
@@ -109,9 +111,11 @@ def seeds_by_model(plans: list[dict]) -> dict[str, set[int]]:
     return found
 
 
-def planned_for_both(one: set[int] | None, other: set[int] | None) -> set[int]:
+def planned_for_both(one: set[int] | None, other: set[int] | None) -> set[int] | None:
     """Planned seeds of a comparison. A model without a plan has whatever seeds the other has."""
-    return one & other if one and other else one or other or set()
+    if one is None or other is None:
+        return other if one is None else one
+    return one & other
 
 
 def read_studies(

@@ -120,9 +120,9 @@ class Run:
             except ValueError as error:
                 raise UserError(f"{folder} is damaged ({error}): {advice}") from error
             refuse_another_run(folder, there, self.config)
+        self.progress = checkpoint.resume(folder, self.parts, self.device, self.config)
         # A killed process's temporary files, and its curves, which may lack the last epochs.
         remove(folder, ".*.tmp*", "events.out.tfevents.*")
-        self.progress = checkpoint.resume(folder, self.parts, self.device, self.config)
         write_json(folder / "config.json", self.config)
         if diff := environment.code_diff():
             self.write("code.diff", diff)

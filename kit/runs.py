@@ -193,10 +193,10 @@ def refuse_another_run(folder: Path, there: dict, config: dict, ignore: Iterable
     """Raises UserError unless `there`, the config.json in `folder`, is this run's."""
     if differences := different(there, config, ignore):
         advice = "use --overwrite to discard that run, or another --runs folder"
-        by_device = [key for key in ("mode", "precision") if there.get(key) != config.get(key)]
-        if len(differences) == len(by_device):  # `auto` chose others here
-            flags = " ".join(f"--{key} {there.get(key)}" for key in by_device)
-            advice = f"resume it with {flags}, {advice}"
+        by_device = {"mode", "precision"} - {*ignore}
+        if not different(there, config, {*ignore, *by_device}):  # `auto` chose others here
+            flags = (f"--{key} {there.get(key)}" for key in sorted(by_device))
+            advice = f"resume it with {' '.join(flags)}, {advice}"
         raise UserError(f"{folder} holds a run with {'; '.join(differences)}: {advice}")
 
 

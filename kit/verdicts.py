@@ -3,8 +3,8 @@
 A seed fixes the split, the image order and the backbone's initial weights for all models. So models
 are compared seed by seed: a paired t test with Holm's correction over all comparisons of a study.
 The test was chosen before seeing any results, and the number of seeds is planned (RUNS/plan.json):
-no verdict until all of them have finished, only they are compared, and after k plans the level is
-5% / k.
+no verdict until all of them have finished, and only they are compared. If more are planned later,
+the level is 5% / 2, then 5% / 3.
 """
 
 import bisect
@@ -87,7 +87,7 @@ def holm(p_values: list[float]) -> list[float]:
 
 
 def correct(comparisons: list[Comparison], level: float = LEVEL, k: int = 0) -> None:
-    """Sets p_holm and the interval of each comparison; `k` counts those that are still to come.
+    """Sets p_holm and the interval of each comparison; `k`: their number and those still to come.
 
     The i-th smallest p gets an interval at its level in Holm's test, level / (k - i + 1); after the
     first non-significant one, all use its level. So an interval excludes 0 exactly where Holm's
@@ -148,7 +148,7 @@ def detectable_difference(sd: float, n: int, level: float = LEVEL) -> float:
 
 def seeds_needed(difference: float, sd: float, level: float = LEVEL) -> int:
     """Pairs needed to detect `difference` with 80% power; `sd` is of differences."""
-    pairs = range(2, 10**9)
+    pairs = range(2, 10**13)
     return pairs[bisect.bisect_left(pairs, POWER, key=lambda n: power(difference, sd, n, level))]
 
 

@@ -104,8 +104,8 @@ def names_of(f: Findings, verdict: str) -> str:
 
 def mean_and_sd(f: Findings, model: str) -> tuple[float, float | None]:
     """Over the compared seeds, so that differences add up, or else all. sd: None for one run."""
-    found, c = f.study.accuracies(model), f.against.get(model)
-    own = [found[seed] for seed in (c.seeds if c else found)]
+    found = f.study.accuracies(model)
+    own = [found[seed] for seed in f.compared_runs.get(model) or found]
     return mean(own), stdev(own) if len(own) > 1 else None
 
 
@@ -115,9 +115,12 @@ def pairs_of(f: Findings) -> str:
     return "only " * (counts[0] < FEW) + f"{span} seeds"
 
 
+def progress(c: Comparison) -> str:
+    return c.verdict or f"interim, {len(c.seeds)} of {len(c.planned)}"
+
+
 def verdict(c: Comparison) -> str:
-    interim = f"interim, {len(c.seeds)} of {len(c.planned)}"
-    return (c.verdict or interim) + flag(c.unlike)
+    return progress(c) + flag(c.unlike)
 
 
 def sentence(f: Findings, model: str) -> str:
@@ -128,7 +131,7 @@ def sentence(f: Findings, model: str) -> str:
         "worse": f"`{model}` is worse than `{f.reference}`",
         "equivalent": f"`{model}` is equivalent to `{f.reference}` within {f.margin:g} points",
         "undecided": f"`{model}` is undecided",
-        None: f"`{model}` has no verdict yet ({verdict(c).removesuffix(' †')})",
+        None: f"`{model}` has no verdict yet ({progress(c)})",
     }[c.verdict]
     few = "only " * (len(c.seeds) < FEW)
     words = [
@@ -219,11 +222,10 @@ def plan_sentence(f: Findings) -> str:
         chosen = "if the number of seeds was chosen after seeing results, the level does not hold"
         return f"{tested}. No plan was recorded: {chosen}."
     dates = ", ".join(dict.fromkeys(plan["date"] for plan in f.study.plans))
-    n = f.study.looks(f.reference)
+    n, seeds = f.study.looks(f.reference), max(map(len, f.study.planned.values()))
     all_looks = sum(5 / look for look in range(1, n + 1))
     added = f" (5% / {n}, because seeds were added: over all looks at most {all_looks:.2g}%)"
-    looks = added * (n > 1)
-    return f"{tested}{looks}. Planned on {dates}: {max(map(len, f.study.planned.values()))} seeds."
+    return f"{tested}{added * (n > 1)}. Planned on {dates}: {seeds} seeds."
 
 
 def front_sentence(f: Findings) -> str:
@@ -231,7 +233,7 @@ def front_sentence(f: Findings) -> str:
     if not f.dominated:
         return f"{found} No model is shown to be both faster than another and better or equivalent."
     why = "; ".join(f"`{m}` ({names(others)})" for m, others in f.dominated.items())
-    return f"{found} Not on it, with what is faster and better or equivalent: {why}."
+    return f"{found} Not on it (in brackets: what is faster, and better or equivalent): {why}."
 
 
 def notes(f: Findings) -> list[str]:

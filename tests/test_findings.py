@@ -1,5 +1,6 @@
 """A study's numbers against slow, obvious ways to get them."""
 
+import itertools
 import json
 
 from kit import verdicts, words
@@ -184,6 +185,26 @@ def test_all_planned_models_count_and_every_change_of_a_pair_s_seeds(make_study)
     assert found(("baseline se", [0, 1]), ("baseline se", five)) == (1, 2)
     assert found(("baseline se", five), ("baseline", [5, 6])) == (1, 1)
     assert found(("se", five), ("baseline", [0, 1]), ("baseline", five)) == (1, 2)
+    control = ("se se_static", five)  # se against its control is a comparison too
+    assert found(("baseline se se_static", [0, 1]), control) == (2, 2)
+
+
+def test_models_with_disjoint_plans_have_no_verdict(make_study):
+    study = make_study({"baseline": BASE, "se": MORE, "eca": [93.0]})
+    study.plans = [dict(models=["baseline"], seeds=[0, 1]), dict(models=["se"], seeds=[2, 3])]
+    assert Findings(study, []).against == {}
+    study.plans = [dict(models=["baseline", "se"], seeds=[0, 1, 2, 3, 4])]
+    found = Findings(study, [])  # of eca one run was made by hand
+    assert found.family == ["se"] and found.against["se"].p_holm == found.against["se"].p
+
+
+def test_the_spread_is_pooled_over_all_models(make_study):
+    """With equal seeds: the mean variance of the differences of all pairs of models."""
+    accuracies = {"baseline": BASE, "se": MORE, "eca": SAME, "gc": WIDE}
+    spread = Findings(make_study(accuracies), []).spread
+    pairs = [np.subtract(a, b) for a, b in itertools.combinations(accuracies.values(), 2)]
+    variance = np.mean([np.var(differences, ddof=1) for differences in pairs])
+    assert spread.of_difference == pytest.approx(variance**0.5)
 
 
 def test_class_by_class_as_counted_one_by_one(make_study):
@@ -253,6 +274,8 @@ def test_where_the_spread_comes_from(make_study):
     spread = Findings(study, []).spread
     accuracies = [np.std(values, ddof=1) for values in (BASE, MORE)]
     assert spread.over_seeds == pytest.approx(np.mean(np.square(accuracies)) ** 0.5)
+    own = [np.var([run.correct for run in runs], axis=0, ddof=1) for runs in study.runs.values()]
+    assert spread.from_images == pytest.approx(100 * np.mean(own, 0).sum() ** 0.5 / 10_000)
     differences = np.subtract(MORE, BASE)
     assert spread.of_difference == pytest.approx(differences.std(ddof=1))
     floor = 0.0

@@ -86,9 +86,11 @@ def test_a_run_is_not_resumed_in_another_mode(tmp_path, monkeypatch, capsys):
     assert train_small("baseline", tmp_path, *flags, "eager") == 1
     error = capsys.readouterr().err
     assert is_one_line(error) and "mode compile instead of" in error
-    assert "resume it with --mode compile, use --overwrite" in error
+    assert "resume it with --mode compile --precision fp32, use --overwrite" in error
     assert train_small("baseline", tmp_path, *flags, "compile") == 0
     assert train_small("baseline", tmp_path, *flags, "auto") == 0  # complete, in whatever mode
+    assert train_small("baseline", tmp_path, *flags, "auto", "--lr", "0.1") == 1
+    assert "lr 0.001 instead of 0.1: use --overwrite" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -372,7 +374,7 @@ def test_whatever_means_out_of_memory_is_called_that(words, capsys):
         raise RuntimeError(words)
 
     assert command_line.is_out_of_memory(RuntimeError(words))
-    for parse, flags in ((train.parse, "--batch-size or --width or --image-size"),
+    for parse, flags in ((train.parse, "--batch-size or --width"),
                          (explain.parse, "--limit-test"),
                          (benchmark.parse, "--batch-sizes or --width")):  # fmt: skip
         with pytest.raises(SystemExit):

@@ -137,7 +137,9 @@ def test_no_verdict_before_the_planned_seeds_are_finished(finished_run, tmp_path
     added = "5% / 2, because seeds were added: over all looks at most 7.5%"
     assert verdict == "better" and f"level 2.5% ({added})" in text
     planned(runs, 2)
-    assert "Not compared, baseline seed 2, se seed 2:** not planned" in made()[0]
+    text = made()[0]
+    assert "Not compared, baseline seed 2, se seed 2:** not planned" in text
+    assert row_of(text, "baseline")[1:3] == ["2", "92.05 ± 0.07"]
     (runs / "plan.json").rename(tmp_path / "plan.json")
     assert "No plan was recorded" in made()[0]
     (tmp_path / "plan.json").rename(runs / "plan.json")
