@@ -242,7 +242,7 @@ def notes(f: Findings) -> list[str]:
     for model, c in f.controlled.items():
         found += [f"{model} against {f.controls[model]}: {line}" for line in c.unlike]
     for model, scripts in f.stale.items():
-        edited = ", ".join(scripts)
+        edited = ", ".join(scripts[:3]) + f" and {len(scripts) - 3} more" * (len(scripts) > 3)
         found.append(f"{model}: cost and accuracy were measured with different code ({edited})")
     return [one_line(line) for line in dict.fromkeys(found)]
 
