@@ -116,7 +116,8 @@ def planned(runs, *plans, **changes):
     (runs / "plan.json").write_text(json.dumps(rows))
 
 
-def test_no_verdict_before_the_planned_seeds_are_finished(finished_run, tmp_path):
+def test_no_verdict_before_the_planned_seeds_are_finished(finished_run, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "draw_figures", lambda *_: {})
     runs, out = tmp_path / "runs", tmp_path / "out"
     make_runs(finished_run, runs, {"baseline": [92.0, 92.1, 92.2], "se": [93.0, 93.11, 93.2]})
 
