@@ -52,14 +52,15 @@ class Study:
         return seeds_by_model(self.plans)
 
     def looks(self, reference: str) -> int:
-        """Possible looks at results: the most sets of seeds ever planned for one comparison."""
+        """Possible looks at results: the most sets of two or more seeds that were ever planned for
+        one comparison."""
         history = [seeds_by_model(self.plans[:n]) for n in range(1, len(self.plans) + 1)]
         sets = (
             {frozenset(planned_for_both(p.get(a), p.get(b))) for p in history
              if p.keys() >= self.planned.keys() & {a, b}}
             for a, b in itertools.combinations({*self.planned, reference}, 2)
         )  # fmt: skip
-        return max(map(len, sets), default=1)
+        return max([1, *(sum(len(seeds) > 1 for seeds in own) for own in sets)])
 
     @property
     def mark(self) -> str:

@@ -183,6 +183,7 @@ def test_all_planned_models_count_and_every_change_of_a_pair_s_seeds(make_study)
     assert found(("baseline se eca", five)) == (2, 1)  # eca has not finished
     assert found(("baseline se", five), ("baseline se eca", five)) == (2, 1)  # no more seeds
     assert found(("baseline se", [0, 1]), ("baseline se", five)) == (1, 2)
+    assert found(("baseline se", [0]), ("baseline se", five)) == (1, 1)  # one seed shows nothing
     assert found(("baseline se", five), ("baseline", [5, 6])) == (1, 1)
     assert found(("se", five), ("baseline", [0, 1]), ("baseline", five)) == (1, 2)
     control = ("se se_static", five)  # se against its control is a comparison too
