@@ -130,7 +130,7 @@ def prepare(case: dict, images: torch.Tensor) -> tuple[dict, Callable]:
         before = torch.cuda.memory_allocated(device)
     start = time.perf_counter()
     model.to(device)
-    if not eager:  # which is as published, in PyTorch's default layout
+    if not eager:  # eager is as published: in PyTorch's default layout
         fast.channels_last(model)
 
     def forward(images):

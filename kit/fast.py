@@ -229,8 +229,8 @@ def gradient_error(found: list, expected: list, each: bool) -> float:
 
 def python_state(model: torch.nn.Module, mode: str) -> tuple:
     """What changes in it from step to step would be fixed by compiling or by a graph."""
-    drawn = str(np.random.get_state()), "graph" in mode and str(torch.get_rng_state().tolist())  # noqa: NPY002
-    return random.getstate(), drawn, attributes(model)
+    on_cpu = torch.get_rng_state().tolist() if "graph" in mode else None
+    return random.getstate(), str(np.random.get_state()), on_cpu, attributes(model)  # noqa: NPY002
 
 
 def fast(step, forward, mode, precision, example: tuple, model, restore: Callable):

@@ -116,6 +116,7 @@ def pairs_of(f: Findings) -> str:
 
 
 def progress(c: Comparison) -> str:
+    """The verdict, or how many of the planned seeds have finished."""
     return c.verdict or f"interim, {len(c.seeds)} of {len(c.planned)}"
 
 
