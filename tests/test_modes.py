@@ -347,6 +347,15 @@ def test_no_garbage_is_collected_during_a_capture(captures, monkeypatch):
     assert (collected, Capture.garbage, gc.isenabled()) == ([[]], [False], True)
 
 
+def test_what_the_cpu_s_generator_decides_is_not_fixed_by_a_graph(captures, monkeypatch):
+    """Stochastic depth often asks it, on a GPU too. A compiled step asks it each time."""
+    small, forward = Small(), Small.forward
+    monkeypatch.setattr(Small, "forward", lambda self, idx: [torch.rand(()), forward(self, idx)][1])
+    _, mode, (failure,), _ = small.fast("graph")
+    assert mode == "eager" and "a generator on the CPU" in failure and "only once" in failure
+    assert small.fast("compile")[1:3] == ("compile", [])
+
+
 @pytest.mark.parametrize("words", ["operation not permitted when stream is capturing",
                                    "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"])  # fmt: skip
 def test_after_a_failed_capture_no_other_is_tried(captures, monkeypatch, words):
